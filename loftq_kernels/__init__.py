@@ -1,0 +1,34 @@
+"""Models whose weights are quantized to 2-4 bits plus a low-rank adapter, at hardware speed.
+
+    y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
+"""
+
+from loftq_kernels.checkpoint import load_quantized, save_quantized
+from loftq_kernels.config import QuantConfig
+from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
+from loftq_kernels.formats import PackedTensor, format_names, quantize
+from loftq_kernels.initializers import AdapterInit, initializer_names, loftq_init, loftq_init_batch, qlora_init
+from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.ops import available_backends, qlora_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterInit",
+    "PackedTensor",
+    "QuantConfig",
+    "QuantLoRALinear",
+    "QuantizationReport",
+    "available_backends",
+    "format_names",
+    "initializer_names",
+    "load_quantized",
+    "loftq_init",
+    "loftq_init_batch",
+    "qlora_init",
+    "qlora_linear",
+    "quantize",
+    "quantize_model",
+    "save_quantized",
+    "train_only_adapters",
+]

@@ -1,0 +1,217 @@
+"""`save_quantized` and `load_quantized`: a folder with one safetensors file and a JSON description of the layers.
+
+The JSON names the tensor file by its content hash and is replaced last, so that a reader finds either the old
+checkpoint or the new one, whenever a save is cut short. Loading builds the model on the meta device: no dense weight of
+a quantized layer is ever allocated, and nothing of the model is changed before the whole checkpoint has been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from loftq_kernels import pretrained, storage
+from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig, LayerSpec
+from loftq_kernels.convert import is_conv1d, train_only_adapters
+from loftq_kernels.formats import get_format
+from loftq_kernels.nn import QuantLoRALinear
+
+_SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
+
+
+def save_quantized(model: nn.Module, path: str | Path) -> None:
+    """Write a model that has `QuantLoRALinear` layers into the folder path, with everything needed to load it.
+
+    If anything fails, a checkpoint that was there before stays as it was. Raises ValueError when the model has no
+    quantized layer, or tensors on the meta device.
+    """
+    path = Path(path)
+    layers = {
+        name: LayerSpec.of(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLoRALinear)
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no QuantLoRALinear layer; call quantize_model first")
+    tensors, tied, non_persistent = _collect_tensors(model)
+    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if on_meta:
+        raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
+    path.mkdir(parents=True, exist_ok=True)
+    previous = CheckpointConfig.read(path).tensor_file if (path / CONFIG_NAME).is_file() else None
+    pending = path / ".tensors.tmp"
+    try:
+        storage.save_tensors(pending, tensors, {"format": "pt"})
+        digest = _sha256(pending)
+        tensor_file = f"model-{digest[:12]}.safetensors"
+        config = CheckpointConfig(layers, tensor_file, digest, pretrained.describe(model), tied, non_persistent)
+        text = config.to_json()
+        pending.replace(path / tensor_file)
+        with storage.replacing(path / CONFIG_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    finally:
+        pending.unlink(missing_ok=True)
+    if previous is not None and previous != tensor_file:
+        (path / previous).unlink(missing_ok=True)
+
+
+def load_quantized(
+    path: str | Path, model: nn.Module | None = None, *, device: torch.device | str = "cpu", verify: bool = True
+) -> nn.Module:
+    """Load what `save_quantized` wrote; the dense weights of quantized layers are never built.
+
+    Args:
+        path: the folder.
+        model: the dense architecture to load into, best built under ``torch.device("meta")``; its linear layers are
+            replaced in place and only the adapters are left trainable. None rebuilds the transformers model that was
+            saved, in eval mode.
+        device: where the tensors go.
+        verify: compare the tensor file with the SHA-256 in the config first.
+
+    Raises FileNotFoundError for missing files and ValueError, naming file, layer or tensor, for a checkpoint that is
+    truncated, corrupted, of another format or not of this model; ``model`` is unchanged in that case.
+    """
+    path = Path(path)
+    config = CheckpointConfig.read(path)
+    file = path / config.tensor_file
+    if not file.is_file():
+        raise FileNotFoundError(f"{path / CONFIG_NAME} names {config.tensor_file}, which does not exist")
+    if verify and (digest := _sha256(file)) != config.sha256:
+        raise ValueError(f"{file} is truncated or corrupted: SHA-256 is {digest}, {CONFIG_NAME} says {config.sha256}")
+    if model is None:
+        if config.transformers is None:
+            raise ValueError(f"{path} does not hold a transformers model: pass the architecture as model=")
+        model = pretrained.skeleton(config.transformers)
+    layers = {name: spec.build() for name, spec in config.layers.items()}
+    _check_places(model, layers)
+    with storage.open_tensors(file, device) as stored:
+        _check_tensors(model, layers, config, stored)
+        for name, layer in layers.items():
+            replaced = model.get_submodule(name)
+            _assign(model, name, layer.train(replaced.training))
+        for name in stored.keys():  # noqa: SIM118
+            _assign(model, name, stored.get_tensor(name))
+    for name, source in config.tied.items():
+        _assign(model, name, _get(model, source))
+    train_only_adapters(model)
+    return model
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, under every name of a shared one."""
+    return itertools.chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    )
+
+
+def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Every tensor under its first name, the other names of shared ones, and the buffers that state_dict leaves out."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in _named_tensors(model):
+        source = first_name.setdefault(id(tensor), name)
+        if source == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = source
+    return tensors, tied, sorted(name for name in tensors if name not in persistent)
+
+
+def _check_places(model: nn.Module, layers: Mapping[str, QuantLoRALinear]) -> None:
+    """Every layer of the checkpoint has a linear layer of its shape to replace."""
+    for name, layer in layers.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}, which the checkpoint holds") from error
+        shape = _linear_shape(old)
+        if shape is None:
+            raise ValueError(f"layer {name!r} is a {type(old).__name__}, the checkpoint holds a linear layer")
+        if shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"layer {name!r} has shape {shape}, the checkpoint holds ({layer.out_features}, {layer.in_features})"
+            )
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear | QuantLoRALinear):
+        return module.out_features, module.in_features
+    return tuple(reversed(module.weight.shape)) if is_conv1d(module) else None
+
+
+def _check_tensors(
+    model: nn.Module, layers: Mapping[str, QuantLoRALinear], config: CheckpointConfig, stored: safe_open
+) -> None:
+    """The file holds what the model with its quantized layers needs: every name, shape, packed dtype and code book."""
+    inside = tuple(f"{name}." for name in layers)
+    expected = {name: tensor for name, tensor in _named_tensors(model) if not name.startswith(inside)}
+    persistent = {name for name in model.state_dict(keep_vars=True) if not name.startswith(inside)}
+    for layer_name, layer in layers.items():
+        own = {f"{layer_name}.{name}": tensor for name, tensor in _named_tensors(layer)}
+        expected.update(own)
+        persistent.update(own)
+    names = set(stored.keys())
+    missing = sorted(
+        name
+        for name, tensor in expected.items()
+        if name not in names and name not in config.tied and (name in persistent or tensor.is_meta)
+    )
+    unexpected = sorted(names - expected.keys())
+    unknown_ties = sorted(n for n, source in config.tied.items() if n not in expected or source not in names)
+    for what, found in (("lacks", missing), ("holds unknown", unexpected), ("ties unknown", unknown_ties)):
+        if found:
+            raise ValueError(f"the checkpoint {what} tensors of {type(model).__name__}: {', '.join(found[:5])}")
+    for name in names:
+        shape = tuple(stored.get_slice(name).get_shape())
+        if shape != tuple(expected[name].shape):
+            raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {tuple(expected[name].shape)}")
+    for layer_name, layer in layers.items():
+        _check_packed(layer_name, layer, config.tied, stored)
+
+
+def _check_packed(layer_name: str, layer: QuantLoRALinear, tied: Mapping[str, str], stored: safe_open) -> None:
+    for name in _PACKED_BUFFERS:
+        buffer = getattr(layer, name)
+        if buffer is None:
+            continue
+        key = f"{layer_name}.{name}"
+        dtype = stored.get_slice(tied.get(key, key)).get_dtype()
+        if dtype != _SAFETENSORS_DTYPES[buffer.dtype]:
+            raise ValueError(f"tensor {key!r} is {dtype}, the layer needs {buffer.dtype}")
+    key = f"{layer_name}.codebook"
+    codebook = stored.get_tensor(tied.get(key, key))
+    if not torch.equal(codebook.cpu(), get_format(layer.format.name).codebook()):
+        raise ValueError(f"tensor {key!r} is not the code book of format {layer.format.name}")
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    parent, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(parent), attribute)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+    """Put a module, buffer or parameter in the place of the one of that name."""
+    parent, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if attribute in owner._parameters and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(owner, attribute, value)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # Python 3.10 has no file_digest
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

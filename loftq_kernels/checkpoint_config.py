@@ -1,0 +1,122 @@
+"""The JSON file of a quantized checkpoint: which layers there are and where their tensors lie. Every value is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loftq_kernels.formats import get_format
+from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.ops.checks import SCALE_DTYPES, check_rank
+from loftq_kernels.packing import check_group_size
+
+CONFIG_NAME = "loftq_config.json"
+FORMAT_VERSION = 1
+_MAX_CONFIG_BYTES = 64 << 20  # far above any real one; refuses to read something else that carries the name
+_SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What it takes to rebuild one `QuantLoRALinear` without its tensors."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    format: str
+    group_size: int
+    rank: int | None
+    scaling: float
+    scale_dtype: str
+
+    @classmethod
+    def of(cls, layer: QuantLoRALinear) -> LayerSpec:
+        return cls(
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=layer.bias is not None,
+            format=layer.format.name,
+            group_size=layer.group_size,
+            rank=layer.rank,
+            scaling=layer.scaling,
+            scale_dtype=str(layer.scale.dtype).removeprefix("torch."),
+        )
+
+    @classmethod
+    def parse(cls, name: str, values: Any) -> LayerSpec:
+        """Raise ValueError, naming the layer and what is wrong, unless values describe a layer that can be built."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(fields):
+            raise ValueError(f"layer {name!r}: expected the keys {fields}, got {values!r}")
+        spec = cls(**values)
+        try:
+            if min(spec.in_features, spec.out_features) < 1:
+                raise ValueError(f"in_features={spec.in_features}, out_features={spec.out_features}")
+            get_format(spec.format)
+            check_group_size(spec.group_size)
+            if spec.rank is not None:
+                check_rank(spec.rank, spec.out_features, spec.in_features)
+            if spec.scale_dtype not in _SCALE_DTYPES:
+                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(_SCALE_DTYPES)}")
+            if not isinstance(spec.scaling, int | float) or not 0 < spec.scaling < float("inf"):
+                raise ValueError(f"scaling={spec.scaling!r}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        return spec
+
+    def build(self) -> QuantLoRALinear:
+        """The layer on the meta device."""
+        layer = QuantLoRALinear(
+            self.in_features,
+            self.out_features,
+            self.bias,
+            format=self.format,
+            group_size=self.group_size,
+            rank=self.rank,
+            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
+            device="meta",
+        )
+        layer.scaling = self.scaling
+        return layer
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The JSON file of a checkpoint."""
+
+    layers: dict[str, LayerSpec]
+    tensor_file: str
+    sha256: str
+    transformers: dict[str, Any] | None = None  # what `pretrained.skeleton` rebuilds the model from
+    tied: dict[str, str] = field(default_factory=dict)  # name -> the name under which the same tensor is stored
+    non_persistent: list[str] = field(default_factory=list)  # buffers stored although state_dict() leaves them out
+
+    def to_json(self) -> str:
+        values = {"loftq_format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(values, indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> CheckpointConfig:
+        file = path / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is not a quantized checkpoint: it has no {CONFIG_NAME}")
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any description of layers")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON (truncated or corrupted?): {error}") from error
+        version = values.pop("loftq_format_version", None) if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{file}: loftq_format_version is {version!r}, this version reads {FORMAT_VERSION}")
+        try:
+            config = cls(**values)
+            layers = {name: LayerSpec.parse(name, spec) for name, spec in config.layers.items()}
+            if Path(config.tensor_file).name != config.tensor_file:
+                raise ValueError(f"tensor_file {config.tensor_file!r} is not a plain file name")
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        return dataclasses.replace(config, layers=layers)

@@ -1,0 +1,106 @@
+"""`QuantConfig`: how weights are quantized and their adapters chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loftq_kernels import packing
+from loftq_kernels.formats import get_format
+from loftq_kernels.ops.checks import SCALE_DTYPES
+
+
+def adapter_scaling(rank: int | None, lora_alpha: float | None, use_rslora: bool = False) -> float:
+    """lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA; 1 when lora_alpha is None or there is no adapter."""
+    if lora_alpha is None or rank is None:
+        return 1.0
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer name matches a glob ("*" crosses dots), or wholly matches the regular expression after "re:"."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What `quantize_model` and `QuantLoRALinear.from_linear` do to a layer.
+
+    Attributes:
+        format, group_size, scale_dtype, scale_search: as for `quantize`.
+        rank: of the adapter; None for no adapter (round to nearest).
+        lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
+        init: one of `initializer_names()`.
+        num_iter, svd, order, seed: as for `loftq_init`.
+        include, exclude: patterns of layer names (`nn.Module.named_modules`): a glob matched against the whole name, in
+            which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
+            quantized when it matches some of ``include`` and none of ``exclude``.
+        overrides: pattern -> changed fields (a dict), or None to leave the layers dense. The first match wins.
+
+    Raises ValueError or TypeError, with the value, for fields out of range.
+    """
+
+    format: str = "nf4"
+    group_size: int = 64
+    rank: int | None = 16
+    lora_alpha: float | None = None
+    use_rslora: bool = False
+    init: str = "loftq"
+    num_iter: int = 5
+    svd: str = "auto"
+    order: str = "quantize_first"
+    scale_dtype: torch.dtype = torch.float16
+    scale_search: bool = False
+    seed: int = 0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("lm_head", "*.lm_head")
+    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self):
+        get_format(self.format)
+        packing.check_group_size(self.group_size)
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank={self.rank!r} must be an integer >= 1, or None for no adapter")
+        if self.lora_alpha is not None and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number > 0, or None for scaling 1")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype={self.scale_dtype!r} is not one of {SCALE_DTYPES}")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):  # a lone pattern, rather than its characters
+                patterns = (patterns,)
+            object.__setattr__(self, name, tuple(patterns))
+        for pattern, changes in self.overrides.items():
+            if changes is not None:
+                self._overridden(pattern, changes)
+
+    @property
+    def scaling(self) -> float:
+        return adapter_scaling(self.rank, self.lora_alpha, self.use_rslora)
+
+    def _overridden(self, pattern: str, changes: Mapping[str, Any]) -> QuantConfig:
+        fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides"}
+        unknown = sorted(set(changes) - fields)
+        if unknown:
+            raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(fields))}")
+        return dataclasses.replace(self, overrides={}, **changes)
+
+    def selects(self, name: str) -> bool:
+        """Whether ``include`` and ``exclude`` let the layer of that name be quantized."""
+        return any(matches(name, p) for p in self.include) and not any(matches(name, p) for p in self.exclude)
+
+    def for_layer(self, name: str) -> QuantConfig | None:
+        """This config with the first matching override applied; None when that override leaves the layer dense."""
+        for pattern, changes in self.overrides.items():
+            if matches(name, pattern):
+                return None if changes is None else self._overridden(pattern, changes)
+        return self

@@ -1,0 +1,39 @@
+"""What an initializer returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.formats import PackedTensor
+
+
+@dataclass
+class AdapterInit:
+    """A quantized weight and the adapter that goes with it: W ~ Q + scaling * lora_B @ lora_A.
+
+    Attributes:
+        packed: Q, [N, K].
+        lora_A, lora_B: float32 [r, K] and [N, r], or None when there is no adapter.
+        scaling: the factor the module applies to lora_B @ lora_A; already divided out of both (square root on each).
+        error: ||W - Q - scaling B A||_F / ||W||_F of what is returned (0 for W = 0).
+        errors: the same after every alternation; ``error`` is the least of them.
+    """
+
+    packed: PackedTensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    error: float
+    errors: list[float] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> AdapterInit:
+        """The same on another device."""
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            lora_A=None if self.lora_A is None else self.lora_A.to(device),
+            lora_B=None if self.lora_B is None else self.lora_B.to(device),
+        )

@@ -1,0 +1,7 @@
+"""Ops on raw tensors: schemas, reference, derivatives and checked wrappers."""
+
+from loftq_kernels.ops import autograd as autograd
+from loftq_kernels.ops import schemas as schemas
+from loftq_kernels.ops.functional import available_backends, dequantize_tensors, qlora_linear, quantize_tensors
+
+__all__ = ["available_backends", "dequantize_tensors", "qlora_linear", "quantize_tensors"]

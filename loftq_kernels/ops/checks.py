@@ -1,0 +1,127 @@
+"""One check function per op, called by its fake kernel and by its public wrapper. Messages carry the values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq_kernels import packing
+from loftq_kernels.ops.reference import SCALE_RULES
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
+
+
+def bits_of(codebook: Tensor) -> int:
+    bits = codebook.numel().bit_length() - 1
+    if bits not in packing.BITS or codebook.numel() != 2**bits or codebook.dim() != 1:
+        raise ValueError(f"codebook has shape {tuple(codebook.shape)}: expected [2^bits] with bits in {packing.BITS}")
+    if codebook.dtype != torch.float32:
+        raise ValueError(f"codebook must be float32, got {codebook.dtype}")
+    return bits
+
+
+def check_quantize(
+    weight: Tensor, codebook: Tensor, group_size: int, scale_rule: str, scale_dtype: torch.dtype, scale_search: bool
+) -> None:
+    check_floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    bits_of(codebook)
+    packing.check_group_size(group_size)
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"scale_rule={scale_rule!r} is not one of {SCALE_RULES}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype={scale_dtype} is not one of {SCALE_DTYPES}")
+    check_same_device("weight", weight, "codebook", codebook)
+
+
+def check_packed(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, codebook: Tensor, in_features: int, group_size: int
+) -> None:
+    """The stored tensors of one weight agree with each other and with in_features."""
+    bits = bits_of(codebook)
+    packing.check_group_size(group_size)
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(f"codes must be uint8 [N, bytes], got {codes.dtype} {tuple(codes.shape)}")
+    expected = packing.row_bytes(in_features, bits)
+    if codes.shape[1] != expected:
+        raise ValueError(
+            f"codes rows have {codes.shape[1]} bytes; {in_features} columns at {bits} bits need {expected}"
+        )
+    if scale.dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale has dtype {scale.dtype}, expected one of {SCALE_DTYPES}")
+    groups = (codes.shape[0], packing.num_groups(in_features, group_size))
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is None:
+            continue
+        if tensor.shape != groups:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {groups} at group_size={group_size}")
+        if tensor.dtype != scale.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but scale is {scale.dtype}")
+        check_same_device(name, tensor, "codes", codes)
+    check_same_device("codebook", codebook, "codes", codes)
+
+
+def check_qlora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    check_floating("x", x)
+    out_features = codes.shape[0]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be in_features={in_features}")
+    check_packed(codes, scale, offset, codebook, in_features, group_size)
+    check_same_device("x", x, "codes", codes)
+    check_adapter(lora_A, lora_B, out_features, in_features, codes)
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out_features},)")
+        check_same_device("bias", bias, "codes", codes)
+
+
+def check_adapter(
+    lora_A: Tensor | None, lora_B: Tensor | None, out_features: int, in_features: int, codes: Tensor
+) -> None:
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B must be given together or not at all")
+    if lora_A is None:
+        return
+    check_floating("lora_A", lora_A)
+    check_floating("lora_B", lora_B)
+    if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}, expected [rank, {in_features}]")
+    if lora_B.shape != (out_features, lora_A.shape[0]):
+        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}, expected ({out_features}, {lora_A.shape[0]})")
+    check_same_device("lora_A", lora_A, "codes", codes)
+    check_same_device("lora_B", lora_B, "codes", codes)
+
+
+def check_rank(rank: int, out_features: int, in_features: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, got {rank!r} (None means no adapter)")
+    if not 1 <= rank <= min(out_features, in_features):
+        raise ValueError(
+            f"rank={rank} is outside 1..{min(out_features, in_features)} = min(out_features={out_features}, "
+            f"in_features={in_features}); rank=None means no adapter"
+        )

@@ -1,0 +1,27 @@
+"""The compiled part, if it was built. Importing it registers the C++ kernels for CPU tensors with the dispatcher."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+
+LOAD_ERROR: str | None = None
+try:
+    _C: ModuleType | None = importlib.import_module("loftq_kernels._C")
+except ImportError as error:
+    _C, LOAD_ERROR = None, str(error)
+
+HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++17 compiler)"
+_warned: set[str] = set()
+
+
+def warn_slow(device_type: str) -> None:
+    """Say once per device type that the plain-torch reference does the work of a kernel."""
+    if device_type in _warned or device_type == "meta":
+        return
+    _warned.add(device_type)
+    reason = f"the compiled extension is missing ({LOAD_ERROR}); {HOW_TO_BUILD}" if _C is None else "there is no kernel"
+    warnings.warn(
+        f"loftq_kernels: {device_type} tensors are served by the slow plain-torch reference: {reason}", stacklevel=4
+    )

@@ -1,0 +1,187 @@
+"""Public wrappers: check the arguments once, choose the backend, call the op."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.ops import checks, extension, reference
+
+if TYPE_CHECKING:
+    from loftq_kernels.formats.packed_tensor import PackedTensor
+
+BACKENDS = ("reference", "cpu")
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names that ``backend=`` accepts on this machine."""
+    return BACKENDS if extension._C is not None else ("reference",)
+
+
+def _kernels(backend: str | None, device: torch.device) -> ModuleType | torch._ops._OpNamespace:
+    """Where the op functions are taken from: the dispatcher, or the reference module when that is forced."""
+    if backend is None:
+        return torch.ops.loftq_kernels
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {BACKENDS} (None: by the device of the tensors)")
+    if backend == "reference":
+        return reference
+    if extension._C is None:
+        raise RuntimeError(
+            f"backend='cpu' needs the compiled extension, which did not load ({extension.LOAD_ERROR}); "
+            f"{extension.HOW_TO_BUILD}"
+        )
+    if device.type != "cpu":
+        raise ValueError(f"backend='cpu' takes CPU tensors, got {device}")
+    return torch.ops.loftq_kernels
+
+
+def quantize_tensors(
+    weight: Tensor,
+    codebook: Tensor,
+    group_size: int,
+    scale_rule: str,
+    scale_dtype: torch.dtype,
+    scale_search: bool,
+    *,
+    backend: str | None = None,
+    name: str = "weight",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight [N, K] -> codes, scale, offset (None unless affine). The algorithm is stated in `reference.quantize`.
+
+    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or a scale that does not fit scale_dtype.
+    """
+    checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
+    if weight.is_meta:
+        raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
+    weight = weight.detach()
+    codes, scale, offset = _kernels(backend, weight.device).quantize(
+        weight, codebook, group_size, scale_rule, scale_dtype, scale_search
+    )
+    affine = offset if scale_rule == "minmax" else None
+    check_scales(weight, scale, affine, group_size, name)
+    return codes, scale, affine
+
+
+def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> None:
+    """Raise ValueError with the place of the first NaN or Inf in weight [N, K]; allocates only when there is one."""
+    if weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in weight.aminmax()):
+        return
+    row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    raise ValueError(f"{name} holds {weight[row, column].item()} in row {first_row + row}, column {column}")
+
+
+def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str = "weight") -> None:
+    """Raise for what only the values tell: NaN or Inf in weight, or scales beyond the range of their dtype.
+
+    Looks at the small scale tensor first; the weight is read again only to explain a failure or a zero scale.
+    """
+    finite = torch.isfinite(scale)
+    if offset is not None:
+        finite = finite & torch.isfinite(offset)
+    if not finite.all():
+        row, group = (~finite).nonzero()[0].tolist()
+        check_finite(weight[row : row + 1], name, first_row=row)
+        raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
+    _check_zero_scales(weight, scale, offset, group_size, name)
+
+
+def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:
+    """A zero scale is right for a constant group. It may also drop noise below the matrix's own float32 resolution
+    (a row of zeros less a low-rank term), but never weights that matter."""
+    rows = (scale == 0).any(1).nonzero().flatten()
+    if rows.numel() == 0:
+        return
+    width = weight.shape[1] if group_size == -1 else group_size
+
+    def per_column(groups: Tensor) -> Tensor:
+        return groups[rows].repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+
+    deviation = weight[rows].float()
+    if offset is not None:
+        deviation = deviation - per_column(offset).float()
+    negligible = weight.abs().max().float() * torch.finfo(torch.float32).eps
+    lost = (deviation.abs() > negligible) & per_column(scale == 0)
+    if lost.any():
+        row, column = lost.nonzero()[0].tolist()
+        magnitude = deviation[row, column].abs().item()
+        raise ValueError(_range_message(name, int(rows[row]), column // width, magnitude, scale.dtype))
+
+
+def _range_message(name: str, row: int, group: int, magnitude: float, dtype: torch.dtype) -> str:
+    advice = "rescale the weight" if dtype == torch.float32 else "use scale_dtype=torch.float32"
+    return f"{name} row {row}, group {group}: magnitude {magnitude:.4g} gives a scale that does not fit {dtype}; {advice}"
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: PackedTensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64; under autocast it is cast as for `nn.Linear`.
+        packed: the weight [N, K].
+        lora_A, lora_B: [r, K] and [N, r], both or neither; cast to the dtype of x.
+        scaling: lora_alpha / r.
+        bias: [N], cast to the dtype of x.
+        backend: one of `available_backends()`; None lets the device of x choose.
+
+    Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
+    Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree.
+    """
+    checks.check_qlora_linear(
+        x,
+        packed.codes,
+        packed.scale,
+        packed.offset,
+        packed.codebook,
+        packed.shape[1],
+        packed.group_size,
+        lora_A,
+        lora_B,
+        bias,
+    )
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _kernels(backend, x.device).qlora_linear(
+        x,
+        packed.codes,
+        packed.scale,
+        packed.offset,
+        packed.codebook,
+        packed.group_size,
+        lora_A,
+        lora_B,
+        float(scaling),
+        bias,
+    )
+
+
+def dequantize_tensors(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``codebook[codes] * scale + offset`` [N, K], computed in float32 (float64 for float64), rounded once to dtype."""
+    checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dequantize to dtype={dtype}: a floating-point dtype is needed")
+    return _kernels(backend, codes.device).dequantize(
+        codes, scale, offset, codebook, in_features, group_size, dtype
+    )

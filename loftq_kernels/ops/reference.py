@@ -1,0 +1,178 @@
+"""The plain-torch backend: what every other backend is compared with. Runs on any device, differentiable by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from loftq_kernels import packing
+
+SCALE_RULES = ("absmax", "minmax", "mean_std")
+SEARCH_FACTORS = tuple(1 - i / 32 for i in range(25))  # 1.0 down to 0.25; each exact in float32
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def quantize(
+    weight: Tensor, codebook: Tensor, group_size: int, scale_rule: str, scale_dtype: torch.dtype, scale_search: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [N, K] -> codes [N, K_pad * b / 8] uint8, scale [N, G], offset [N, G] ([0] unless ``scale_rule="minmax"``).
+
+    Each group takes the nearest codebook entry (the lower one on a tie) to ``(w - offset) * (1 / scale)``, scale and
+    offset as stored. Base scale: absmax: max|w| / codebook[-1]; minmax: (max - min) / (2^b - 1); mean_std:
+    mean + 2.5 std, or the absmax scale where that is not positive. ``scale_search`` multiplies the base scale by the
+    factor 1 - i/32, i = 0..24, of least squared error. NaN or Inf in a group makes its scale non-finite.
+    """
+    rows, columns = weight.shape
+    groups = packing.num_groups(columns, group_size)
+    if rows == 0 or columns == 0:
+        empty = weight.new_empty(rows, groups, dtype=scale_dtype)
+        codes = weight.new_empty(rows, 0, dtype=torch.uint8)
+        return codes, empty, empty.clone() if scale_rule == "minmax" else empty.new_empty(0)
+    width = columns if group_size == -1 else group_size
+    weight = weight.float()
+    # Padding with the row's last value keeps minimum, maximum and absmax of a partial group; mean and std mask it out.
+    grouped = torch.cat([weight, weight[:, -1:].expand(-1, groups * width - columns)], 1).view(rows, groups, width)
+    exists = pad(torch.ones(columns, dtype=torch.bool, device=weight.device), (0, groups * width - columns))
+    exists = exists.view(groups, width)
+
+    midpoints = (codebook[:-1] + codebook[1:]) / 2
+    best_error, best = None, None
+    for factor in SEARCH_FACTORS if scale_search else (1.0,):
+        scale, offset = _scale_and_offset(grouped, exists, codebook, scale_rule, scale_dtype, factor)
+        normalized = _shift(grouped, offset) * _reciprocal(scale)
+        codes = torch.bucketize(normalized, midpoints, out_int32=True)
+        if not scale_search:
+            best = codes, scale, offset
+            break
+        residual = torch.where(exists, grouped - _decode(codes, scale, offset, codebook), 0.0)
+        error = residual.square().sum(-1, keepdim=True)
+        if best is None:
+            best_error, best = error, (codes, scale, offset)
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = tuple(
+            old if new is None else torch.where(better, new, old)
+            for new, old in zip((codes, scale, offset), best, strict=True)
+        )
+    codes, scale, offset = best
+    codes = codes.to(torch.uint8).view(rows, groups * width)[:, :columns]
+    bits = codebook.numel().bit_length() - 1
+    stored_offset = weight.new_empty(0, dtype=scale_dtype) if offset is None else offset.squeeze(-1).to(scale_dtype)
+    return packing.pack_codes(codes, bits), scale.squeeze(-1).to(scale_dtype), stored_offset
+
+
+def _scale_and_offset(
+    grouped: Tensor, exists: Tensor, codebook: Tensor, scale_rule: str, scale_dtype: torch.dtype, factor: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset [N, G, 1] of grouped weights [N, G, g], rounded to how they are stored, as float32."""
+
+    def stored(value: Tensor) -> Tensor:
+        return value.to(scale_dtype).float()
+
+    absmax = grouped.abs().amax(-1, keepdim=True)
+    if scale_rule == "absmax":
+        return stored(factor * (absmax / codebook[-1])), None
+    levels = codebook.numel()
+    if scale_rule == "minmax":
+        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        scale = stored(factor * ((high - low) / (levels - 1)))
+        return scale, stored((low + (1 - factor) * 0.5 * (high - low)) + levels / 2 * scale)
+    count = exists.sum(-1).view(-1, 1)
+    values = torch.where(exists, grouped.double(), 0.0)
+    mean = values.sum(-1, keepdim=True) / count
+    deviation = torch.where(exists, grouped.double() - mean, 0.0)
+    variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    scale = (mean + 2.5 * variance.sqrt()).float()
+    return stored(factor * torch.where(scale > 0, scale, absmax / codebook[-1])), None
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    return 1.0 / scale.clamp(min=SMALLEST_NORMAL)  # a zero scale decodes to the offset whatever the code
+
+
+def _shift(grouped: Tensor, offset: Tensor | None) -> Tensor:
+    return grouped if offset is None else grouped - offset
+
+
+def _decode(codes: Tensor, scale: Tensor, offset: Tensor | None, codebook: Tensor) -> Tensor:
+    decoded = codebook[codes] * scale
+    return decoded if offset is None else decoded + offset
+
+
+def quantize_residual_(
+    weight: Tensor,
+    low_rank: Tensor,
+    codebook: Tensor,
+    group_size: int,
+    scale_rule: str,
+    scale_dtype: torch.dtype,
+    scale_search: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize ``weight - low_rank``; overwrite low_rank [N, K] float32 with ``weight - Q``. Also returns ||weight - Q||^2."""
+    low_rank.neg_().add_(weight)
+    codes, scale, offset = quantize(low_rank, codebook, group_size, scale_rule, scale_dtype, scale_search)
+    affine = offset if scale_rule == "minmax" else None
+    dense = dequantize(codes, scale, affine, codebook, weight.shape[1], group_size, torch.float32)
+    torch.sub(weight, dense, out=low_rank)
+    return codes, scale, offset, low_rank.double().square().sum()
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``codebook[codes] * scale + offset`` [N, K], computed in float32 (float64 for dtype float64) and rounded once."""
+    compute = torch.promote_types(dtype, torch.float32)
+    bits = codebook.numel().bit_length() - 1
+    dense = codebook.to(compute)[packing.unpack_codes(codes, bits, in_features).int()]
+    width = in_features if group_size == -1 else group_size
+    dense = dense * scale.to(compute).repeat_interleave(width, dim=1)[:, :in_features]
+    if offset is not None:
+        dense = dense + offset.to(compute).repeat_interleave(width, dim=1)[:, :in_features]
+    return dense.to(dtype)
+
+
+def qlora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias, in the dtype of x."""
+    weight = dequantize(codes, scale, offset, codebook, x.shape[-1], group_size, x.dtype)
+    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if lora_A is not None:
+        y = y + scaling * linear(linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+    return y
+
+
+def qlora_linear_grad_input(
+    grad_y: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """grad_x = grad_y @ (codebook[codes] * scale + offset) + scaling * (grad_y @ lora_B) @ lora_A."""
+    grad_x = grad_y @ dequantize(codes, scale, offset, codebook, in_features, group_size, grad_y.dtype)
+    if lora_A is not None:
+        grad_x = grad_x + scaling * (grad_y @ lora_B.to(grad_y.dtype)) @ lora_A.to(grad_y.dtype)
+    return grad_x

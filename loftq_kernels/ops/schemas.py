@@ -1,0 +1,112 @@
+"""Every op, defined once: schema, shape inference (fake kernel) and the plain-torch reference as its default kernel.
+
+The C++ extension registers CPU kernels for the same schemas; the dispatcher prefers them over the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loftq_kernels import packing
+from loftq_kernels.ops import checks, extension, reference
+
+NAMESPACE = "loftq_kernels"
+
+# codes [N, K_pad * b / 8] uint8, scale and offset [N, G], codebook [2^b] float32; x [..., K], lora_A [r, K], lora_B [N, r]
+_PACKED = "Tensor codes, Tensor scale, Tensor? offset, Tensor codebook"
+_LORA = "Tensor? lora_A, Tensor? lora_B, float scaling"
+_QUANTIZE = "Tensor codebook, int group_size, str scale_rule, ScalarType scale_dtype, bool scale_search"
+
+
+def _define(name: str, signature: str, default: Callable) -> Callable:
+    """Define ``loftq_kernels::name`` with `default` for every device, then register the decorated fake kernel."""
+
+    def serve_by_reference(*args):
+        extension.warn_slow(next(arg for arg in args if isinstance(arg, Tensor)).device.type)
+        return default(*args)
+
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, signature)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", serve_by_reference)
+    return torch.library.register_fake(qualified)
+
+
+@_define("quantize", f"(Tensor weight, {_QUANTIZE}) -> (Tensor codes, Tensor scale, Tensor offset)", reference.quantize)
+def _quantize_fake(weight, codebook, group_size, scale_rule, scale_dtype, scale_search):
+    checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
+    rows, columns = weight.shape
+    codes = weight.new_empty(rows, packing.row_bytes(columns, checks.bits_of(codebook)), dtype=torch.uint8)
+    scale = weight.new_empty(rows, packing.num_groups(columns, group_size), dtype=scale_dtype)
+    return codes, scale, torch.empty_like(scale) if scale_rule == "minmax" else scale.new_empty(0)
+
+
+@_define(
+    "quantize_residual_",
+    f"(Tensor weight, Tensor(a!) low_rank, {_QUANTIZE}) -> (Tensor codes, Tensor scale, Tensor offset, Tensor norm2)",
+    reference.quantize_residual_,
+)
+def _quantize_residual_fake(weight, low_rank, codebook, group_size, scale_rule, scale_dtype, scale_search):
+    stored = _quantize_fake(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
+    return *stored, weight.new_empty((), dtype=torch.float64)
+
+
+@_define(
+    "dequantize",
+    f"({_PACKED}, int in_features, int group_size, ScalarType dtype) -> Tensor",
+    reference.dequantize,
+)
+def _dequantize_fake(codes, scale, offset, codebook, in_features, group_size, dtype):
+    checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    return codes.new_empty(codes.shape[0], in_features, dtype=dtype)
+
+
+@_define("pack_codes", "(Tensor codes, int bits) -> Tensor", packing.pack_codes)
+def _pack_codes_fake(codes, bits):
+    packing.check_bits(bits)
+    return codes.new_empty(codes.shape[0], packing.row_bytes(codes.shape[1], bits))
+
+
+@_define("unpack_codes", "(Tensor packed, int bits, int in_features) -> Tensor", packing.unpack_codes)
+def _unpack_codes_fake(packed, bits, in_features):
+    packing.check_bits(bits)
+    return packed.new_empty(packed.shape[0], in_features)
+
+
+@_define(
+    "qlora_linear",
+    f"(Tensor x, {_PACKED}, int group_size, {_LORA}, Tensor? bias) -> Tensor",
+    reference.qlora_linear,
+)
+def _qlora_linear_fake(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias):
+    checks.check_qlora_linear(
+        x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias
+    )
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@_define(
+    "qlora_linear_grad_input",
+    f"(Tensor grad_y, {_PACKED}, int in_features, int group_size, {_LORA}) -> Tensor",
+    reference.qlora_linear_grad_input,
+)
+def _qlora_linear_grad_input_fake(
+    grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling
+):
+    checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+def names() -> tuple[str, ...]:
+    """The ops defined above."""
+    return (
+        "quantize",
+        "quantize_residual_",
+        "dequantize",
+        "pack_codes",
+        "unpack_codes",
+        "qlora_linear",
+        "qlora_linear_grad_input",
+    )
