@@ -51,7 +51,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     padded = codes.new_zeros(rows, padded_in_features(columns))
     padded[:, :columns] = codes
-    fields = padded.view(rows, -1, 8 // bits, TILE * bits // 8)  # [N, tile, field, byte]
+    fields = padded.view(rows, padded.shape[1] // TILE, 8 // bits, TILE * bits // 8)  # [N, tile, field, byte]
     # The fields of a byte do not overlap, so their sum is their bitwise or.
     packed = (fields << _shifts(bits, codes.device)).sum(dim=2, dtype=torch.uint8)
     return packed.view(rows, row_bytes(columns, bits))
@@ -62,4 +62,4 @@ def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     rows = packed.shape[0]
     tiles = packed.view(rows, packed.shape[1] * 8 // (TILE * bits), 1, TILE * bits // 8)
     fields = (tiles >> _shifts(bits, packed.device)) & (2**bits - 1)
-    return fields.reshape(rows, -1)[:, :in_features].contiguous()
+    return fields.reshape(rows, packed.shape[1] * 8 // bits)[:, :in_features].contiguous()

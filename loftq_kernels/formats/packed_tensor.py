@@ -55,6 +55,8 @@ class PackedTensor:
             has = "has none" if self.offset is None else "has one"
             raise ValueError(f"format {self.format.name}: affine={self.format.affine}, but the weight {has} of offset")
         checks.check_packed(self.codes, self.scale, self.offset, self.codebook, self.shape[1], self.group_size)
+        if not torch.equal(self.codebook, self.format.codebook(self.codebook.device)):
+            raise ValueError(f"codebook is not that of format {self.format.name}: {self.codebook[:4].tolist()}...")
         return self
 
     @property
@@ -136,8 +138,8 @@ class PackedTensor:
         tensors, metadata = storage.load_tensors(path, device)
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} is not a saved PackedTensor: its header has no {_METADATA_KEY!r}")
-        described = json.loads(metadata[_METADATA_KEY])
         try:
+            described = json.loads(metadata[_METADATA_KEY])
             return _rebuild(tensors, described["in_features"], described["group_size"], described["format"]).validate()
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error

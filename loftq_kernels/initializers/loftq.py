@@ -12,7 +12,7 @@ from loftq_kernels.formats import Format, PackedTensor, get_format
 from loftq_kernels.initializers import low_rank
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks
-from loftq_kernels.ops.functional import check_scales
+from loftq_kernels.ops.functional import check_finite, check_scales, kernel_dtype
 
 ORDERS = ("quantize_first", "svd_first")
 WORKSPACE_BYTES = 1 << 30  # matrices go through the solver in chunks whose float32 working set stays below this
@@ -98,6 +98,8 @@ def loftq_init_batch(
         return []
     fmt = get_format(format)
     _check_batch(weights, names, rank, num_iter, scaling, order)
+    codebook = fmt.codebook(weights[0].device)
+    checks.check_quantize(weights[0], codebook, group_size, fmt.scale_rule, scale_dtype, scale_search)
     rows, columns = weights[0].shape
     mode = low_rank.resolve_mode(svd, rank, min(rows, columns))
     chunk = max(1, WORKSPACE_BYTES // (4 * 4 * rows * columns))
@@ -105,7 +107,7 @@ def loftq_init_batch(
     results: list[AdapterInit] = []
     for first in range(0, len(weights), chunk):
         state = _Alternation(
-            [weight.detach().to(target) for weight in weights[first : first + chunk]],
+            [kernel_dtype(weight.detach()).to(target) for weight in weights[first : first + chunk]],
             fmt,
             rank,
             group_size=group_size,
@@ -127,11 +129,7 @@ def _check_batch(
     weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str
 ) -> None:
     for name, weight in zip(names, weights, strict=True):
-        checks.check_floating(name, weight)
-        if weight.dim() != 2:
-            raise ValueError(f"{name} must be [out_features, in_features], got shape {tuple(weight.shape)}")
-        if weight.is_meta:
-            raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
+        checks.check_weight(name, weight)
         for what in ("shape", "dtype", "device"):
             mine, first = getattr(weight, what), getattr(weights[0], what)
             if mine != first:
@@ -172,7 +170,7 @@ class _Alternation:
         self.wide = shape[2] > shape[1]
         self.codebook = fmt.codebook(weights[0].device)
         # Residuals are divided by a power of two, which is exact, so that 1e30 or 1e-30 weights have float32 squares.
-        self.unit = [_power_of_two_below(weight) for weight in weights]
+        self.unit = [_power_of_two_below(weight, name) for weight, name in zip(weights, names, strict=True)]
         self.norms = [
             torch.linalg.vector_norm(weight, dtype=torch.float64).item() / unit
             for weight, unit in zip(weights, self.unit, strict=True)
@@ -276,6 +274,8 @@ class _Alternation:
         return results
 
 
-def _power_of_two_below(weight: Tensor) -> float:
-    largest = weight.abs().max().item() if weight.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
+def _power_of_two_below(weight: Tensor, name: str) -> float:
+    largest = weight.abs().max().item()
+    if not math.isfinite(largest):
+        check_finite(weight, name)
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0

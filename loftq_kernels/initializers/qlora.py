@@ -29,6 +29,7 @@ def qlora_init(
     ``rank=None`` gives no adapter: plain round to nearest. Raises as `quantize`, and ValueError for a rank outside
     1 .. min(N, K); errors call the weight ``name``.
     """
+    checks.check_weight(name, weight)
     if rank is not None:
         checks.check_rank(rank, *weight.shape)
     packed = quantize(weight, format, group_size, scale_dtype=scale_dtype, scale_search=scale_search, name=name)

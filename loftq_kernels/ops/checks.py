@@ -18,6 +18,15 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+def check_weight(name: str, weight: Tensor) -> None:
+    """A dense weight that can be quantized: a floating-point matrix with values."""
+    check_floating(name, weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{name} must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
+
+
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")

@@ -57,13 +57,18 @@ def quantize_tensors(
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
-    weight = weight.detach()
+    weight = kernel_dtype(weight.detach())
     codes, scale, offset = _kernels(backend, weight.device).quantize(
         weight, codebook, group_size, scale_rule, scale_dtype, scale_search
     )
     affine = offset if scale_rule == "minmax" else None
     check_scales(weight, scale, affine, group_size, name)
     return codes, scale, affine
+
+
+def kernel_dtype(weight: Tensor) -> Tensor:
+    """weight, in float32 where it is of a type (float64) that the quantize kernels do not read."""
+    return weight if weight.dtype in checks.SCALE_DTYPES else weight.float()
 
 
 def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> None:
@@ -90,8 +95,8 @@ def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_siz
 
 
 def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:
-    """A zero scale is right for a constant group. It may also drop noise below the matrix's own float32 resolution
-    (a row of zeros less a low-rank term), but never weights that matter."""
+    """A zero scale is right for a constant group, which its offset holds rounded. It may also drop noise below the
+    matrix's own float32 resolution (a row of zeros less a low-rank term), but never weights that matter."""
     rows = (scale == 0).any(1).nonzero().flatten()
     if rows.numel() == 0:
         return
@@ -104,7 +109,7 @@ def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, gro
     if offset is not None:
         deviation = deviation - per_column(offset).float()
     negligible = weight.abs().max().float() * torch.finfo(torch.float32).eps
-    lost = (deviation.abs() > negligible) & per_column(scale == 0)
+    lost = (deviation.abs() > (weight[rows].float().abs() / 2).clamp(min=negligible)) & per_column(scale == 0)
     if lost.any():
         row, column = lost.nonzero()[0].tolist()
         magnitude = deviation[row, column].abs().item()
@@ -151,7 +156,7 @@ def qlora_linear(
         lora_B,
         bias,
     )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _kernels(backend, x.device).qlora_linear(
         x,

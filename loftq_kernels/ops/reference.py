@@ -27,7 +27,7 @@ def quantize(
     groups = packing.num_groups(columns, group_size)
     if rows == 0 or columns == 0:
         empty = weight.new_empty(rows, groups, dtype=scale_dtype)
-        codes = weight.new_empty(rows, 0, dtype=torch.uint8)
+        codes = weight.new_empty(rows, packing.row_bytes(columns, codebook.numel().bit_length() - 1), dtype=torch.uint8)
         return codes, empty, empty.clone() if scale_rule == "minmax" else empty.new_empty(0)
     width = columns if group_size == -1 else group_size
     weight = weight.float()
@@ -46,7 +46,7 @@ def quantize(
             best = codes, scale, offset
             break
         residual = torch.where(exists, grouped - _decode(codes, scale, offset, codebook), 0.0)
-        error = residual.square().sum(-1, keepdim=True)
+        error = _sum_columns(residual.double().square())
         if best is None:
             best_error, best = error, (codes, scale, offset)
             continue
@@ -81,11 +81,23 @@ def _scale_and_offset(
         return scale, stored((low + (1 - factor) * 0.5 * (high - low)) + levels / 2 * scale)
     count = exists.sum(-1).view(-1, 1)
     values = torch.where(exists, grouped.double(), 0.0)
-    mean = values.sum(-1, keepdim=True) / count
+    mean = _sum_columns(values) / count
     deviation = torch.where(exists, grouped.double() - mean, 0.0)
-    variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    variance = _sum_columns(deviation.square()) / (count - 1).clamp(min=1)
     scale = (mean + 2.5 * variance.sqrt()).float()
     return stored(factor * torch.where(scale > 0, scale, absmax / codebook[-1])), None
+
+
+def _sum_columns(values: Tensor) -> Tensor:
+    """Float64 [..., g] -> [..., 1], added in the order that every backend keeps to: 32 interleaved partial sums, folded."""
+    blocks = pad(values, (0, -values.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    partial = blocks[..., 0, :]
+    for i in range(1, blocks.shape[-2]):
+        partial = partial + blocks[..., i, :]
+    while partial.shape[-1] > 1:
+        half = partial.shape[-1] // 2
+        partial = partial[..., :half] + partial[..., half:]
+    return partial
 
 
 def _reciprocal(scale: Tensor) -> Tensor:

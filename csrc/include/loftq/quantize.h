@@ -7,7 +7,8 @@
 //                   kMinMax : (max w - min w) / (2^b - 1)                        (affine: has an offset)
 //                   kMeanStd: mean + 2.5 * std (unbiased; all in float64, rounded once); where that is not > 0,
 //                             the kAbsmax scale
-//   2. factor f     1, or with scale_search the f in {1 - i/32 : i = 0..24} of least squared error (the first of equals;
+//   2. factor f     1, or with scale_search the f in {1 - i/32 : i = 0..24} of least squared error (the first of
+//   equals;
 //                   a NaN error never wins): float32 differences w - dequantized, squared and summed in float64
 //   3. stored scale round_to(scale_dtype, f * base)
 //      stored offset round_to(scale_dtype, (min + (1 - f) * 0.5 * (max - min)) + 2^(b-1) * stored scale)
@@ -26,38 +27,38 @@
 namespace loftq {
 
 struct QuantizeParams {
-  const void* weight;        // [n, k] of weight_dtype, rows weight_stride elements apart
+  const void* weight;  // [n, k] of weight_dtype, rows weight_stride elements apart
   DType weight_dtype;
   int64_t weight_stride;
-  const float* codebook;     // [2^bits], ascending; host memory for every backend
+  const float* codebook;  // [2^bits], ascending; host memory for every backend
   int64_t n;
   int64_t k;
-  int bits;                  // 2, 4 or 8
-  int64_t group_size;        // 32, 64, 128, 256 or -1: the whole row
+  int bits;            // 2, 4 or 8
+  int64_t group_size;  // 32, 64, 128, 256 or -1: the whole row
   ScaleRule scale_rule;
   bool scale_search;
   DType scale_dtype;
-  uint8_t* codes;            // [n, row_bytes(k, bits)]; fields beyond k become 0
-  void* scale;               // [n, num_groups] of scale_dtype
-  void* offset;              // [n, num_groups] of scale_dtype; nullptr unless kMinMax
+  uint8_t* codes;  // [n, row_bytes(k, bits)]; fields beyond k become 0
+  void* scale;     // [n, num_groups] of scale_dtype
+  void* offset;    // [n, num_groups] of scale_dtype; nullptr unless kMinMax
 
   // LoftQ's step in the same pass; all nullptr for a plain quantize.
-  const float* low_rank;     // [n, k] contiguous: quantize weight - low_rank instead of weight
-  float* residual;           // [n, k] contiguous, may be low_rank itself: receives weight - dequantized
-  double* residual_norm2;    // [n]: receives the squared norm of each residual row
+  const float* low_rank;   // [n, k] contiguous: quantize weight - low_rank instead of weight
+  float* residual;         // [n, k] contiguous, may be low_rank itself: receives weight - dequantized
+  double* residual_norm2;  // [n]: receives the squared norm of each residual row
 };
 
 struct DequantizeParams {
-  const uint8_t* codes;      // [n, row_bytes(k, bits)]
-  const void* scale;         // [n, num_groups] of scale_dtype
-  const void* offset;        // the same, or nullptr
+  const uint8_t* codes;  // [n, row_bytes(k, bits)]
+  const void* scale;     // [n, num_groups] of scale_dtype
+  const void* offset;    // the same, or nullptr
   DType scale_dtype;
-  const float* codebook;     // [2^bits]; host memory for every backend
+  const float* codebook;  // [2^bits]; host memory for every backend
   int64_t n;
   int64_t k;
   int bits;
   int64_t group_size;
-  void* out;                 // [n, k] contiguous, of out_dtype: computed in float32, rounded once
+  void* out;  // [n, k] contiguous, of out_dtype: computed in float32, rounded once
   DType out_dtype;
 };
 

@@ -1,0 +1,97 @@
+# make demo and make test set up everything they need in .venv; a second run starts in seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CMAKE_BUILD := build/cmake
+
+# Compile jobs: a file of kernels takes about 1 GB to compile.
+export MAX_JOBS ?= 2
+
+SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-python test-cpp lint bench gpu-test build clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      quantize a real model, print and plot what that does to it"
+	@echo "make test      all tests: pytest, and the C++ tests by CTest"
+	@echo "make lint      check style: ruff, clang-format"
+	@echo "make bench     measure (python -m bench)"
+	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
+	@echo "make build     the C++ extension alone"
+	@echo "make clean     remove what was built (.venv stays)"
+
+demo: $(VENV)/.demo $(VENV)/.ext
+	@echo "==> Running the demo"
+	@$(BIN)/loftq-kernels demo
+
+test: test-python test-cpp
+
+test-python: $(VENV)/.dev $(VENV)/.ext
+	@echo "==> Running the Python tests"
+	@$(BIN)/python -m pytest -q python_tests
+
+test-cpp: $(VENV)/.dev
+	@echo "==> Building the C++ tests"
+	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > $(VENV)/cmake.log \
+		|| { cat $(VENV)/cmake.log; exit 1; }
+	@$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(MAX_JOBS) -- --quiet
+	@echo "==> Running the C++ tests"
+	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs $(BIN)/clang-format --dry-run -Werror
+
+bench: $(VENV)/.dev $(VENV)/.ext
+	$(BIN)/python -m bench
+
+build: $(VENV)/.ext
+
+# Uses the torch and pytest that PYTHON has already: a CUDA build of torch is not for this Makefile to choose.
+gpu-test:
+	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2> /dev/null || \
+		{ echo "make gpu-test: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
+	@echo "==> Building the C++ extension for CUDA"
+	@LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	@echo "==> Running the tests that need a CUDA device"
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu python_tests
+
+clean:
+	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
+
+# ---- set-up: each stamp says that a step is done for the files it depends on
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' || \
+		{ echo "loftq_kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..."; exit 1; }
+	@echo "==> Creating the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: is the venv module installed?"; rm -rf $(VENV); exit 1; }
+
+# torch first and with its exact version: what depends on it later must not choose another, gigabytes larger.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "==> Installing torch (some hundred megabytes) and the build tools"
+	@$(PIP) torch numpy setuptools ninja pybind11
+	@rm -rf build/temp.* loftq_kernels/_C.*.so
+	@touch $@
+
+$(VENV)/.ext: $(VENV)/.torch $(SOURCES)
+	@echo "==> Building the C++ extension (a minute or two)"
+	@PATH=$(abspath $(BIN)):$$PATH LOFTQ_REQUIRE_EXT=1 $(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/ext.log 2>&1 \
+		|| { cat $(VENV)/ext.log; exit 1; }
+	@touch $@
+
+# The extension is built above, incrementally; these install what the package and its users import.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "==> Installing loftq_kernels (editable) and what the demo needs"
+	@LOFTQ_SKIP_EXT=1 $(PIP) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "==> Installing loftq_kernels (editable) and the development tools"
+	@LOFTQ_SKIP_EXT=1 $(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

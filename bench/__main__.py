@@ -1,0 +1,31 @@
+"""``python -m bench [SUBJECT ...]``: run benchmarks, one file a subject; all that need no GPU by default."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SUBJECTS = ("quantize", "init")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions, to try it out")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.subjects) - set(SUBJECTS))
+    if unknown:
+        parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS)}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for subject in args.subjects or SUBJECTS:
+        importlib.import_module(f"bench.bench_{subject}").run(args.output, quick=args.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

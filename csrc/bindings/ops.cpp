@@ -1,0 +1,194 @@
+#include "bindings/ops.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/util/Exception.h>
+
+namespace loftq::bindings {
+
+namespace {
+
+DType dtype_of(at::ScalarType type, const char* what) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, what, " has dtype ", type, "; expected float32, float16 or bfloat16");
+  }
+}
+
+ScaleRule scale_rule_of(std::string_view name) {
+  if (name == "absmax") return ScaleRule::kAbsmax;
+  if (name == "minmax") return ScaleRule::kMinMax;
+  if (name == "mean_std") return ScaleRule::kMeanStd;
+  TORCH_CHECK_VALUE(false, "scale_rule=\"", name, "\" is not one of absmax, minmax, mean_std");
+}
+
+void check_group_size(int64_t group_size) {
+  const bool valid = group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
+  TORCH_CHECK_VALUE(valid, "group_size=", group_size, " is not one of 32, 64, 128, 256, -1");
+}
+
+void check_device(const at::Tensor& tensor, const at::Tensor& like, const char* what) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), what, " is on ", tensor.device(), ", expected ", like.device());
+}
+
+void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* what) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " has shape ", tensor.sizes(), ", expected ", shape);
+}
+
+// Bits of the codes of a code book: log2 of its length.
+int bits_of(const at::Tensor& codebook) {
+  const int64_t size = codebook.numel();
+  const bool valid = codebook.dim() == 1 && (size == 4 || size == 16 || size == 256);
+  TORCH_CHECK_VALUE(valid, "codebook has shape ", codebook.sizes(), ", expected [4], [16] or [256]");
+  TORCH_CHECK_VALUE(codebook.scalar_type() == at::kFloat, "codebook has dtype ", codebook.scalar_type(),
+                    ", expected float32");
+  return size == 4 ? 2 : size == 16 ? 4 : 8;
+}
+
+void check_bits(int64_t bits) {
+  TORCH_CHECK_VALUE(bits == 2 || bits == 4 || bits == 8, "bits=", bits, " is not one of 2, 4, 8");
+}
+
+void check_bytes(const at::Tensor& tensor, const char* what) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.scalar_type() == at::kByte, what, " has shape ", tensor.sizes(),
+                    " and dtype ", tensor.scalar_type(), ", expected 2 dimensions of uint8");
+}
+
+}  // namespace
+
+void raise_if(Status status) { TORCH_CHECK_VALUE(status == nullptr, status); }
+
+QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
+                              std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sizes(), ", expected [N, K]");
+  check_group_size(group_size);
+  QuantizeCall call;
+  QuantizeParams& p = call.params;
+  p = QuantizeParams{};
+  p.bits = bits_of(codebook);
+  p.weight_dtype = dtype_of(weight.scalar_type(), "weight");
+  p.scale_dtype = dtype_of(scale_dtype, "scale");
+  p.scale_rule = scale_rule_of(scale_rule);
+  p.scale_search = scale_search;
+  p.group_size = group_size;
+  p.n = weight.size(0);
+  p.k = weight.size(1);
+
+  call.weight = p.k > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
+  call.codebook = codebook.cpu().contiguous();
+  const int64_t groups = num_groups(p.k, group_size);
+  call.codes = at::empty({p.n, row_bytes(p.k, p.bits)}, weight.options().dtype(at::kByte));
+  call.scale = at::empty({p.n, groups}, weight.options().dtype(scale_dtype));
+  const bool affine = p.scale_rule == ScaleRule::kMinMax;
+  call.offset = affine ? at::empty_like(call.scale) : at::empty({0}, call.scale.options());
+
+  p.weight = call.weight.const_data_ptr();
+  p.weight_stride = call.weight.stride(0);
+  p.codebook = call.codebook.const_data_ptr<float>();
+  p.codes = call.codes.mutable_data_ptr<uint8_t>();
+  p.scale = call.scale.mutable_data_ptr();
+  p.offset = affine ? call.offset.mutable_data_ptr() : nullptr;
+  return call;
+}
+
+QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
+                                       int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
+                                       bool scale_search, const at::Tensor& norms) {
+  QuantizeCall call = prepare_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search);
+  check_shape(low_rank, weight.sizes(), "low_rank");
+  check_device(low_rank, weight, "low_rank");
+  TORCH_CHECK_VALUE(low_rank.scalar_type() == at::kFloat && low_rank.is_contiguous(),
+                    "low_rank must be contiguous float32; it is ", low_rank.scalar_type(), " with strides ",
+                    low_rank.strides());
+  const at::MemOverlapStatus overlap = at::get_overlap_status(low_rank, weight);
+  TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
+                    "low_rank and weight share memory, but low_rank is overwritten");
+  call.params.low_rank = low_rank.const_data_ptr<float>();
+  call.params.residual = low_rank.mutable_data_ptr<float>();
+  call.params.residual_norm2 = norms.mutable_data_ptr<double>();
+  return call;
+}
+
+DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
+                                  int64_t in_features, int64_t group_size, at::ScalarType dtype) {
+  check_bytes(codes, "codes");
+  TORCH_CHECK_VALUE(in_features >= 0, "in_features=", in_features, " is negative");
+  check_group_size(group_size);
+  DequantizeCall call;
+  DequantizeParams& p = call.params;
+  p = DequantizeParams{};
+  p.bits = bits_of(codebook);
+  p.n = codes.size(0);
+  p.k = in_features;
+  p.group_size = group_size;
+  p.out_dtype = dtype_of(dtype, "out");
+  p.scale_dtype = dtype_of(scale.scalar_type(), "scale");
+  check_device(scale, codes, "scale");
+  check_shape(codes, {p.n, row_bytes(p.k, p.bits)}, "codes");
+  check_shape(scale, {p.n, num_groups(p.k, group_size)}, "scale");
+
+  call.codes = codes.contiguous();
+  call.scale = scale.contiguous();
+  call.codebook = codebook.cpu().contiguous();
+  call.out = at::empty({p.n, p.k}, codes.options().dtype(dtype));
+  if (offset) {
+    check_device(*offset, codes, "offset");
+    check_shape(*offset, scale.sizes(), "offset");
+    TORCH_CHECK_VALUE(offset->scalar_type() == scale.scalar_type(), "offset has dtype ", offset->scalar_type(),
+                      ", but scale has ", scale.scalar_type());
+    call.offset = offset->contiguous();
+    p.offset = call.offset.const_data_ptr();
+  }
+  p.codes = call.codes.const_data_ptr<uint8_t>();
+  p.scale = call.scale.const_data_ptr();
+  p.codebook = call.codebook.const_data_ptr<float>();
+  p.out = call.out.mutable_data_ptr();
+  return call;
+}
+
+at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked) {
+  const DequantizeParams& p = call.params;
+  const auto columns = [&](const at::Tensor& groups) {
+    const int64_t width = p.group_size < 0 ? p.k : p.group_size;
+    return groups.to(at::kDouble).repeat_interleave(width, 1).narrow(1, 0, p.k);
+  };
+  const at::Tensor codebook = call.codebook.to(unpacked.device(), at::kDouble);
+  at::Tensor dense = codebook.index_select(0, unpacked.view(-1).to(at::kInt)).view({p.n, p.k});
+  dense.mul_(columns(call.scale));
+  return p.offset ? dense.add_(columns(call.offset)) : dense;
+}
+
+PackCall prepare_pack(const at::Tensor& codes, int64_t bits) {
+  check_bits(bits);
+  check_bytes(codes, "codes");
+  PackCall call;
+  const int width = static_cast<int>(bits);
+  const int64_t n = codes.size(0), k = codes.size(1);
+  call.codes = codes.contiguous();
+  call.packed = at::empty({n, row_bytes(k, width)}, codes.options());
+  call.params = {call.codes.const_data_ptr<uint8_t>(), n, k, width, call.packed.mutable_data_ptr<uint8_t>()};
+  return call;
+}
+
+UnpackCall prepare_unpack(const at::Tensor& packed, int64_t bits, int64_t in_features) {
+  check_bits(bits);
+  check_bytes(packed, "packed");
+  const int width = static_cast<int>(bits);
+  const bool consistent = in_features >= 0 && packed.size(1) == row_bytes(in_features, width);
+  TORCH_CHECK_VALUE(consistent, "packed has shape ", packed.sizes(), ", which does not hold in_features=", in_features,
+                    " at bits=", bits);
+  UnpackCall call;
+  const int64_t n = packed.size(0);
+  call.packed = packed.contiguous();
+  call.codes = at::empty({n, in_features}, packed.options());
+  call.params = {call.packed.const_data_ptr<uint8_t>(), n, in_features, width, call.codes.mutable_data_ptr<uint8_t>()};
+  return call;
+}
+
+}  // namespace loftq::bindings

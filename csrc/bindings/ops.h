@@ -1,0 +1,67 @@
+// What the ops of every device share: tensors checked for memory safety, turned into the kernels' plain parameters.
+// The Python package checks arguments for meaning before; these checks keep a direct call from reading wild memory.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string_view>
+
+#include "loftq/cpu.h"
+#include "loftq/quantize.h"
+
+namespace loftq::bindings {
+
+// Throws ValueError with the reason that a launch_* returned, if it returned one.
+void raise_if(Status status);
+
+// A quantize call: its parameters, with the tensors that they point into.
+struct QuantizeCall {
+  at::Tensor weight;    // [N, K], last stride 1
+  at::Tensor codebook;  // [2^bits] float32, on the CPU whatever the device of the rest
+  at::Tensor codes;     // [N, row_bytes] uint8
+  at::Tensor scale;     // [N, G]
+  at::Tensor offset;    // [N, G], or [0] where the rule has none
+  QuantizeParams params;
+};
+
+QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
+                              std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search);
+
+// The same, for low_rank [N, K] float32 to be replaced by the residual, whose squared row norms go to norms [N].
+QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
+                                       int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
+                                       bool scale_search, const at::Tensor& norms);
+
+struct DequantizeCall {
+  at::Tensor codes, scale, offset;
+  at::Tensor codebook;  // on the CPU
+  at::Tensor out;       // [N, in_features]
+  DequantizeParams params;
+};
+
+DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
+                                  int64_t in_features, int64_t group_size, at::ScalarType dtype);
+
+// codebook[codes] * scale + offset [N, in_features] in float64, by ATen: for checking other results. `call` is a
+// float32 one, and unpacked are its codes, one a byte.
+at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked);
+
+struct PackCall {
+  at::Tensor codes;   // [N, K] uint8
+  at::Tensor packed;  // [N, row_bytes] uint8
+  PackParams params;
+};
+
+PackCall prepare_pack(const at::Tensor& codes, int64_t bits);
+
+struct UnpackCall {
+  at::Tensor packed;  // [N, row_bytes] uint8
+  at::Tensor codes;   // [N, in_features] uint8
+  UnpackParams params;
+};
+
+UnpackCall prepare_unpack(const at::Tensor& packed, int64_t bits, int64_t in_features);
+
+}  // namespace loftq::bindings

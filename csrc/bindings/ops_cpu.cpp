@@ -1,0 +1,68 @@
+// The CPU kernels of the ops. Their schemas are defined in loftq_kernels/ops/schemas.py.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "bindings/ops.h"
+#include "loftq/cpu.h"
+
+namespace loftq::bindings {
+
+namespace {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, const Tensor& codebook, int64_t group_size,
+                                                std::string_view scale_rule, at::ScalarType scale_dtype,
+                                                bool scale_search) {
+  QuantizeCall call = prepare_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search);
+  raise_if(launch_quantize_cpu(call.params, at::get_num_threads()));
+  return {call.codes, call.scale, call.offset};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_residual_cpu(const Tensor& weight, Tensor& low_rank,
+                                                                 const Tensor& codebook, int64_t group_size,
+                                                                 std::string_view scale_rule,
+                                                                 at::ScalarType scale_dtype, bool scale_search) {
+  const Tensor norms = at::empty({weight.dim() > 0 ? weight.size(0) : 0}, weight.options().dtype(at::kDouble));
+  QuantizeCall call =
+      prepare_quantize_residual(weight, low_rank, codebook, group_size, scale_rule, scale_dtype, scale_search, norms);
+  raise_if(launch_quantize_cpu(call.params, at::get_num_threads()));
+  double total = 0;  // in the order of the rows, so that it does not depend on the number of threads
+  for (int64_t row = 0; row < call.params.n; ++row) total += call.params.residual_norm2[row];
+  return {call.codes, call.scale, call.offset, at::scalar_tensor(total, norms.options())};
+}
+
+Tensor unpack_codes_cpu(const Tensor& packed, int64_t bits, int64_t in_features) {
+  UnpackCall call = prepare_unpack(packed, bits, in_features);
+  raise_if(launch_unpack_cpu(call.params, at::get_num_threads()));
+  return call.codes;
+}
+
+Tensor pack_codes_cpu(const Tensor& codes, int64_t bits) {
+  PackCall call = prepare_pack(codes, bits);
+  raise_if(launch_pack_cpu(call.params, at::get_num_threads()));
+  return call.packed;
+}
+
+Tensor dequantize_cpu(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                      const Tensor& codebook, int64_t in_features, int64_t group_size, at::ScalarType dtype) {
+  const at::ScalarType computed = dtype == at::kDouble ? at::kFloat : dtype;
+  DequantizeCall call = prepare_dequantize(codes, scale, offset, codebook, in_features, group_size, computed);
+  if (dtype == at::kDouble) return dequantize_float64(call, unpack_codes_cpu(codes, call.params.bits, in_features));
+  raise_if(launch_dequantize_cpu(call.params, at::get_num_threads()));
+  return call.out;
+}
+
+TORCH_LIBRARY_IMPL(loftq_kernels, CPU, m) {
+  m.impl("quantize", quantize_cpu);
+  m.impl("quantize_residual_", quantize_residual_cpu);
+  m.impl("dequantize", dequantize_cpu);
+  m.impl("pack_codes", pack_codes_cpu);
+  m.impl("unpack_codes", unpack_codes_cpu);
+}
+
+}  // namespace
+
+}  // namespace loftq::bindings

@@ -1,0 +1,124 @@
+// Chooses the instruction set, checks the arguments, divides the rows among threads.
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/target.h"
+#include "loftq/cpu.h"
+
+namespace loftq {
+
+namespace {
+
+// In order of preference: the first that the machine can run is used.
+const CpuKernels* const kImplementations[] = {
+#if LOFTQ_X86
+    &kAvx512Kernels,
+    &kAvx2Kernels,
+#endif
+    &kScalarKernels,
+};
+
+bool runs_here(const CpuKernels& kernels) { return (kernels.required & ~cpu_features()) == 0; }
+
+Status unknown_isa(const char* name) {
+  thread_local std::string message;
+  message = std::string("LOFTQ_CPU_ISA=") + name + " is not an instruction set of this machine and build; valid here:";
+  for (const CpuKernels* kernels : kImplementations) {
+    if (runs_here(*kernels)) message += std::string(" ") + kernels->name;
+  }
+  return message.c_str();
+}
+
+Status select(const CpuKernels** chosen) {
+  const char* forced = std::getenv("LOFTQ_CPU_ISA");
+  const bool any = forced == nullptr || *forced == '\0';
+  for (const CpuKernels* kernels : kImplementations) {
+    if (!runs_here(*kernels) || !(any || std::string(forced) == kernels->name)) continue;
+    *chosen = kernels;
+    return nullptr;
+  }
+  return unknown_isa(forced);
+}
+
+Status check_layout(int64_t n, int64_t k, int bits) {
+  if (n < 0 || k < 0) return "n and k must not be negative";
+  if (bits != 2 && bits != 4 && bits != 8) return "bits must be 2, 4 or 8";
+  return nullptr;
+}
+
+Status check_groups(int64_t group_size) {
+  const bool valid = group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
+  return valid ? nullptr : "group_size must be 32, 64, 128, 256 or -1";
+}
+
+Status check(const QuantizeParams& p) {
+  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
+  if (Status error = check_groups(p.group_size)) return error;
+  if (p.n == 0 || p.k == 0) return nullptr;  // pointers to nothing may be null
+  if ((p.scale_rule == ScaleRule::kMinMax) != (p.offset != nullptr))
+    return "offset belongs to kMinMax, and to it alone";
+  if (p.residual_norm2 != nullptr && p.residual == nullptr) return "residual_norm2 needs residual";
+  return nullptr;
+}
+
+Status check(const DequantizeParams& p) {
+  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
+  return check_groups(p.group_size);
+}
+
+// body(thread, begin, end, scratch of `floats` floats)
+template <class Body>
+Status parallel_rows_with_scratch(int num_threads, int64_t n, int64_t k, int64_t floats, const Body& body) {
+  const int threads = useful_threads(num_threads, n, k);
+  const std::unique_ptr<float[]> scratch(new (std::nothrow) float[threads * floats]);
+  if (scratch == nullptr) return "out of memory for one row per thread";
+  parallel_rows(threads, n,
+                [&](int thread, int64_t begin, int64_t end) { body(begin, end, scratch.get() + thread * floats); });
+  return nullptr;
+}
+
+}  // namespace
+
+Status launch_quantize_cpu(const QuantizeParams& p, int num_threads) {
+  if (Status error = check(p)) return error;
+  const CpuKernels* kernels;
+  if (Status error = select(&kernels)) return error;
+  if (p.n == 0) return nullptr;
+  return parallel_rows_with_scratch(
+      num_threads, p.n, p.k, quantize_scratch(p),
+      [&](int64_t begin, int64_t end, float* scratch) { kernels->quantize_rows(p, begin, end, scratch); });
+}
+
+Status launch_dequantize_cpu(const DequantizeParams& p, int num_threads) {
+  if (Status error = check(p)) return error;
+  const CpuKernels* kernels;
+  if (Status error = select(&kernels)) return error;
+  if (p.n == 0) return nullptr;
+  return parallel_rows_with_scratch(
+      num_threads, p.n, p.k, dequantize_scratch(p),
+      [&](int64_t begin, int64_t end, float* scratch) { kernels->dequantize_rows(p, begin, end, scratch); });
+}
+
+const char* active_isa(Status* status) {
+  const CpuKernels* kernels = nullptr;
+  const Status error = select(&kernels);
+  if (status != nullptr) *status = error;
+  return error == nullptr ? kernels->name : nullptr;
+}
+
+int supported_isas(const char** names, int capacity) {
+  int count = 0;
+  for (const CpuKernels* kernels : kImplementations) {
+    if (!runs_here(*kernels)) continue;
+    if (count < capacity) names[count] = kernels->name;
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace loftq

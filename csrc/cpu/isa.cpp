@@ -1,0 +1,54 @@
+#include "cpu/isa.h"
+
+#include "cpu/target.h"
+
+#if LOFTQ_X86
+#include <cpuid.h>
+#endif
+
+namespace loftq {
+
+#if LOFTQ_X86
+
+namespace {
+
+// XCR0: the register files that the operating system saves at a context switch. A processor may have AVX-512 while
+// the system does not save zmm registers; CPUID alone would then choose instructions that fault.
+uint64_t saved_registers() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+constexpr bool has_all(uint64_t value, uint64_t mask) { return (value & mask) == mask; }
+
+uint32_t detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  const bool f16c = c & bit_F16C;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  constexpr uint64_t kYmm = 0x06;  // xmm, ymm
+  constexpr uint64_t kZmm = 0xe6;  // and the mask registers, the upper halves of zmm0-15, zmm16-31
+  const uint64_t saved = saved_registers();
+  uint32_t features = 0;
+  if (has_all(saved, kYmm) && f16c) features |= kF16c;
+  if (has_all(saved, kYmm) && (b & bit_AVX2)) features |= kAvx2;
+  constexpr uint32_t kAvx512Bits = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if (has_all(saved, kZmm) && has_all(b, kAvx512Bits)) features |= kAvx512;
+  return features;
+}
+
+}  // namespace
+
+uint32_t cpu_features() {
+  static const uint32_t features = detect();
+  return features;
+}
+
+#else
+
+uint32_t cpu_features() { return 0; }
+
+#endif
+
+}  // namespace loftq

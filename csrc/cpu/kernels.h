@@ -1,0 +1,36 @@
+// What an instruction set implements. A new one is a file that defines a CpuKernels, and a line in dispatch.cpp's list.
+#pragma once
+
+#include "loftq/quantize.h"
+
+namespace loftq {
+
+struct CpuKernels {
+  const char* name;   // as LOFTQ_CPU_ISA spells it
+  uint32_t required;  // mask of Feature that the machine must have
+
+  // Rows [begin, end). scratch: quantize_scratch(params) or dequantize_scratch(params) floats of the calling thread's.
+  void (*quantize_rows)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
+  void (*dequantize_rows)(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
+};
+
+extern const CpuKernels kScalarKernels;
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+
+// Columns handled together: whole groups and whole tiles.
+constexpr int64_t span_columns(int64_t k, int64_t group_size) {
+  return group_size < 0 ? padded_k(k) : group_size < kTile ? kTile : group_size;
+}
+
+// Two spans in float32: the weights, and the weights less the low-rank term.
+constexpr int64_t quantize_scratch(const QuantizeParams& params) {
+  return 2 * span_columns(params.k, params.group_size);
+}
+
+// One row of scales and offsets in float32.
+constexpr int64_t dequantize_scratch(const DequantizeParams& params) {
+  return 2 * num_groups(params.k, params.group_size);
+}
+
+}  // namespace loftq

@@ -1,0 +1,26 @@
+#include "cpu/target.h"
+
+#if LOFTQ_X86
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/simd_avx2.h"
+#include "loftq/half.h"
+
+LOFTQ_TARGET_BEGIN("avx2,f16c")
+
+#include "cpu/generic/dequantize.h"
+#include "cpu/generic/quantize.h"
+
+LOFTQ_TARGET_END
+
+namespace loftq {
+
+const CpuKernels kAvx2Kernels = {"avx2", kAvx2 | kF16c, quantize_rows<Avx2>, dequantize_rows<Avx2>};
+
+}  // namespace loftq
+
+#endif

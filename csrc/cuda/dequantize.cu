@@ -1,0 +1,84 @@
+// launch_dequantize_cuda: out[n, k] = codebook[code] * scale[n, k / g] + offset[n, k / g], rounded once.
+#include "codebook.cuh"
+#include "loftq/cuda.h"
+#include "scale_rule.cuh"
+
+namespace loftq {
+namespace {
+
+constexpr int kDequantizeThreads = 256;
+
+template <int kBits>
+struct DequantizeArgs {
+  DequantizeParams p;
+  Codebook<kBits> book;
+  bool out_quads;
+};
+
+// A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, stored at once.
+template <int kBits>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    _dequantize_kernel(const __grid_constant__ DequantizeArgs<kBits> args) {
+  constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
+  const DequantizeParams& p = args.p;
+  float* values = reinterpret_cast<float*>(dynamic_shared());
+  args.book.copy_to(values, nullptr);
+  __syncthreads();
+
+  const int64_t bytes = row_bytes(p.k, kBits);
+  const int64_t groups = num_groups(p.k, p.group_size);
+  const int64_t group_size = p.group_size < 0 ? p.k : p.group_size;
+  for (int64_t row = blockIdx.x; row < p.n; row += gridDim.x) {
+    for (int64_t byte = threadIdx.x * kQuad; byte < bytes; byte += blockDim.x * kQuad) {
+      const unsigned word = *reinterpret_cast<const unsigned*>(p.codes + row * bytes + byte);
+      const int64_t first = byte / kRun * kTile + byte % kRun;
+#pragma unroll
+      for (int field = 0; field < 8 / kBits; ++field) {
+        const int64_t column = first + field * kRun;
+        if (column >= p.k) break;
+        const int64_t group = row * groups + column / group_size;
+        const float scale = load_element(p.scale, p.scale_dtype, group);
+        const float offset = p.offset == nullptr ? 0.0f : load_element(p.offset, p.scale_dtype, group);
+        float out[kQuad];
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          const int code = word >> (8 * i + field * kBits) & ((1 << kBits) - 1);
+          out[i] = decode(values[code], scale, offset, p.offset != nullptr);
+        }
+        const int count = static_cast<int>(p.k - column < kQuad ? p.k - column : kQuad);
+        store_quad(p.out, p.out_dtype, row * p.k + column, count, args.out_quads, out);
+      }
+    }
+  }
+}
+
+template <int kBits>
+cudaError_t launch_bits(const DequantizeParams& p, cudaStream_t stream) {
+  DequantizeArgs<kBits> args;
+  args.p = p;
+  args.book = Codebook<kBits>::from_host(p.codebook);
+  args.out_quads = quads_aligned(p.out, p.out_dtype, p.k);
+  const int64_t warps = ceil_div(row_bytes(p.k, kBits), kWarpSize * kQuad);
+  const int threads = kWarpSize * static_cast<int>(warps < 8 ? warps : kDequantizeThreads / kWarpSize);
+  return launch(_dequantize_kernel<kBits>, p.n, threads, sizeof(float) << kBits, stream, args);
+}
+
+bool valid(const DequantizeParams& p) {
+  if (p.n < 0 || p.k < 0 || (p.bits != 2 && p.bits != 4 && p.bits != 8)) return false;
+  if (p.group_size == 0 || p.group_size < -1 || (p.group_size > 0 && p.group_size % 32 != 0)) return false;
+  if (p.n == 0 || p.k == 0) return true;
+  if (p.codes == nullptr || p.scale == nullptr || p.codebook == nullptr || p.out == nullptr) return false;
+  return reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;
+}
+
+}  // namespace
+
+cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cudaStream_t stream) {
+  if (!valid(params)) return cudaErrorInvalidValue;
+  if (params.n == 0 || params.k == 0) return cudaSuccess;
+  if (params.bits == 2) return launch_bits<2>(params, stream);
+  if (params.bits == 4) return launch_bits<4>(params, stream);
+  return launch_bits<8>(params, stream);
+}
+
+}  // namespace loftq

@@ -1,0 +1,40 @@
+// The CPU kernels. Each picks, at run time, the widest instruction set that this machine has; all give the same bits.
+#pragma once
+
+#include "loftq/quantize.h"
+
+namespace loftq {
+
+// Codes, one a byte, to or from the storage contract of packing.h.
+struct PackParams {
+  const uint8_t* codes;  // [n, k] contiguous, each below 2^bits
+  int64_t n;
+  int64_t k;
+  int bits;         // 2, 4 or 8
+  uint8_t* packed;  // [n, row_bytes(k, bits)]; fields beyond k become 0
+};
+
+struct UnpackParams {
+  const uint8_t* packed;  // [n, row_bytes(k, bits)]
+  int64_t n;
+  int64_t k;
+  int bits;
+  uint8_t* codes;  // [n, k] contiguous
+};
+
+// Rows are divided among at most num_threads threads; results do not depend on how many.
+Status launch_quantize_cpu(const QuantizeParams& params, int num_threads);
+Status launch_dequantize_cpu(const DequantizeParams& params, int num_threads);
+Status launch_pack_cpu(const PackParams& params, int num_threads);
+Status launch_unpack_cpu(const UnpackParams& params, int num_threads);
+
+// The name of the instruction set in use: the first of supported_isas(), or the one that the environment variable
+// LOFTQ_CPU_ISA names (it is read at every launch). nullptr, with the reason in `status` if that is given, where the
+// variable names none of them; then every launch_* fails with that reason, which stands until this thread's next call.
+const char* active_isa(Status* status = nullptr);
+
+// Names of the instruction sets that this build and this machine have, widest first; "scalar" is always the last.
+// Returns how many there are and stores the first `capacity` of them.
+int supported_isas(const char** names, int capacity);
+
+}  // namespace loftq

@@ -1,0 +1,48 @@
+// LoftQ (Li et al., ICLR 2024) for a batch of same-shape matrices, over ATen:
+//
+//   Q_t = quantize(W - s B_{t-1} A_{t-1});   s B_t A_t = SVD_r(W - Q_t);   B_0 A_0 = 0
+//
+// The low-rank term of a residual E = W - Q is held as V, an orthonormal basis on its shorter side, and E V; then
+// ||E - E V V^T||^2 = ||E||^2 - ||E V||^2, so an adapter never makes the error worse than none. The best iterate is
+// kept. Memory a matrix, beside the weight: one residual in the operand dtype, which also receives the low-rank term,
+// and the codes and factors of the best and the current iterate; nothing of size N x K x 2^bits.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace loftq {
+
+struct LoftQOptions {
+  int64_t rank;
+  int64_t num_iter;
+  double scaling;                // the factors are divided by its square root
+  bool exact;                    // solver: float64 Gram matrix and eigh, or block Krylov then warm-started
+  bool svd_first;                // take the SVD of W - Q_{t-1} (Q_0 = 0) before quantizing
+  at::ScalarType operand_dtype;  // of the residual and of the power steps: float32 or bfloat16
+  int64_t cold_steps;            // Krylov steps of the first alternation
+  int64_t warm_steps;            // and of the later ones, which start from the last space
+  int64_t group_size;
+  std::string scale_rule;  // "absmax", "minmax" or "mean_std"
+  at::ScalarType scale_dtype;
+  bool scale_search;
+};
+
+struct LoftQResult {
+  at::Tensor codes, scale, offset;  // [N, K_pad * b / 8], [N, G], [N, G] or [0]
+  at::Tensor lora_A, lora_B;        // [r, K], [N, r] float32
+  double error;                     // ||W - Q - scaling B A||_F / ||W||_F of this, the best iterate
+  std::vector<double> errors;       // the same after every alternation
+};
+
+// weights: B of [N, K] on one device. start: [longer side, w] Gaussian, for the fast solver. poll is called after every
+// alternation and may throw to interrupt. A scale that does not fit scale_dtype ends the alternation of the whole
+// batch; it shows as a non-finite scale in the result.
+std::vector<LoftQResult> loftq_batch(const std::vector<at::Tensor>& weights, const at::Tensor& codebook,
+                                     const at::Tensor& start, const LoftQOptions& options,
+                                     const std::function<void()>& poll);
+
+}  // namespace loftq

