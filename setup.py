@@ -39,7 +39,11 @@ def extension():
     if sys.platform == "linux":
         flags.append("-fopenmp")
         link_flags.append("-fopenmp")
-    files = sources("cpu", ".cpp") + [path for path in sources("bindings", ".cpp") if not path.endswith("_cuda.cpp")]
+    files = (
+        sources("cpu", ".cpp")
+        + sources("loftq", ".cpp")
+        + [path for path in sources("bindings", ".cpp") if not path.endswith("_cuda.cpp")]
+    )
     macros = []
     with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources("cuda", ".cu"))
     if with_cuda:

@@ -45,7 +45,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     path.mkdir(parents=True, exist_ok=True)
-    previous = CheckpointConfig.read(path).tensor_file if (path / CONFIG_NAME).is_file() else None
+    previous = _tensor_file_of(path)
     pending = path / ".tensors.tmp"
     try:
         storage.save_tensors(pending, tensors, {"format": "pt"})
@@ -89,8 +89,8 @@ def load_quantized(
         if config.transformers is None:
             raise ValueError(f"{path} does not hold a transformers model: pass the architecture as model=")
         model = pretrained.skeleton(config.transformers)
+    _check_places(model, config.layers)
     layers = {name: spec.build() for name, spec in config.layers.items()}
-    _check_places(model, layers)
     with storage.open_tensors(file, device) as stored:
         _check_tensors(model, layers, config, stored)
         for name, layer in layers.items():
@@ -102,6 +102,14 @@ def load_quantized(
         _assign(model, name, _get(model, source))
     train_only_adapters(model)
     return model
+
+
+def _tensor_file_of(path: Path) -> str | None:
+    """The tensor file of the checkpoint that is in path; None where there is none that can be read."""
+    try:
+        return CheckpointConfig.read(path).tensor_file
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -126,9 +134,9 @@ def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, tied, sorted(name for name in tensors if name not in persistent)
 
 
-def _check_places(model: nn.Module, layers: Mapping[str, QuantLoRALinear]) -> None:
+def _check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
     """Every layer of the checkpoint has a linear layer of its shape to replace."""
-    for name, layer in layers.items():
+    for name, spec in layers.items():
         try:
             old = model.get_submodule(name)
         except AttributeError as error:
@@ -136,9 +144,9 @@ def _check_places(model: nn.Module, layers: Mapping[str, QuantLoRALinear]) -> No
         shape = _linear_shape(old)
         if shape is None:
             raise ValueError(f"layer {name!r} is a {type(old).__name__}, the checkpoint holds a linear layer")
-        if shape != (layer.out_features, layer.in_features):
+        if shape != (spec.out_features, spec.in_features):
             raise ValueError(
-                f"layer {name!r} has shape {shape}, the checkpoint holds ({layer.out_features}, {layer.in_features})"
+                f"layer {name!r} has shape {shape}, the checkpoint holds ({spec.out_features}, {spec.in_features})"
             )
 
 
@@ -171,9 +179,11 @@ def _check_tensors(
         if found:
             raise ValueError(f"the checkpoint {what} tensors of {type(model).__name__}: {', '.join(found[:5])}")
     for name in names:
-        shape = tuple(stored.get_slice(name).get_shape())
+        shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
         if shape != tuple(expected[name].shape):
             raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {tuple(expected[name].shape)}")
+        if dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
+            raise ValueError(f"tensor {name!r} is {dtype}, the model needs {expected[name].dtype}")
     for layer_name, layer in layers.items():
         _check_packed(layer_name, layer, config.tied, stored)
 

@@ -53,8 +53,11 @@ class LayerSpec:
             raise ValueError(f"layer {name!r}: expected the keys {fields}, got {values!r}")
         spec = cls(**values)
         try:
-            if min(spec.in_features, spec.out_features) < 1:
-                raise ValueError(f"in_features={spec.in_features}, out_features={spec.out_features}")
+            for size in (spec.in_features, spec.out_features):
+                if type(size) is not int or size < 1:
+                    raise ValueError(f"in_features={spec.in_features!r}, out_features={spec.out_features!r}")
+            if not isinstance(spec.bias, bool):
+                raise ValueError(f"bias={spec.bias!r}")
             get_format(spec.format)
             check_group_size(spec.group_size)
             if spec.rank is not None:
@@ -107,7 +110,7 @@ class CheckpointConfig:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any description of layers")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON (truncated or corrupted?): {error}") from error
         version = values.pop("loftq_format_version", None) if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
@@ -117,6 +120,9 @@ class CheckpointConfig:
             layers = {name: LayerSpec.parse(name, spec) for name, spec in config.layers.items()}
             if Path(config.tensor_file).name != config.tensor_file:
                 raise ValueError(f"tensor_file {config.tensor_file!r} is not a plain file name")
+            for name in (*config.tied, *config.tied.values(), *config.non_persistent):
+                if not isinstance(name, str):
+                    raise ValueError(f"{name!r} is not the name of a tensor")
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
         return dataclasses.replace(config, layers=layers)

@@ -90,6 +90,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _quantize(args: argparse.Namespace) -> None:
     if (args.model_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{args.model_dir} is already quantized: it holds {CONFIG_NAME}")
+    _check_device(args.device)
     exclude = args.exclude
     if exclude is None:
         plain = not (args.model_dir / "config.json").is_file()
@@ -114,6 +115,13 @@ def _quantize(args: argparse.Namespace) -> None:
     _copy_tokenizer(args.model_dir, args.output_dir)
     print(report)
     print(f"saved to {args.output_dir}")
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _override(text: str) -> tuple[str, dict | None]:

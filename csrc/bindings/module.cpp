@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/module.h"
 #include "loftq/cpu.h"
 
 namespace py = pybind11;
@@ -56,4 +57,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What the extension was built with: torch, compiler, openmp, cuda.");
   m.def("cpu_isa", &cpu_isa, "The CPU instruction set in use; the environment variable LOFTQ_CPU_ISA forces one.");
   m.def("cpu_isas", &cpu_isas, "The CPU instruction sets that this machine and build have, widest first.");
+  loftq::bindings::bind_loftq(m);
 }

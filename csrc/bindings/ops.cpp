@@ -102,14 +102,13 @@ QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tenso
   QuantizeCall call = prepare_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search);
   check_shape(low_rank, weight.sizes(), "low_rank");
   check_device(low_rank, weight, "low_rank");
-  TORCH_CHECK_VALUE(low_rank.scalar_type() == at::kFloat && low_rank.is_contiguous(),
-                    "low_rank must be contiguous float32; it is ", low_rank.scalar_type(), " with strides ",
-                    low_rank.strides());
+  TORCH_CHECK_VALUE(low_rank.is_contiguous(), "low_rank must be contiguous; it has strides ", low_rank.strides());
   const at::MemOverlapStatus overlap = at::get_overlap_status(low_rank, weight);
   TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
                     "low_rank and weight share memory, but low_rank is overwritten");
-  call.params.low_rank = low_rank.const_data_ptr<float>();
-  call.params.residual = low_rank.mutable_data_ptr<float>();
+  call.params.residual_dtype = dtype_of(low_rank.scalar_type(), "low_rank");
+  call.params.low_rank = low_rank.const_data_ptr();
+  call.params.residual = low_rank.mutable_data_ptr();
   call.params.residual_norm2 = norms.mutable_data_ptr<double>();
   return call;
 }

@@ -28,7 +28,7 @@ struct QuantizeCall {
 QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
                               std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search);
 
-// The same, for low_rank [N, K] float32 to be replaced by the residual, whose squared row norms go to norms [N].
+// The same, for low_rank [N, K] to be replaced by the residual, whose squared row norms go to norms [N].
 QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
                                        int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
                                        bool scale_search, const at::Tensor& norms);

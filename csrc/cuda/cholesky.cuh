@@ -10,16 +10,16 @@
 namespace loftq {
 
 constexpr int kCholeskyThreads = 256;
-constexpr int kCholeskyBlocks = 3;  // a multiprocessor: b = 136 takes 77 KB of its 228 KB
+constexpr int kCholeskyBlocks = 3;    // a multiprocessor: b = 136 takes 77 KB of its 228 KB
 constexpr int kCholeskyAttempts = 9;  // the last shift is 4 * 16^7 * epsilon: above 1 even for a float64 Gram matrix
 
 constexpr LOFTQ_HD int packed_row(int i) { return i * (i + 1) / 2; }
 
 // Lower triangle by rows, then three vectors.
 struct CholeskyShared {
-  double* lower;   // [b * (b + 1) / 2]
-  double* column;  // [b]: the column of L in work
-  double* norm;    // [b]: of the columns of Y
+  double* lower;         // [b * (b + 1) / 2]
+  double* column;        // [b]: the column of L in work
+  double* norm;          // [b]: of the columns of Y
   double* inverse_norm;  // [b]: 0 where the norm is 0
 
   __device__ CholeskyShared(unsigned char* memory, int b) {

@@ -9,11 +9,10 @@
 
 namespace loftq {
 
-constexpr int kQuad = 4;  // neighbouring columns a lane holds: 16 bytes of float32
+constexpr int kQuad = 4;  // neighbouring columns stored at once: 16 bytes of float32
 
 __device__ inline float half_bits_to_float(DType dtype, unsigned short bits) {
-  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
-                                  : __bfloat162float(__ushort_as_bfloat16(bits));
+  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits)) : __bfloat162float(__ushort_as_bfloat16(bits));
 }
 
 __device__ inline unsigned short float_to_half_bits(DType dtype, float value) {
@@ -38,31 +37,12 @@ __device__ inline void store_element(void* base, DType dtype, int64_t index, flo
   }
 }
 
-// Whether rows of a matrix can be read four elements at once: pointer and row stride divide by four elements.
+// Whether rows of a matrix can be written four elements at once: pointer and row stride divide by four elements.
 inline bool quads_aligned(const void* base, DType dtype, int64_t stride) {
   return stride % kQuad == 0 && reinterpret_cast<uintptr_t>(base) % (kQuad * size_of(dtype)) == 0;
 }
 
-// out[0..3] = base[index..index+3], the first `count` of them; 0 beyond.
-__device__ inline void load_quad(const void* base, DType dtype, int64_t index, int count, bool aligned,
-                                 float (&out)[kQuad]) {
-  if (aligned && count >= kQuad) {
-    if (dtype == DType::kFloat32) {
-      const float4 quad = *reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
-      out[0] = quad.x, out[1] = quad.y, out[2] = quad.z, out[3] = quad.w;
-    } else {
-      const uint2 quad = *reinterpret_cast<const uint2*>(static_cast<const unsigned short*>(base) + index);
-      out[0] = half_bits_to_float(dtype, static_cast<unsigned short>(quad.x));
-      out[1] = half_bits_to_float(dtype, static_cast<unsigned short>(quad.x >> 16));
-      out[2] = half_bits_to_float(dtype, static_cast<unsigned short>(quad.y));
-      out[3] = half_bits_to_float(dtype, static_cast<unsigned short>(quad.y >> 16));
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) out[i] = i < count ? load_element(base, dtype, index + i) : 0.0f;
-}
-
+// base[index..index+3] = in[0..3], the first `count` of them.
 __device__ inline void store_quad(void* base, DType dtype, int64_t index, int count, bool aligned,
                                   const float (&in)[kQuad]) {
   if (aligned && count >= kQuad) {

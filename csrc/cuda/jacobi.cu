@@ -13,10 +13,7 @@ bool fits_in_shared(const JacobiParams<T>& p) {
 
 // One matrix a multiprocessor is in work at a time; more would only spread the L2 cache thinner.
 int64_t matrices_in_flight(int64_t batch) {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
+  const int count = device_attribute(cudaDevAttrMultiProcessorCount);
   return batch < count ? batch : count;
 }
 

@@ -83,8 +83,8 @@ __device__ bool orthogonalize_pair(T* work_p, T* work_q, int m, T* v_p, T* v_q, 
 
   const T tau = (qq - pp) / (2 * pq);
   const T t = fabs(tau) > kLarge ? T(0.5) / tau : copysign(1 / (fabs(tau) + sqrt(1 + tau * tau)), tau);
-  // With tan(angle / 2) instead of c = 1 - s * half: c rounds to 1 for the many small angles of the last sweeps, and the
-  // columns would grow. Rutishauser, "The Jacobi method for real symmetric matrices", Numer. Math. 9 (1966).
+  // With tan(angle / 2) instead of c = 1 - s * half: c rounds to 1 for the many small angles of the last sweeps, and
+  // the columns would grow. Rutishauser, "The Jacobi method for real symmetric matrices", Numer. Math. 9 (1966).
   const T c = 1 / sqrt(1 + t * t), s = t * c, half = s / (1 + c);
 #pragma unroll 2
   for (int i = lane_index(); i < m; i += kWarpSize) {
@@ -165,7 +165,7 @@ __device__ void sort_values(const T* work, const T* v, int m, int n, bool symmet
     const T value = scratch.value[j];
     int larger = 0;
 #pragma unroll 1
-  for (int i = 0; i < n; ++i) larger += scratch.value[i] > value || (scratch.value[i] == value && i < j);
+    for (int i = 0; i < n; ++i) larger += scratch.value[i] > value || (scratch.value[i] == value && i < j);
     scratch.order[larger] = j;
   }
   __syncthreads();

@@ -11,12 +11,23 @@ namespace loftq {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int64_t kMaxGridX = 0x7fffffff;
 
 // More than this many bytes of shared memory must be asked for with an attribute.
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
+inline int device_attribute(cudaDeviceAttr attribute) {  // of the current device; 0 where there is none
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+
+// Shared memory that one block may have at most.
+inline size_t max_shared_bytes() {
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...) without the syntax only nvcc reads.
+// The grid may come out smaller than asked for: kernels stride by gridDim.x.
 template <typename... Expected, typename... Actual>
 cudaError_t launch(void (*kernel)(Expected...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
                    Actual&&... arguments) {
@@ -25,20 +36,13 @@ cudaError_t launch(void (*kernel)(Expected...), int64_t grid, int block, size_t 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  const int max_grid = device_attribute(cudaDevAttrMaxGridDimX);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3{static_cast<unsigned>(grid < kMaxGridX ? grid : kMaxGridX), 1, 1};
+  config.gridDim = dim3{static_cast<unsigned>(grid < max_grid ? grid : max_grid), 1, 1};
   config.blockDim = dim3{static_cast<unsigned>(block), 1, 1};
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Actual>(arguments)...);
-}
-
-// Shared memory one block of the current device may have at most; 0 when there is no device.
-inline size_t max_shared_bytes() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-  return static_cast<size_t>(bytes);
 }
 
 // The launch's dynamic shared memory. Kernels use no other kind: tests can then fill and bound it.

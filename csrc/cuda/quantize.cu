@@ -13,31 +13,44 @@ bool valid(const QuantizeParams& p) {
   }
   if (p.n == 0 || p.k == 0) return true;
   if (p.weight == nullptr || p.codebook == nullptr || p.codes == nullptr || p.scale == nullptr) return false;
-  if ((p.offset != nullptr) != (p.scale_rule == ScaleRule::kMinMax)) return false;
-  return reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;  // codes are stored four bytes at once
+  return (p.offset != nullptr) == (p.scale_rule == ScaleRule::kMinMax);
 }
 
 // Enough warps for the row, up to eight: short rows leave room for more rows on a multiprocessor.
 int block_threads(int64_t columns, int64_t columns_a_warp) {
   const int64_t warps = ceil_div(columns, columns_a_warp);
-  return kWarpSize * static_cast<int>(warps < kQuantizeThreads / kWarpSize ? warps : kQuantizeThreads / kWarpSize);
+  return kWarpSize * static_cast<int>(warps < kQuantizeWarps ? warps : kQuantizeWarps);
+}
+
+template <int kBits, int kWidth>
+cudaError_t launch_groups(const QuantizeArgs<kBits>& args, cudaStream_t stream) {
+  constexpr int kSpan = kWidth > 4 ? kWidth : 4;
+  const size_t shared = sizeof(QuantizeShared<kBits>) + RowNorm<kSpan>::kBytes;
+  const int threads = block_threads(args.p.k, Span<kSpan>::kColumns);
+  if (args.p.scale_search || args.p.scale_rule == ScaleRule::kMeanStd) {
+    return launch(_quantize_group_kernel<kBits, kWidth, true>, args.p.n, threads, shared, stream, args);
+  }
+  return launch(_quantize_group_kernel<kBits, kWidth, false>, args.p.n, threads, shared, stream, args);
 }
 
 template <int kBits>
 cudaError_t launch_bits(const QuantizeParams& p, cudaStream_t stream) {
-  QuantizeArgs<kBits> args;
-  args.p = p;
-  args.book = Codebook<kBits>::from_host(p.codebook);
-  args.weight_quads = quads_aligned(p.weight, p.weight_dtype, p.weight_stride);
-  args.dense_quads = quads_aligned(p.low_rank, DType::kFloat32, p.k) && quads_aligned(p.residual, DType::kFloat32, p.k);
-  const size_t shared = sizeof(QuantizeShared<kBits>);
-  if (p.group_size < 0) {
-    return launch(_quantize_row_kernel<kBits>, p.n, block_threads(p.k, kWarpColumns), shared, stream, args);
+  const QuantizeArgs<kBits> args = {p, Codebook<kBits>::from_host(p.codebook)};
+  switch (p.group_size) {
+    case 32:
+      return launch_groups<kBits, 1>(args, stream);
+    case 64:
+      return launch_groups<kBits, 2>(args, stream);
+    case 128:
+      return launch_groups<kBits, 4>(args, stream);
+    case 256:
+      return launch_groups<kBits, 8>(args, stream);
+    default: {
+      const size_t shared = sizeof(RowScratch) + sizeof(QuantizeShared<kBits>) + RowNorm<kRowSpan>::kBytes;
+      const int threads = block_threads(p.k, Span<kRowSpan>::kColumns);
+      return launch(_quantize_row_kernel<kBits>, p.n, threads, shared, stream, args);
+    }
   }
-  const bool wide = p.group_size == 2 * kWarpColumns;
-  auto* kernel = wide ? (p.scale_search ? _quantize_group_kernel<kBits, 2, true> : _quantize_group_kernel<kBits, 2, false>)
-                      : (p.scale_search ? _quantize_group_kernel<kBits, 1, true> : _quantize_group_kernel<kBits, 1, false>);
-  return launch(kernel, p.n, block_threads(p.k, (wide ? 2 : 1) * kWarpColumns), shared, stream, args);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
-// What the two quantize kernels (one for short groups, one for whole rows) share: a lane owns quads of four
-// neighbouring columns, loads them once, and after the group's scale is known turns them into codes and residual.
+// What the quantize kernels share. Lane l of a warp owns the columns that are l modulo 32: loads and stores of a warp
+// are contiguous, a lane's own sum is one of the 32 partial sums of quantize.h, and a warp's tree of exchanges is how
+// those are folded. A warp works on spans of 128 or 256 columns at a time, and all of a span's weights are in flight
+// together: 16 bytes a lane at least.
 #pragma once
 
 #include "codebook.cuh"
@@ -9,84 +11,71 @@
 namespace loftq {
 
 constexpr int kQuantizeThreads = 256;
-constexpr int64_t kWarpColumns = kWarpSize * kQuad;  // two tiles of the storage contract
+constexpr int kQuantizeWarps = kQuantizeThreads / kWarpSize;
 
 template <int kBits>
 struct QuantizeArgs {
   QuantizeParams p;
   Codebook<kBits> book;
-  bool weight_quads;  // aligned for four elements at once
-  bool dense_quads;   // the same for low_rank and residual
 };
 
 template <int kBits>
 struct QuantizeShared {
-  double wide[kQuantizeThreads / kWarpSize];
-  float narrow[kQuantizeThreads / kWarpSize];
   float value[1 << kBits];
   float midpoint[1 << kBits];
 };
 
-struct WeightQuad {
-  float weight[kQuad];
-  float target[kQuad];  // what is quantized: weight, or weight - low_rank
-  int count;            // columns that exist; <= 0 in the padding
+// Columns column + 32 i + lane of one row, i = 0 .. kSpan-1.
+template <int kSpan>
+struct Span {
+  static constexpr int kColumns = kSpan * kWarpSize;
+  int64_t column;       // the first
+  int left;             // columns from the first to the end of the row, at most kColumns
+  float weight[kSpan];  // 0 beyond the row
+  float target[kSpan];  // what is quantized: weight, or weight - low_rank
+
+  __device__ bool exists(int i) const { return i * kWarpSize + lane_index() < left; }
+
+  // All loads before the first conversion: one wait for memory, not kSpan.
+  __device__ void load_dense(const void* base, DType dtype, int64_t at, float (&out)[kSpan]) const {
+    if (dtype == DType::kFloat32) {
+      const float* from = static_cast<const float*>(base) + at;
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) out[i] = exists(i) ? from[i * kWarpSize] : 0.0f;
+      return;
+    }
+    const unsigned short* from = static_cast<const unsigned short*>(base) + at;
+    unsigned short bits[kSpan];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) bits[i] = exists(i) ? from[i * kWarpSize] : 0;
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) out[i] = half_bits_to_float(dtype, bits[i]);
+  }
+
+  __device__ void load(const QuantizeParams& p, int64_t row, int64_t first) {
+    column = first;
+    left = static_cast<int>(p.k - first < kColumns ? p.k - first : kColumns);
+    load_dense(p.weight, p.weight_dtype, row * p.weight_stride + first + lane_index(), weight);
+    if (p.low_rank != nullptr) {
+      load_dense(p.low_rank, p.residual_dtype, row * p.k + first + lane_index(), target);
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) target[i] = __fsub_rn(weight[i], target[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) target[i] = weight[i];
+    }
+  }
 };
 
+__device__ inline double squared(double x) { return __dmul_rn(x, x); }
+
+// What scale search minimises, for one weight.
 template <int kBits>
-__device__ void load_weight_quad(const QuantizeArgs<kBits>& args, int64_t row, int64_t column, WeightQuad& quad) {
-  const QuantizeParams& p = args.p;
-  const int64_t left = p.k - column;
-  quad.count = static_cast<int>(left < kQuad ? left : kQuad);
-  load_quad(p.weight, p.weight_dtype, row * p.weight_stride + column, quad.count, args.weight_quads, quad.weight);
-  if (p.low_rank == nullptr) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) quad.target[i] = quad.weight[i];
-    return;
-  }
-  float low_rank[kQuad];
-  load_quad(p.low_rank, DType::kFloat32, row * p.k + column, quad.count, args.dense_quads, low_rank);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) quad.target[i] = __fsub_rn(quad.weight[i], low_rank[i]);
-}
-
-__device__ inline void include_range(const WeightQuad& quad, GroupRange& range) {
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (i < quad.count) range.include(quad.target[i]);
-  }
-}
-
-__device__ inline double sum_of(const WeightQuad& quad) {
-  double sum = 0.0;
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) sum += i < quad.count ? static_cast<double>(quad.target[i]) : 0.0;
-  return sum;
-}
-
-__device__ inline double squared_deviation(const WeightQuad& quad, double mean) {
-  double sum = 0.0;
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const double difference = static_cast<double>(quad.target[i]) - mean;
-    if (i < quad.count) sum = __dadd_rn(sum, __dmul_rn(difference, difference));
-  }
-  return sum;
-}
-
-// What scale search minimises. Summed in float64: the order of the sum then never decides between two scales.
-template <int kBits>
-__device__ double squared_error(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared,
-                                const WeightQuad& quad, const GroupScale& scale, bool affine) {
-  double sum = 0.0;
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const int code = args.book.nearest(shared.midpoint, scale.scaled(quad.target[i]));
-    const float decoded = decode(shared.value[code], scale.scale, scale.offset, affine);
-    const double error = static_cast<double>(__fsub_rn(quad.target[i], decoded));
-    if (i < quad.count) sum = __dadd_rn(sum, __dmul_rn(error, error));
-  }
-  return sum;
+__device__ double squared_error(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared, float target,
+                                const GroupScale& scale, bool affine) {
+  const int code = args.book.nearest(shared.midpoint, scale.scaled(target));
+  const float decoded = decode(shared.value[code], scale.scale, scale.offset, affine);
+  return squared(static_cast<double>(__fsub_rn(target, decoded)));
 }
 
 __device__ inline void store_scale(const QuantizeParams& p, int64_t row, int64_t group, int64_t groups,
@@ -95,40 +84,87 @@ __device__ inline void store_scale(const QuantizeParams& p, int64_t row, int64_t
   if (p.offset != nullptr) store_element(p.offset, p.scale_dtype, row * groups + group, scale.offset);
 }
 
-// Codes of one quad, packed with its neighbours' and stored; its residual stored. Returns the residual's squared norm.
-// A tile is 16 lanes of a warp. The P = 8/b fields of a byte lie in lanes 2b apart, so log2(P) exchanges with a
-// bitwise or complete four bytes at once. Every lane of the warp must come here.
+// Packs the codes of two neighbouring tiles, code[i] of column 32 i + lane, and stores those of the `tiles` that exist.
+// With 4 and 8 bits all fields of a byte lie in the same lane; with 2 bits in the lane 16 further as well.
 template <int kBits>
-__device__ double store_quad_codes(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared, int64_t row,
-                                   int64_t column, const WeightQuad& quad, const GroupScale& scale) {
-  constexpr int kTileLanes = kTile / kQuad;
-  constexpr int kFieldLanes = 2 * kBits;  // lanes whose codes go to the same field
-  const QuantizeParams& p = args.p;
-  const bool affine = p.scale_rule == ScaleRule::kMinMax;
-  const int lane = static_cast<int>(column % kTile) / kQuad;
-
-  unsigned word = 0;
-  float residual[kQuad];
-  double norm2 = 0.0;
+__device__ void store_codes(const int (&code)[4], int tiles, uint8_t* bytes) {
+  const int lane = lane_index();
+  if constexpr (kBits == 8) {
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const int code = i < quad.count ? args.book.nearest(shared.midpoint, scale.scaled(quad.target[i])) : 0;
-    word |= static_cast<unsigned>(code) << (8 * i);
-    residual[i] = __fsub_rn(quad.weight[i], decode(shared.value[code], scale.scale, scale.offset, affine));
-    const double wide = static_cast<double>(residual[i]);
-    if (i < quad.count) norm2 = __dadd_rn(norm2, __dmul_rn(wide, wide));
-  }
-  word <<= lane / kFieldLanes * kBits;
+    for (int i = 0; i < 4; ++i) {
+      if (i / 2 < tiles) bytes[i * kWarpSize + lane] = static_cast<uint8_t>(code[i]);
+    }
+  } else if constexpr (kBits == 4) {
 #pragma unroll
-  for (int other = kFieldLanes; other < kTileLanes; other *= 2) word |= __shfl_xor_sync(kFullWarp, word, other);
-  if (lane < kFieldLanes && column < padded_k(p.k)) {
-    uint8_t* tile = p.codes + row * row_bytes(p.k, kBits) + column / kTile * (kTile * kBits / 8);
-    *reinterpret_cast<unsigned*>(tile + kQuad * lane) = word;
+    for (int tile = 0; tile < 2; ++tile) {
+      const int byte = code[2 * tile] | code[2 * tile + 1] << 4;
+      if (tile < tiles) bytes[tile * kWarpSize + lane] = static_cast<uint8_t>(byte);
+    }
+  } else {
+    const int upper = lane / 16;  // lanes 0-15 complete the bytes of the first tile, lanes 16-31 those of the second
+    const int first = (code[0] | code[1] << 4) << (2 * upper), second = (code[2] | code[3] << 4) << (2 * upper);
+    const int byte = (upper ? second : first) | __shfl_xor_sync(kFullWarp, upper ? first : second, 16);
+    if (upper < tiles) bytes[lane] = static_cast<uint8_t>(byte);
   }
-  if (p.residual != nullptr) {
-    store_quad(p.residual, DType::kFloat32, row * p.k + column, quad.count, args.dense_quads, residual);
-  }
-  return norm2;
 }
+
+// Codes of a span, stored; its residual, stored if wanted and left unrounded in span.weight (0 beyond the row).
+template <int kBits, int kSpan, int kGroups>
+__device__ void finish_span(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared, int64_t row,
+                            Span<kSpan>& span, const GroupScale (&scales)[kGroups]) {
+  const QuantizeParams& p = args.p;
+  uint8_t* bytes = p.codes + row * row_bytes(p.k, kBits) + span.column * kBits / 8;
+  const int tiles = (span.left + static_cast<int>(kTile) - 1) / static_cast<int>(kTile);
+  const int64_t dense_at = row * p.k + span.column + lane_index();
+#pragma unroll
+  for (int first = 0; first < kSpan; first += 4) {
+    int code[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = first + j;
+      const GroupScale& scale = scales[i * kGroups / kSpan];
+      code[j] = span.exists(i) ? args.book.nearest(shared.midpoint, scale.scaled(span.target[i])) : 0;
+      if (!span.exists(i)) continue;
+      span.weight[i] =
+          __fsub_rn(span.weight[i], decode(shared.value[code[j]], scale.scale, scale.offset, is_affine(p)));
+      if (p.residual != nullptr) store_element(p.residual, p.residual_dtype, dense_at + i * kWarpSize, span.weight[i]);
+    }
+    store_codes<kBits>(code, tiles - first / 2, bytes + first * (kWarpSize * kBits / 8));
+  }
+}
+
+// The squared norm of a row's residual: every partial sum goes along the whole row, and so the first warp adds up what
+// all warps of the block have left in shared memory.
+template <int kSpan>
+struct RowNorm {
+  float* buffer;  // [kQuantizeWarps][kSpan][32]
+  double sum = 0.0;
+
+  static constexpr size_t kBytes = sizeof(float) * kQuantizeThreads * kSpan;
+
+  // The whole block: each warp has a span of residuals, the first one's starting at `column`.
+  __device__ void add(const Span<kSpan>& span, bool active, int64_t column, int64_t k) {
+    float* own = buffer + warp_index() * Span<kSpan>::kColumns + lane_index();
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) own[i * kWarpSize] = active ? span.weight[i] : 0.0f;
+    __syncthreads();
+    if (warp_index() == 0) {
+      const int64_t left = k - column, all = static_cast<int64_t>(warp_count()) * Span<kSpan>::kColumns;
+      const int end = static_cast<int>(left < all ? left : all);
+#pragma unroll 4
+      for (int i = lane_index(); i < end; i += kWarpSize) {
+        sum = __dadd_rn(sum, squared(static_cast<double>(buffer[i])));
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ void store(double* out) {
+    if (warp_index() != 0) return;
+    sum = reduce_warp(sum, Sum());
+    if (lane_index() == 0) *out = sum;
+    sum = 0.0;
+  }
+};
 
 }  // namespace loftq

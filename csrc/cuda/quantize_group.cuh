@@ -1,41 +1,54 @@
-// Quantize with groups of 32 to 256 columns: a warp takes 128 or 256 neighbouring columns of one row, the lanes of a
-// group agree on its scale by exchanges, and weights stay in registers from load to codes, scale search included.
+// Quantize with groups of 32 to 256 columns: a group lies within one warp's span, and its weights stay in registers
+// from load to codes, scale search included.
 #pragma once
 
 #include "quantize_common.cuh"
 
 namespace loftq {
 
-// Blocks a multiprocessor. Without search the kernel waits for memory: 1024 threads with 16 bytes in flight.
-constexpr int kPlainBlocks = 4;
+// Blocks a multiprocessor. The plain kernel waits for memory: 1024 to 1280 threads with 16 or 32 bytes in flight. What
+// computes more (mean and deviation, scale search) has its own kernel: its registers would cost the plain one threads.
+template <int kWidth, bool kFull>
+constexpr int kGroupBlocks = kFull                        ? 2
+                             : kWidth == 2 || kWidth == 4 ? 5
+                                                          : 4;
 
-template <int kBits, int kChunks, bool kSearch>
+// kWidth: columns of the group in each lane, g / 32.
+template <int kWidth>
+__device__ float group_mean_std_scale(const float* target, int count) {
+  double sum = 0.0, squares = 0.0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (i * kWarpSize + lane_index() < count) sum = __dadd_rn(sum, static_cast<double>(target[i]));
+  }
+  const double mean = __ddiv_rn(reduce_warp(sum, Sum()), static_cast<double>(count));
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const double deviation = __dsub_rn(static_cast<double>(target[i]), mean);
+    if (i * kWarpSize + lane_index() < count) squares = __dadd_rn(squares, squared(deviation));
+  }
+  return mean_std_scale(mean, reduce_warp(squares, Sum()), count);
+}
+
+template <int kBits, int kWidth, bool kFull>
 __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared,
-                                  const WeightQuad (&quads)[kChunks], int64_t group) {
+                                  const float* target, int count) {
   const QuantizeParams& p = args.p;
-  const int group_size = static_cast<int>(p.group_size);
-  const int lanes = group_size / kQuad < kWarpSize ? group_size / kQuad : kWarpSize;
-  const int64_t left = p.k - group * group_size;
-  const int64_t count = left < group_size ? left : group_size;
+  const auto exists = [&](int i) { return i * kWarpSize + lane_index() < count; };
 
   GroupRange range;
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) include_range(quads[c], range);
-  range.low = reduce_lanes(range.low, lanes, Min());
-  range.high = reduce_lanes(range.high, lanes, Max());
-  double mean = 0.0, deviation = 0.0;
-  if (p.scale_rule == ScaleRule::kMeanStd) {
-    double sum = 0.0;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) sum += sum_of(quads[c]);
-    mean = __ddiv_rn(reduce_lanes(sum, lanes, Sum()), static_cast<double>(count));
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) deviation += squared_deviation(quads[c], mean);
-    deviation = reduce_lanes(deviation, lanes, Sum());
+  for (int i = 0; i < kWidth; ++i) {
+    if (exists(i)) range.include(target[i], is_affine(p));
   }
-  const ScaleModel model = scale_model(p, args.book.value[(1 << kBits) - 1], range, count, mean, deviation);
-  if constexpr (!kSearch) return model.at(1.0f);
+  range.reduce_over_warp(is_affine(p));
+  const float last = args.book.value[(1 << kBits) - 1];
+  if constexpr (!kFull) return scale_model(p, last, range, 0.0f).at(1.0f);
 
+  float mean_scale = 0.0f;
+  if (p.scale_rule == ScaleRule::kMeanStd) mean_scale = group_mean_std_scale<kWidth>(target, count);
+  const ScaleModel model = scale_model(p, last, range, mean_scale);
+  if (!p.scale_search) return model.at(1.0f);
   double least = INFINITY;
   int best_step = 0;
 #pragma unroll 1
@@ -43,9 +56,11 @@ __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const Quantiz
     const GroupScale candidate = model.at(search_factor(step));
     double error = 0.0;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) error += squared_error(args, shared, quads[c], candidate, model.affine);
-    error = reduce_lanes(error, lanes, Sum());
-    if (error < least) {  // false for NaN: a scale that overflowed never wins over one that did not
+    for (int i = 0; i < kWidth; ++i) {
+      if (exists(i)) error = __dadd_rn(error, squared_error(args, shared, target[i], candidate, model.affine));
+    }
+    error = reduce_warp(error, Sum());
+    if (error < least) {  // false for NaN
       least = error;
       best_step = step;
     }
@@ -53,36 +68,39 @@ __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const Quantiz
   return model.at(search_factor(best_step));
 }
 
-// One row a block at a time; its warps take every warp_count()-th span of kChunks * 128 columns.
-template <int kBits, int kChunks, bool kSearch>
-__global__ void __launch_bounds__(kQuantizeThreads, kSearch ? 2 : kPlainBlocks)
+// A row a block at a time; its warps take neighbouring spans. Whole blocks stay together: RowNorm needs them.
+template <int kBits, int kWidth, bool kFull>
+__global__ void __launch_bounds__(kQuantizeThreads, kGroupBlocks<kWidth, kFull>)
     _quantize_group_kernel(const __grid_constant__ QuantizeArgs<kBits> args) {
+  constexpr int kSpan = kWidth > 4 ? kWidth : 4, kGroups = kSpan / kWidth, kGroupSize = kWidth * kWarpSize;
   const QuantizeParams& p = args.p;
   QuantizeShared<kBits>& shared = *reinterpret_cast<QuantizeShared<kBits>*>(dynamic_shared());
+  RowNorm<kSpan> norm = {reinterpret_cast<float*>(dynamic_shared() + sizeof(QuantizeShared<kBits>))};
   args.book.copy_to(shared.value, shared.midpoint);
   __syncthreads();
 
-  const int64_t groups = num_groups(p.k, p.group_size);
-  const int64_t spans = ceil_div(p.k, kChunks * kWarpColumns);
+  const int64_t groups = num_groups(p.k, kGroupSize);
+  const int64_t step = static_cast<int64_t>(warp_count()) * Span<kSpan>::kColumns;
   for (int64_t row = blockIdx.x; row < p.n; row += gridDim.x) {
-    double norm2 = 0.0;
-    for (int64_t span = warp_index(); span < spans; span += warp_count()) {
-      const int64_t column = span * (kChunks * kWarpColumns) + lane_index() * kQuad;
-      WeightQuad quads[kChunks];
+    for (int64_t first = 0; first < p.k; first += step) {
+      const int64_t column = first + warp_index() * Span<kSpan>::kColumns;
+      const bool active = column < p.k;
+      Span<kSpan> span;
+      if (active) {
+        span.load(p, row, column);
+        GroupScale scales[kGroups];
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) load_weight_quad(args, row, column + c * kWarpColumns, quads[c]);
-      const int64_t group = column / static_cast<int>(p.group_size);
-      const GroupScale scale = group_scale<kBits, kChunks, kSearch>(args, shared, quads, group);
-      if (column % static_cast<int>(p.group_size) == 0 && group < groups) store_scale(p, row, group, groups, scale);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        norm2 += store_quad_codes(args, shared, row, column + c * kWarpColumns, quads[c], scale);
+        for (int g = 0; g < kGroups; ++g) {
+          const int left = span.left - g * kGroupSize, count = left < kGroupSize ? left : kGroupSize;
+          if (count <= 0) continue;
+          scales[g] = group_scale<kBits, kWidth, kFull>(args, shared, span.target + g * kWidth, count);
+          if (lane_index() == 0) store_scale(p, row, column / kGroupSize + g, groups, scales[g]);
+        }
+        finish_span(args, shared, row, span, scales);
       }
+      if (p.residual_norm2 != nullptr) norm.add(span, active, first, p.k);
     }
-    if (p.residual_norm2 != nullptr) {
-      norm2 = reduce_block(norm2, shared.wide, Sum());
-      if (threadIdx.x == 0) p.residual_norm2[row] = norm2;
-    }
+    if (p.residual_norm2 != nullptr) norm.store(p.residual_norm2 + row);
   }
 }
 

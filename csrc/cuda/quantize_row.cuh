@@ -6,60 +6,97 @@
 
 namespace loftq {
 
-constexpr int kCandidatesAPass = 5;  // of the 25 scales that scale search tries; five accumulators a thread
+constexpr int kRowSpan = 4;
+constexpr int kCandidatesAWarp = (kSearchSteps + kQuantizeWarps - 1) / kQuantizeWarps;
 
-// Calls visit(column, quad) for the quads of this thread. Whole warps take part, in the padding too.
+struct RowScratch {
+  unsigned range[kQuantizeWarps];
+  double error[kQuantizeWarps * kCandidatesAWarp];
+  float mean_scale;
+};
+
+// visit(span) for the spans first, first + step, ... of a row.
 template <int kBits, typename Visit>
-__device__ void for_each_quad(const QuantizeArgs<kBits>& args, int64_t row, Visit visit) {
-  const int64_t end = ceil_div(args.p.k, kWarpColumns) * kWarpColumns;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kQuad;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kQuad; column < end; column += step) {
-    WeightQuad quad;
-    load_weight_quad(args, row, column, quad);
-    visit(column, quad);
+__device__ void for_each_span(const QuantizeArgs<kBits>& args, int64_t row, int64_t first, int64_t step, Visit visit) {
+  for (int64_t column = first * Span<kRowSpan>::kColumns; column < args.p.k;
+       column += step * Span<kRowSpan>::kColumns) {
+    Span<kRowSpan> span;
+    span.load(args.p, row, column);
+    visit(span);
   }
 }
 
+// By one warp: the partial sums of quantize.h go along the whole row.
 template <int kBits>
-__device__ ScaleModel row_scale_model(const QuantizeArgs<kBits>& args, QuantizeShared<kBits>& shared, int64_t row) {
+__device__ float row_mean_std_scale(const QuantizeArgs<kBits>& args, int64_t row) {
+  double sum = 0.0, squares = 0.0;
+  for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
+#pragma unroll
+    for (int i = 0; i < kRowSpan; ++i) sum += span.exists(i) ? static_cast<double>(span.target[i]) : 0.0;
+  });
+  const double mean = __ddiv_rn(reduce_warp(sum, Sum()), static_cast<double>(args.p.k));
+  for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
+#pragma unroll
+    for (int i = 0; i < kRowSpan; ++i) {
+      if (span.exists(i)) squares = __dadd_rn(squares, squared(__dsub_rn(static_cast<double>(span.target[i]), mean)));
+    }
+  });
+  return mean_std_scale(mean, reduce_warp(squares, Sum()), args.p.k);
+}
+
+template <int kBits>
+__device__ ScaleModel row_scale_model(const QuantizeArgs<kBits>& args, RowScratch& scratch, int64_t row) {
   const QuantizeParams& p = args.p;
   GroupRange range;
-  for_each_quad(args, row, [&](int64_t, const WeightQuad& quad) { include_range(quad, range); });
-  range.low = reduce_block(range.low, shared.narrow, Min());
-  range.high = reduce_block(range.high, shared.narrow, Max());
-  double mean = 0.0, deviation = 0.0;
-  if (p.scale_rule == ScaleRule::kMeanStd) {
-    double sum = 0.0;
-    for_each_quad(args, row, [&](int64_t, const WeightQuad& quad) { sum += sum_of(quad); });
-    mean = __ddiv_rn(reduce_block(sum, shared.wide, Sum()), static_cast<double>(p.k));
-    for_each_quad(args, row, [&](int64_t, const WeightQuad& quad) { deviation += squared_deviation(quad, mean); });
-    deviation = reduce_block(deviation, shared.wide, Sum());
+  for_each_span(args, row, warp_index(), warp_count(), [&](const Span<kRowSpan>& span) {
+#pragma unroll
+    for (int i = 0; i < kRowSpan; ++i) {
+      if (span.exists(i)) range.include(span.target[i], is_affine(p));
+    }
+  });
+  if (p.scale_rule == ScaleRule::kMeanStd && warp_index() == 0) {
+    const float mean_scale = row_mean_std_scale(args, row);
+    if (lane_index() == 0) scratch.mean_scale = mean_scale;
   }
-  return scale_model(p, args.book.value[(1 << kBits) - 1], range, p.k, mean, deviation);
+  range.magnitude = reduce_block(range.magnitude, scratch.range, Max());  // its barriers publish mean_scale as well
+  range.low = ~reduce_block(~range.low, scratch.range, Max());
+  range.high = reduce_block(range.high, scratch.range, Max());
+  const float mean_scale = p.scale_rule == ScaleRule::kMeanStd ? scratch.mean_scale : 0.0f;
+  return scale_model(p, args.book.value[(1 << kBits) - 1], range, mean_scale);
 }
 
+// A warp tries every warp_count()-th candidate, all of its candidates in one pass over the row.
 template <int kBits>
-__device__ int search_row_step(const QuantizeArgs<kBits>& args, QuantizeShared<kBits>& shared, int64_t row,
-                               const ScaleModel& model) {
-  double least = INFINITY;
-  int best_step = 0;
+__device__ int search_row_step(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared,
+                               RowScratch& scratch, int64_t row, const ScaleModel& model) {
 #pragma unroll 1
-  for (int first = 0; first < kSearchSteps; first += kCandidatesAPass) {
-    double error[kCandidatesAPass] = {};
-    for_each_quad(args, row, [&](int64_t, const WeightQuad& quad) {
+  for (int first = warp_index(); first < kSearchSteps; first += warp_count() * kCandidatesAWarp) {
+    double error[kCandidatesAWarp] = {};
+    for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
 #pragma unroll
-      for (int i = 0; i < kCandidatesAPass; ++i) {
-        const GroupScale candidate = model.at(search_factor(first + i));
-        error[i] += squared_error(args, shared, quad, candidate, model.affine);
+      for (int c = 0; c < kCandidatesAWarp; ++c) {
+        const GroupScale candidate = model.at(search_factor(first + c * warp_count()));
+#pragma unroll
+        for (int i = 0; i < kRowSpan; ++i) {
+          if (!span.exists(i)) continue;
+          error[c] = __dadd_rn(error[c], squared_error(args, shared, span.target[i], candidate, model.affine));
+        }
       }
     });
 #pragma unroll
-    for (int i = 0; i < kCandidatesAPass; ++i) {
-      const double total = reduce_block(error[i], shared.wide, Sum());
-      if (total < least) {
-        least = total;
-        best_step = first + i;
-      }
+    for (int c = 0; c < kCandidatesAWarp; ++c) {
+      const double total = reduce_warp(error[c], Sum());
+      const int step = first + c * warp_count();
+      if (lane_index() == 0 && step < kSearchSteps) scratch.error[step] = total;
+    }
+  }
+  __syncthreads();
+  double least = INFINITY;
+  int best_step = 0;
+  for (int step = 0; step < kSearchSteps; ++step) {
+    if (scratch.error[step] < least) {  // false for NaN
+      least = scratch.error[step];
+      best_step = step;
     }
   }
   return best_step;
@@ -69,23 +106,30 @@ template <int kBits>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     _quantize_row_kernel(const __grid_constant__ QuantizeArgs<kBits> args) {
   const QuantizeParams& p = args.p;
-  QuantizeShared<kBits>& shared = *reinterpret_cast<QuantizeShared<kBits>*>(dynamic_shared());
+  RowScratch& scratch = *reinterpret_cast<RowScratch*>(dynamic_shared());
+  QuantizeShared<kBits>& shared = *reinterpret_cast<QuantizeShared<kBits>*>(&scratch + 1);
+  RowNorm<kRowSpan> norm = {reinterpret_cast<float*>(&shared + 1)};
   args.book.copy_to(shared.value, shared.midpoint);
   __syncthreads();
 
+  const int64_t step = static_cast<int64_t>(warp_count()) * Span<kRowSpan>::kColumns;
   for (int64_t row = blockIdx.x; row < p.n; row += gridDim.x) {
-    const ScaleModel model = row_scale_model(args, shared, row);
-    const int step = p.scale_search ? search_row_step(args, shared, row, model) : 0;
-    const GroupScale scale = model.at(search_factor(step));
-    if (threadIdx.x == 0) store_scale(p, row, 0, 1, scale);
-    double norm2 = 0.0;
-    for_each_quad(args, row, [&](int64_t column, const WeightQuad& quad) {
-      norm2 += store_quad_codes(args, shared, row, column, quad, scale);
-    });
-    if (p.residual_norm2 != nullptr) {
-      norm2 = reduce_block(norm2, shared.wide, Sum());
-      if (threadIdx.x == 0) p.residual_norm2[row] = norm2;
+    const ScaleModel model = row_scale_model(args, scratch, row);
+    const int best_step = p.scale_search ? search_row_step(args, shared, scratch, row, model) : 0;
+    const GroupScale scales[1] = {model.at(search_factor(best_step))};
+    if (threadIdx.x == 0) store_scale(p, row, 0, 1, scales[0]);
+    for (int64_t first = 0; first < p.k; first += step) {
+      const int64_t column = first + warp_index() * Span<kRowSpan>::kColumns;
+      const bool active = column < p.k;
+      Span<kRowSpan> span;
+      if (active) {
+        span.load(p, row, column);
+        finish_span(args, shared, row, span, scales);
+      }
+      if (p.residual_norm2 != nullptr) norm.add(span, active, first, p.k);
     }
+    if (p.residual_norm2 != nullptr) norm.store(p.residual_norm2 + row);
+    __syncthreads();  // the next row overwrites the scratch
   }
 }
 

@@ -13,21 +13,13 @@ struct Sum {
 };
 
 struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-  __device__ double operator()(double a, double b) const { return fmax(a, b); }
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
 };
 
-struct Min {
-  __device__ float operator()(float a, float b) const { return fminf(a, b); }
-};
-
-// Over `lanes` neighbouring lanes, a power of two. Every lane of the warp must call it; all get their team's result.
-template <typename T, typename Op>
-__device__ T reduce_lanes(T value, int lanes, Op op) {
-  for (int other = lanes / 2; other > 0; other /= 2) value = op(value, __shfl_xor_sync(kFullWarp, value, other));
-  return value;
-}
-
+// A tree: halves 16 lanes apart first, then 8, 4, 2, 1. All lanes get the result.
 template <typename T, typename Op>
 __device__ T reduce_warp(T value, Op op) {
 #pragma unroll

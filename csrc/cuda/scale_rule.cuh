@@ -14,15 +14,33 @@ constexpr int kSearchSteps = 25;
 
 __device__ inline float search_factor(int step) { return 1.0f - 0.03125f * static_cast<float>(step); }  // exact
 
+// Extremes of a group's weights, as unsigned keys that sort as floats do: hardware reduces those in one instruction,
+// and a NaN sorts beyond both infinities, where fminf and fmaxf would drop it.
 struct GroupRange {
-  float low = INFINITY;
-  float high = -INFINITY;
+  unsigned magnitude = 0;  // max |w|
+  unsigned low = ~0u, high = 0;
 
-  // A NaN makes the range infinite, and with it the scale: fminf and fmaxf alone would drop it.
-  __device__ void include(float w) {
-    const bool nan = w != w;
-    low = fminf(low, nan ? -INFINITY : w);
-    high = fmaxf(high, nan ? INFINITY : w);
+  static __device__ unsigned key(float w) {
+    const unsigned bits = __float_as_uint(w);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+  }
+  static __device__ float from_key(unsigned key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+  __device__ void include(float w, bool affine) {
+    if (affine) {
+      low = min(low, key(w));
+      high = max(high, key(w));
+    } else {
+      magnitude = max(magnitude, __float_as_uint(w) & 0x7fffffffu);
+    }
+  }
+  __device__ void reduce_over_warp(bool affine) {
+    if (affine) {
+      low = __reduce_min_sync(kFullWarp, low);
+      high = __reduce_max_sync(kFullWarp, high);
+    } else {
+      magnitude = __reduce_max_sync(kFullWarp, magnitude);
+    }
   }
 };
 
@@ -49,34 +67,38 @@ struct ScaleModel {
     result.offset = 0.0f;
     if (affine) {
       const float shrink = __fmul_rn(__fmul_rn(__fsub_rn(1.0f, factor), 0.5f), span);
-      result.offset = round_to(
-          dtype, __fadd_rn(__fadd_rn(low, shrink), __fmul_rn(offset_step, result.scale)));
+      result.offset = round_to(dtype, __fadd_rn(__fadd_rn(low, shrink), __fmul_rn(offset_step, result.scale)));
     }
     result.inverse = __fdiv_rn(1.0f, fmaxf(result.scale, FLT_MIN));
     return result;
   }
 };
 
-// sum, deviation: of w and of (w - mean)^2, used by kMeanStd only.
-__device__ inline ScaleModel scale_model(const QuantizeParams& p, float codebook_last, GroupRange range, int64_t count,
-                                         double mean, double deviation) {
+__device__ inline bool is_affine(const QuantizeParams& p) { return p.scale_rule == ScaleRule::kMinMax; }
+
+// mean_scale: what mean_std_scale() says, for kMeanStd.
+__device__ inline ScaleModel scale_model(const QuantizeParams& p, float codebook_last, const GroupRange& range,
+                                         float mean_scale) {
   ScaleModel model;
   model.dtype = p.scale_dtype;
-  model.affine = p.scale_rule == ScaleRule::kMinMax;
-  model.low = range.low;
-  model.span = fabsf(__fsub_rn(range.high, range.low));  // +0 where the range is from +0 to -0
+  model.affine = is_affine(p);
   model.offset_step = static_cast<float>(1 << (p.bits - 1));
   if (model.affine) {
+    model.low = __fadd_rn(GroupRange::from_key(range.low), 0.0f);  // -0 becomes +0
+    model.span = __fsub_rn(__fadd_rn(GroupRange::from_key(range.high), 0.0f), model.low);
     model.base = __fdiv_rn(model.span, static_cast<float>((1 << p.bits) - 1));
     return model;
   }
-  model.base = __fdiv_rn(fmaxf(fabsf(range.low), fabsf(range.high)), codebook_last);
-  if (p.scale_rule == ScaleRule::kMeanStd) {
-    const double variance = __ddiv_rn(deviation, static_cast<double>(count - 1));
-    const float scale = static_cast<float>(__dadd_rn(mean, __dmul_rn(2.5, __dsqrt_rn(variance))));
-    if (scale > 0.0f) model.base = scale;  // false for NaN: one weight has no deviation
-  }
+  model.low = model.span = 0.0f;
+  model.base = __fdiv_rn(__uint_as_float(range.magnitude), codebook_last);
+  if (p.scale_rule == ScaleRule::kMeanStd && mean_scale > 0.0f) model.base = mean_scale;
   return model;
+}
+
+// mean + 2.5 std; squares: of w - mean. NaN for a single weight.
+__device__ inline float mean_std_scale(double mean, double squares, int64_t count) {
+  const double variance = __ddiv_rn(squares, static_cast<double>(count - 1));
+  return static_cast<float>(__dadd_rn(mean, __dmul_rn(2.5, __dsqrt_rn(variance))));
 }
 
 // The value a code stands for, rounded as the dequantize kernels round it.

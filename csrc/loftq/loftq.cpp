@@ -83,7 +83,7 @@ class Alternation {
  private:
   struct Iterate {
     at::Tensor codes, scale, offset;
-    at::Tensor basis;  // [s, r]; of `best_` only
+    at::Tensor basis, image;  // [s, r] and [n, r]; of `best_` alone
     double norm2 = 0;  // of the residual
     double error = std::numeric_limits<double>::quiet_NaN();
     std::vector<double> errors;

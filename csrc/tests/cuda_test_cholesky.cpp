@@ -1,7 +1,7 @@
 // The Cholesky kernel, run on the CPU: R^T R = G, Q = Y R^-1 orthonormal, and what happens where G is not definite.
 #include "../cuda/cholesky.cu"
-#include "harness.h"
 #include "cuda_small_matrix_reference.h"
+#include "harness.h"
 
 namespace {
 

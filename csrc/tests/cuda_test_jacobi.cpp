@@ -1,7 +1,7 @@
 // The Jacobi kernel, run on the CPU, on matrices whose singular values are known by construction.
 #include "../cuda/jacobi.cu"
-#include "harness.h"
 #include "cuda_small_matrix_reference.h"
+#include "harness.h"
 
 namespace {
 
@@ -44,7 +44,8 @@ JacobiParams<T> make_params(const T* a, int batch, int m, int n, bool symmetric,
 // Where the matrices live: the block's shared memory, or (those above 14 x 14 float32) the workspace.
 const int kSharedBytes[] = {227 << 10, 2 << 10};
 
-// Runs in both places and all orders of threads, which must agree, and hands every matrix's result to check(index, info, values, u, v).
+// Runs in both places and all orders of threads, which must agree, and hands every matrix's result to check(index,
+// info, values, u, v).
 template <typename T, typename Check>
 void solve(const std::vector<Matrix>& matrices, bool symmetric, int max_sweeps, const Check& check) {
   const int batch = static_cast<int>(matrices.size()), m = matrices[0].rows, n = matrices[0].cols;
@@ -121,7 +122,9 @@ const Spectrum kSpectra[] = {
     {"gap 1.001", [](int i, int) { return std::pow(1.001, -i); }},
     {"flat", [](int, int) { return 2.5; }},
     {"steep", [](int i, int n) { return std::pow(10.0, -6.0 * i / n); }},
-    {"clusters", [](int i, int n) { return i < n / 3 ? 1.0 : i < n / 2 ? 0.999 : 1e-3; }},
+    {"clusters", [](int i, int n) { return i < n / 3   ? 1.0
+                                           : i < n / 2 ? 0.999
+                                                       : 1e-3; }},
     {"rank half", [](int i, int n) { return i < (n + 1) / 2 ? 1.0 + 1.0 / (i + 1) : 0.0; }},
     {"rank one", [](int i, int) { return i == 0 ? 3.0 : 0.0; }},
 };
@@ -139,10 +142,10 @@ void test_spectra(const std::vector<int>& sizes, bool symmetric, const std::vect
       std::sort(value.rbegin(), value.rend());
       values.push_back(value);
     }
-    solve<T>(matrices, symmetric, 0, [&](int i, int info, const std::vector<double>& got, const Matrix& u,
-                                         const Matrix& v) {
-      check_decomposition<T>(kSpectra[spectra[i]].name, matrices[i], values[i], info, got, u, v);
-    });
+    solve<T>(matrices, symmetric, 0,
+             [&](int i, int info, const std::vector<double>& got, const Matrix& u, const Matrix& v) {
+               check_decomposition<T>(kSpectra[spectra[i]].name, matrices[i], values[i], info, got, u, v);
+             });
   }
 }
 
@@ -171,11 +174,13 @@ void test_range() {
   for (const double scale : {1e-42, 1e-30, 1e30}) {
     std::vector<double> values = {4.0 * scale, 2.0 * scale, 1.0 * scale, 0.5 * scale};
     const std::vector<Matrix> matrices = {rounded_to<float>(reference::with_values(6, values, 3))};
-    solve<float>(matrices, false, 0, [&](int, int info, const std::vector<double>& got, const Matrix&, const Matrix& v) {
-      CHECK(info == 0 && reference::orthogonality_error(v) < 1e-5, "scale %g: info %d", scale, info);
-      const double error = std::max(1e-5, 1e-44 / scale);  // denormals hold few bits
-      for (int i = 0; i < 4; ++i) CHECK(std::fabs(got[i] / values[i] - 1.0) < error, "%g, not %g", got[i], values[i]);
-    });
+    solve<float>(matrices, false, 0,
+                 [&](int, int info, const std::vector<double>& got, const Matrix&, const Matrix& v) {
+                   CHECK(info == 0 && reference::orthogonality_error(v) < 1e-5, "scale %g: info %d", scale, info);
+                   const double error = std::max(1e-5, 1e-44 / scale);  // denormals hold few bits
+                   for (int i = 0; i < 4; ++i)
+                     CHECK(std::fabs(got[i] / values[i] - 1.0) < error, "%g, not %g", got[i], values[i]);
+                 });
   }
 }
 
@@ -185,10 +190,12 @@ void test_graded() {
   std::vector<double> factor(n);
   for (int i = 0; i < n; ++i) factor[i] = std::pow(10.0, -2.5 * i);
   const std::vector<Matrix> matrices = {rounded_to<float>(scaled_columns(reference::random_normal(20, n, 9), factor))};
-  solve<float>(matrices, false, 0, [&](int, int info, const std::vector<double>& got, const Matrix& u, const Matrix& v) {
-    CHECK(info == 0 && std::isfinite(got[0]) && reference::orthogonality_error(v) < 1e-5, "info %d", info);
-    CHECK(reference::distance(matrices[0], product(scaled_columns(u, got), transposed(v))) < 1e-5 * got[0], "residual");
-  });
+  solve<float>(matrices, false, 0,
+               [&](int, int info, const std::vector<double>& got, const Matrix& u, const Matrix& v) {
+                 CHECK(info == 0 && std::isfinite(got[0]) && reference::orthogonality_error(v) < 1e-5, "info %d", info);
+                 CHECK(reference::distance(matrices[0], product(scaled_columns(u, got), transposed(v))) < 1e-5 * got[0],
+                       "residual");
+               });
 }
 
 void test_too_few_sweeps() {

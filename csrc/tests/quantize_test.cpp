@@ -20,6 +20,7 @@ struct Case {
   int64_t n, k, group_size, stride;
   DType weight_dtype;
   bool with_low_rank;
+  DType residual_dtype = DType::kFloat32;
 
   std::string describe() const {
     return isa + " bits " + std::to_string(bits) + " n " + std::to_string(n) + " k " + std::to_string(k) + " group " +
@@ -32,8 +33,7 @@ struct Case {
 // All buffers have exactly the size of the contract, so that a sanitizer sees one element too many.
 struct Result {
   std::vector<uint8_t> codes;
-  std::vector<char> scale, offset;
-  std::vector<float> residual;
+  std::vector<char> scale, offset, residual;
   std::vector<double> norm2;
 };
 
@@ -105,13 +105,15 @@ void check_quantized(const Case& c, const Result& result, const Expected& expect
 }
 
 void check_residual(const Case& c, const Result& result, const std::vector<float>& weight, const Expected& expected) {
+  const std::vector<float> stored = from_bytes(c.residual_dtype, result.residual);
   for (int64_t row = 0; row < c.n; ++row) {
     std::vector<double> squares;
     for (int64_t column = 0; column < c.k; ++column) {
       const int64_t i = row * c.k + column;
       const float residual = weight[i] - expected.decoded[i];
-      CHECK(same_bits(result.residual[i], residual), "%s: residual (%d, %d) is %a, not %a", c.describe().c_str(),
-            int(row), int(column), result.residual[i], residual);
+      const float wanted = round_to(c.residual_dtype, residual);
+      CHECK(same_bits(stored[i], wanted), "%s: residual (%d, %d) is %a, not %a", c.describe().c_str(), int(row),
+            int(column), stored[i], wanted);
       squares.push_back(static_cast<double>(residual) * residual);
     }
     CHECK(result.norm2[row] == sum(squares), "%s: norm of row %d is %a, not %a", c.describe().c_str(), int(row),
@@ -146,7 +148,11 @@ void check_dequantized(const Case& c, const Result& quantized, const Expected& e
 
 void check_case(const Case& c, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  const float magnitude = std::pow(10.0f, std::uniform_real_distribution<float>(-3, 1)(random));
+  float magnitude = std::pow(10.0f, std::uniform_real_distribution<float>(-3, 1)(random));
+  // Magnitudes at which squares overflow or vanish, or scales are denormal; not where fp16 has no such values.
+  const bool wide = c.weight_dtype != DType::kFloat16 && c.rule.scale_dtype != DType::kFloat16 &&
+                    !(c.with_low_rank && c.residual_dtype == DType::kFloat16);
+  if (wide && random() % 4 == 0) magnitude = std::vector<float>{1e-40f, 1e-30f, 1e30f}[random() % 3];
   std::vector<float> stored(c.n > 0 ? (c.n - 1) * c.stride + c.k : 0);
   for (float& v : stored) v = round_to(c.weight_dtype, normal(random) * magnitude);
   // Runs of equal weights: constant groups, zero groups, ties.
@@ -156,7 +162,7 @@ void check_case(const Case& c, std::mt19937& random) {
   std::vector<float> weight, target, low_rank;
   for (int64_t i = 0; i < c.n * c.k; ++i) {
     weight.push_back(stored[i / c.k * c.stride + i % c.k]);
-    low_rank.push_back(normal(random) * magnitude * 0.3f);
+    low_rank.push_back(round_to(c.residual_dtype, normal(random) * magnitude * 0.3f));
     target.push_back(c.with_low_rank ? weight[i] - low_rank[i] : weight[i]);
   }
   const Expected expected = expected_of(c, target);
@@ -165,7 +171,8 @@ void check_case(const Case& c, std::mt19937& random) {
   const std::vector<char> weight_bytes = to_bytes(c.weight_dtype, stored);
   QuantizeParams p = params_of(c, weight_bytes, result);
   if (c.with_low_rank) {
-    result.residual = low_rank;  // in place
+    result.residual = to_bytes(c.residual_dtype, low_rank);  // in place
+    p.residual_dtype = c.residual_dtype;
     result.norm2.assign(c.n, -1.0);
     p.low_rank = p.residual = result.residual.data();
     p.residual_norm2 = result.norm2.data();
@@ -220,6 +227,7 @@ void check_all_formats(const std::string& isa) {
             c.stride = k + (random() % 2 ? 0 : random() % 7);
             c.weight_dtype = dtypes[random() % 3];
             c.with_low_rank = random() % 2;
+            c.residual_dtype = dtypes[random() % 3];
             check_case(c, random);
           }
         }

@@ -202,6 +202,9 @@ def empty_packed(
     """A packed weight of zeros [out_features, in_features], to be filled by a checkpoint; works on the meta device."""
     fmt = get_format(format)
     packing.check_group_size(group_size)
+    for what, size in (("out_features", out_features), ("in_features", in_features)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{what}={size!r} must be an integer >= 1")
     if scale_dtype not in checks.SCALE_DTYPES:
         raise ValueError(f"scale_dtype={scale_dtype} is not one of {checks.SCALE_DTYPES}")
     groups = (out_features, packing.num_groups(in_features, group_size))

@@ -10,7 +10,12 @@ from torch import Tensor
 
 SVD_MODES = ("auto", "exact", "fast")
 COLD_STEPS = 4  # captures 99% of the optimal energy of a flat spectrum; 2 steps capture 95%
-WARM_STEPS = 1  # enough from the second alternation on: the previous basis is already close
+
+
+def warm_steps(short_side: int) -> int:
+    """Krylov steps from the second alternation on, when the previous basis is already close: one is enough, but at 512
+    columns, where two cost nothing, one leaves LoftQ's final error at rank 64 up to 0.30% above the exact solver's."""
+    return 2 if short_side < 1024 else 1
 
 
 def block_width(rank: int) -> int:
@@ -38,9 +43,9 @@ def dominant_space(matrix: Tensor, rank: int, *, mode: str, start: Tensor | None
         return _gram_eigh(matrix, rank)
     width = min(block_width(rank), matrix.shape[-1])
     if start is None:
-        start, steps = matrix.mT @ _gaussian(matrix, width, seed), COLD_STEPS
+        start, steps = matrix.mT @ gaussian(matrix.shape[-2], width, seed, matrix.device), COLD_STEPS
     else:
-        steps = WARM_STEPS
+        steps = warm_steps(matrix.shape[-1])
     return _block_krylov(matrix, start, min(steps, matrix.shape[-1] // width - 1))
 
 
@@ -51,10 +56,9 @@ def _gram_eigh(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis, matrix @ basis
 
 
-def _gaussian(matrix: Tensor, width: int, seed: int) -> Tensor:
-    """[n, width], the same for every matrix of a batch and every device, so that batching changes no result."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(matrix.shape[-2], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
+def gaussian(rows: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """Float32 [rows, width], the same for every matrix of a batch and every device, so that batching changes no result."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
 
 
 def _block_krylov(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

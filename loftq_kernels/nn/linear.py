@@ -105,6 +105,7 @@ class QuantLoRALinear(nn.Module):
         layer.scaling = init.scaling
         for name in _PACKED_BUFFERS:
             setattr(layer, name, getattr(packed, name))
+        layer.codebook = packed.codebook.clone()  # layers initialized together share one, which safetensors refuses
         for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
             if value is not None:
                 old = getattr(layer, name)
@@ -207,8 +208,9 @@ class QuantLoRALinear(nn.Module):
                 error_messages.append(
                     f"{prefix}codebook is not that of format {self.format.name}: {codebook.flatten()[:4].tolist()}..."
                 )
-        scale = state_dict.get(prefix + "scale")
-        if scale is not None and scale.dtype != self.scale.dtype and scale.shape == self.scale.shape:
-            # Copying would round the scales that the codes were chosen against.
-            error_messages.append(f"{prefix}scale is {scale.dtype}, this layer stores {self.scale.dtype}")
+        for name in _PACKED_BUFFERS:
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and own is not None and stored.dtype != own.dtype:
+                # Copying would round codes, or the scales that they were chosen against.
+                error_messages.append(f"{prefix}{name} is {stored.dtype}, this layer stores {own.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)

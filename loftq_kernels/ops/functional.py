@@ -21,21 +21,26 @@ def available_backends() -> tuple[str, ...]:
     return BACKENDS if extension._C is not None else ("reference",)
 
 
-def _kernels(backend: str | None, device: torch.device) -> ModuleType | torch._ops._OpNamespace:
-    """Where the op functions are taken from: the dispatcher, or the reference module when that is forced."""
+def select_backend(backend: str | None, device: torch.device) -> str | None:
+    """Check that ``backend`` exists and takes tensors of device; None becomes "reference" where there is no other."""
     if backend is None:
-        return torch.ops.loftq_kernels
+        return None if extension._C is not None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {BACKENDS} (None: by the device of the tensors)")
-    if backend == "reference":
-        return reference
-    if extension._C is None:
+    if backend == "cpu" and extension._C is None:
         raise RuntimeError(
             f"backend='cpu' needs the compiled extension, which did not load ({extension.LOAD_ERROR}); "
             f"{extension.HOW_TO_BUILD}"
         )
-    if device.type != "cpu":
+    if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu' takes CPU tensors, got {device}")
+    return backend
+
+
+def _kernels(backend: str | None, device: torch.device) -> ModuleType | torch._ops._OpNamespace:
+    """Where the op functions are taken from: the dispatcher, or the reference module when that is forced."""
+    if backend is not None and select_backend(backend, device) == "reference":
+        return reference
     return torch.ops.loftq_kernels
 
 

@@ -122,13 +122,17 @@ def quantize_residual_(
     scale_dtype: torch.dtype,
     scale_search: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize ``weight - low_rank``; overwrite low_rank [N, K] float32 with ``weight - Q``. Also returns ||weight - Q||^2."""
-    low_rank.neg_().add_(weight)
-    codes, scale, offset = quantize(low_rank, codebook, group_size, scale_rule, scale_dtype, scale_search)
+    """Quantize ``weight - low_rank`` and overwrite low_rank [N, K] with ``weight - Q``, rounded to its dtype.
+
+    Returns codes, scale and offset as `quantize`, and ||weight - Q||^2 (float64) before that rounding.
+    """
+    target = weight.float() - low_rank.float()
+    codes, scale, offset = quantize(target, codebook, group_size, scale_rule, scale_dtype, scale_search)
     affine = offset if scale_rule == "minmax" else None
     dense = dequantize(codes, scale, affine, codebook, weight.shape[1], group_size, torch.float32)
-    torch.sub(weight, dense, out=low_rank)
-    return codes, scale, offset, low_rank.double().square().sum()
+    residual = weight.float() - dense
+    low_rank.copy_(residual)
+    return codes, scale, offset, residual.double().square().sum()
 
 
 def dequantize(

@@ -107,7 +107,7 @@ class Quantizer {
     const float* const weight = as_float(row, column, count, dense);
     const float* target = weight;
     if (p_.low_rank) {
-      subtract(weight, p_.low_rank + row * p_.k + column, count, shifted);
+      subtract(weight, advance(p_.low_rank, p_.residual_dtype, row * p_.k + column), count, shifted);
       target = shifted;
     }
     uint8_t* bytes = p_.codes + row * row_bytes(p_.k, kBits) + column * kBits / 8;
@@ -137,11 +137,12 @@ class Quantizer {
     return dense;
   }
 
-  static void subtract(const float* weight, const float* low_rank, int64_t count, float* out) {
+  // out <- weight - low_rank, zeros to the end of the last tile.
+  void subtract(const float* weight, const void* low_rank, int64_t count, float* out) const {
+    to_float<S>(p_.residual_dtype, low_rank, count, out);
     int64_t i = 0;
-    for (; i + S::kLanes <= count; i += S::kLanes)
-      S::store(out + i, S::sub(S::load(weight + i), S::load(low_rank + i)));
-    for (; i < count; ++i) out[i] = weight[i] - low_rank[i];
+    for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::sub(S::load(weight + i), S::load(out + i)));
+    for (; i < count; ++i) out[i] = weight[i] - out[i];
     for (; i < padded_k(count); ++i) out[i] = 0.0f;
   }
 
@@ -246,7 +247,7 @@ class Quantizer {
       const auto wide = S::widen(S::load(difference + i));
       norm2.add(i % 32 / S::kLanes, S::mul(wide, wide));
     }
-    std::memcpy(p_.residual + row * p_.k + column, difference, count * sizeof(float));
+    from_float<S>(p_.residual_dtype, difference, count, advance(p_.residual, p_.residual_dtype, row * p_.k + column));
   }
 
   float rounded(float value) const {

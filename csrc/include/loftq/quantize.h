@@ -43,9 +43,10 @@ struct QuantizeParams {
   void* offset;    // [n, num_groups] of scale_dtype; nullptr unless kMinMax
 
   // LoftQ's step in the same pass; all nullptr for a plain quantize.
-  const float* low_rank;   // [n, k] contiguous: quantize weight - low_rank instead of weight
-  float* residual;         // [n, k] contiguous, may be low_rank itself: receives weight - dequantized
-  double* residual_norm2;  // [n]: receives the squared norm of each residual row
+  const void* low_rank;  // [n, k] contiguous, of residual_dtype: quantize weight - low_rank instead of weight
+  void* residual;        // the same, may be low_rank itself: receives weight - dequantized, rounded to nearest even
+  DType residual_dtype;
+  double* residual_norm2;  // [n]: receives the squared norm of each residual row before that rounding
 };
 
 struct DequantizeParams {

@@ -1,9 +1,9 @@
 // Stands in for the CUDA runtime when kernels are compiled as C++ for the CPU; see emulation.h.
 #pragma once
 
+#include <math.h>
 #include <cfloat>
 #include <cmath>
-#include <math.h>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -35,14 +35,21 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = void*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxGridDimX,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+};
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : emulation::device.max_shared_bytes;
+  const emulation::Device& device = emulation::device;
+  *value = attribute == cudaDevAttrMaxGridDimX                    ? device.max_grid
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.max_shared_bytes
+                                                                  : device.multiprocessors;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -80,6 +87,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const uint64_t* words = emulation::warp_exchange(mask, value);
+  return static_cast<unsigned>(*std::max_element(words, words + emulation::kWarp));
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  const uint64_t* words = emulation::warp_exchange(mask, value);
+  return static_cast<unsigned>(*std::min_element(words, words + emulation::kWarp));
+}
+
 // Arithmetic: the round-to-nearest intrinsics are what C++ does without contraction (-ffp-contract=off).
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -90,6 +106,8 @@ inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __dsqrt_rn(double a) { return std::sqrt(a); }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline float __uint_as_float(unsigned a) {
   float result;
   std::memcpy(&result, &a, sizeof(result));

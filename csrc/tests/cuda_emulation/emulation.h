@@ -3,9 +3,10 @@
 // A test includes a .cu file with this folder first on the include path: <cuda_runtime.h> is then the one here.
 // Blocks run one after the other. The threads of a block are fibers (cooperating contexts with their own stacks)
 // of one CPU thread; a fiber runs until it meets a barrier or a warp exchange. Which fiber goes first is the test's
-// choice (Order): first to last, last to first, or shuffled; a kernel that races on shared memory gives different results in different orders, so tests run
-// every launch in all orders and demand identical bits. A barrier that not every thread reaches, a warp exchange
-// with missing lanes, and a write beyond the dynamic shared memory asked for are reported as launch failures.
+// choice (Order): first to last, last to first, or shuffled; a kernel that races on shared memory gives different
+// results in different orders, so tests run every launch in all orders and demand identical bits. A barrier that not
+// every thread reaches, a warp exchange with missing lanes, and a write beyond the dynamic shared memory asked for are
+// reported as launch failures.
 #pragma once
 
 #include <setjmp.h>
@@ -48,7 +49,9 @@ namespace emulation {
 struct Device {  // what the tests may choose
   Order order = Order::kForward;
   int max_shared_bytes = 227 << 10;  // opt-in limit a block; sm_90
-  std::string failure;               // what went wrong in the last launch, for the test's message
+  int max_grid = 2;                  // small, so that blocks meet the loops that a grid too large for a device needs
+  int multiprocessors = 2;
+  std::string failure;  // what went wrong in the last launch, for the test's message
   long launches = 0;
 };
 inline Device device;
@@ -71,8 +74,8 @@ struct Fiber {
   char* stack;
   State state;
   Index3 thread;
-  int warp_phase;     // counts this lane's warp exchanges
-  int barrier_line;   // source line of the block barrier it waits at
+  int warp_phase;    // counts this lane's warp exchanges
+  int barrier_line;  // source line of the block barrier it waits at
 };
 
 struct Warp {
@@ -240,7 +243,7 @@ inline bool run_grid(Index3 grid, Index3 threads, size_t shared_bytes, const std
   const int count = static_cast<int>(threads.x * threads.y * threads.z);
   if (count < 1 || count > 1024 || count % kWarp != 0) fail("threads a block must be a multiple of 32, at most 1024");
   if (static_cast<int>(shared_bytes) > device.max_shared_bytes) fail("more shared memory than a block may have");
-  if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("grid too large");
+  if (grid.y > 65535 || grid.z > 65535 || grid.x > static_cast<unsigned>(device.max_grid)) fail("grid too large");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("empty grid");
   if (!device.failure.empty()) return false;
 
@@ -270,7 +273,7 @@ inline bool run_grid(Index3 grid, Index3 threads, size_t shared_bytes, const std
       std::shuffle(block.lane_order.begin(), block.lane_order.end(), random);
     }
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                     static_cast<unsigned>(b / grid.x / grid.y)};
+                static_cast<unsigned>(b / grid.x / grid.y)};
     run_block(shared_bytes);
   }
   return device.failure.empty();

@@ -13,7 +13,8 @@
 #include "emulation.h"
 
 inline int report() {
-  if (!emulation::device.failure.empty()) std::printf("the last launch failed: %s\n", emulation::device.failure.c_str());
+  if (!emulation::device.failure.empty())
+    std::printf("the last launch failed: %s\n", emulation::device.failure.c_str());
   std::printf("%ld emulated launches\n", emulation::device.launches);
   return loftq::testing::test_result();
 }

@@ -1,0 +1,475 @@
+"""`save_quantized` and `load_quantized`: what comes back, what is refused, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DEVICES, FORMATS, TOKENS, TinyModel, assert_unchanged, gaussian, parameters_of, tiny_bert, tiny_gpt2
+from helpers import tiny_model as dense_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loftq_kernels as lk
+from loftq_kernels import storage
+from loftq_kernels.checkpoint_config import CONFIG_NAME
+
+X = gaussian(3, 64)
+
+
+def quantized_model(seed: int = 0, **fields) -> TinyModel:
+    model = dense_model(seed)
+    lk.quantize_model(model, lk.QuantConfig(**{"rank": 4, "num_iter": 1, **fields}), progress=False)
+    return model
+
+
+def skeleton() -> TinyModel:
+    with torch.device("meta"):
+        return TinyModel().eval()
+
+
+@pytest.fixture
+def model() -> TinyModel:
+    return quantized_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    lk.save_quantized(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def tensor_file(folder: Path) -> Path:
+    return folder / json.loads((folder / CONFIG_NAME).read_text())["tensor_file"]
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change top-level entries of the JSON."""
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**values, **changes}))
+
+
+def edit_layer(folder: Path, name: str, **changes) -> None:
+    layers = json.loads((folder / CONFIG_NAME).read_text())["layers"]
+    edit(folder, layers={**layers, name: {**layers[name], **changes}})
+
+
+def rewrite_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors (None removes) and state the new checksum: what a hash cannot catch."""
+    file = tensor_file(folder)
+    tensors = {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    edit(folder, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def assert_refused(folder: Path, match: str | None, error=ValueError) -> None:
+    """Loading raises and leaves the model as it was."""
+    target = dense_model(seed=5)
+    before = parameters_of(target)
+    with pytest.raises(error, match=match):
+        lk.load_quantized(folder, target)
+    assert_unchanged(target, before)
+    assert not any(isinstance(module, lk.QuantLoRALinear) for module in target.modules())
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_plain_model(self, format, device, tmp_path):
+        model = quantized_model(format=format, group_size=32, lora_alpha=2, scale_dtype=torch.bfloat16)
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path, skeleton(), device=device)
+        assert {t.device.type for t in parameters_of(loaded).values()} == {device}
+        loaded.cpu()
+        assert torch.equal(loaded(X), model(X))
+        assert loaded.head.scaling == 0.5 and loaded.head.group_size == 32
+        expected, actual = parameters_of(model), parameters_of(loaded)  # buffers outside state_dict are among them
+        assert actual.keys() == expected.keys() and "shift" in actual
+        assert all(torch.equal(actual[n], t) and actual[n].dtype == t.dtype for n, t in expected.items())
+
+    @pytest.mark.parametrize("target", ["meta", "dense", "quantized", "other format"])
+    def test_into(self, target, model, folder):
+        into = {
+            "meta": skeleton,
+            "dense": lambda: dense_model(5),
+            "quantized": lambda: quantized_model(5),
+            "other format": lambda: quantized_model(5, format="int2", rank=7),
+        }[target]()
+        assert lk.load_quantized(folder, into) is into
+        assert torch.equal(into(X), model(X))
+
+    def test_mixed_layers(self, tmp_path):
+        overrides = {"layers.0.*": {"format": "int2", "rank": None}, "layers.1.up": None, "head": {"rank": 10}}
+        model = quantized_model(overrides=overrides)
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path, skeleton())
+        assert torch.equal(loaded(X), model(X)) and type(loaded.layers[1]["up"]) is nn.Linear
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_dtypes(self, dtype, tmp_path):
+        model = quantized_model().to(dtype)
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path, skeleton())
+        assert torch.equal(loaded(X.to(dtype)), model(X.to(dtype)))
+
+    def test_bert(self, tmp_path):
+        model = tiny_bert()
+        lk.quantize_model(model, lk.QuantConfig(rank=4, num_iter=1), progress=False)
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path)
+        assert type(loaded) is type(model) and not loaded.training
+        assert torch.equal(loaded(TOKENS).last_hidden_state, model(TOKENS).last_hidden_state)
+        assert loaded.config.to_dict() == model.config.to_dict()
+
+    def test_gpt2_with_a_tied_head(self, tmp_path):
+        model = tiny_gpt2()
+        lk.quantize_model(model, lk.QuantConfig(format="nf2", rank=4, num_iter=1), progress=False)
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path)
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        assert sum("wte" in name or "lm_head" in name for name in load_file(tensor_file(tmp_path))) == 1
+        torch.manual_seed(0)
+        generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(loaded.generate(TOKENS, **generate), model.generate(TOKENS, **generate))
+
+    def test_shared_module(self, tmp_path):
+        def build():
+            shared = nn.Linear(64, 64)
+            return nn.Sequential(shared, nn.ReLU(), shared)
+
+        model = build()
+        lk.quantize_model(model, lk.QuantConfig(rank=4, num_iter=1), progress=False)
+        lk.save_quantized(model, tmp_path)
+        with torch.device("meta"):
+            empty = build()
+        loaded = lk.load_quantized(tmp_path, empty)
+        assert torch.equal(loaded(X), model(X)) and loaded[0].lora_A is loaded[2].lora_A
+
+    def test_only_adapters_are_trained(self, folder):
+        loaded = lk.load_quantized(folder, skeleton())
+        trained = {name.rpartition(".")[2] for name, p in loaded.named_parameters() if p.requires_grad}
+        assert trained == {"lora_A", "lora_B"}
+        loaded(X).sum().backward()
+        assert loaded.head.lora_A.grad is not None
+
+    def test_a_trained_adapter(self, model, folder):
+        model.head.lora_B.data += 1
+        lk.save_quantized(model, folder)
+        assert torch.equal(lk.load_quantized(folder, skeleton())(X), model(X))
+
+    def test_modes_are_those_of_the_target(self, folder):
+        target = skeleton()
+        target.layers[0]["up"].train()
+        loaded = lk.load_quantized(folder, target)
+        assert loaded.layers[0]["up"].training and not loaded.layers[0]["down"].training
+
+    def test_saved_again_it_is_the_same(self, folder, tmp_path):
+        lk.save_quantized(lk.load_quantized(folder, skeleton()), tmp_path / "again")
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+            file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()
+        }
+
+    def test_files(self, folder, model):
+        assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG_NAME, tensor_file(folder).name])
+        assert set(load_file(tensor_file(folder))) == set(model.state_dict()) | {"shift"}
+
+    def test_no_dense_weight_is_ever_built(self, tmp_path):
+        """Into a skeleton on the meta device: no operation allocates as much as one dense weight."""
+        with torch.device("meta"):
+            empty = TinyModel(256).eval()
+        model = dense_model(width=256)
+        lk.quantize_model(model, lk.QuantConfig(format="nf2", rank=2, num_iter=1), progress=False)
+        lk.save_quantized(model, tmp_path)
+
+        class Watch(TorchDispatchMode):
+            largest = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                for out in result if isinstance(result, tuple | list) else (result,):
+                    if isinstance(out, torch.Tensor) and not out.is_meta:
+                        self.largest = max(self.largest, out.nbytes)
+                return result
+
+        with Watch() as watch:
+            lk.load_quantized(tmp_path, empty)
+        assert 0 < watch.largest < 4 * 256 * 512 / 8
+
+
+class TestSave:
+    def test_nothing_quantized(self, tmp_path):
+        with pytest.raises(ValueError, match="TinyModel has no QuantLoRALinear"):
+            lk.save_quantized(dense_model(), tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_meta_tensors(self, model, tmp_path):
+        model.norm.to("meta")
+        with pytest.raises(ValueError, match="meta device.*norm.weight"):
+            lk.save_quantized(model, tmp_path)
+
+    def test_replaces_the_old_one(self, folder):
+        other = quantized_model(seed=5, format="nf2")
+        lk.save_quantized(other, folder)
+        assert torch.equal(lk.load_quantized(folder, skeleton())(X), other(X))
+        assert len(list(folder.iterdir())) == 2, "the old tensors are gone"
+
+    def test_replaces_an_unreadable_one(self, model, folder):
+        (folder / CONFIG_NAME).write_text("{")
+        lk.save_quantized(model, folder)
+        assert torch.equal(lk.load_quantized(folder, skeleton())(X), model(X))
+
+    def test_leaves_other_files_alone(self, model, folder):
+        (folder / "tokenizer.json").write_text("{}")
+        lk.save_quantized(quantized_model(seed=5), folder)
+        assert (folder / "tokenizer.json").read_text() == "{}"
+
+    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+    @pytest.mark.parametrize("step", ["tensors", "config", "rename"])
+    def test_failure_leaves_the_old_one(self, step, error, model, folder, monkeypatch):
+        expected, calls = model(X), []
+        replace = storage.os.replace
+
+        def fail(*args, **kwargs):
+            raise error
+
+        def write_half(tensors, path, **kwargs):
+            Path(path).write_bytes(b"half")
+            raise error
+
+        def fail_on_config(source, target):
+            calls.append(target)
+            return fail() if Path(target).name == CONFIG_NAME else replace(source, target)
+
+        if step == "tensors":
+            monkeypatch.setattr(storage, "save_file", write_half)
+        elif step == "config":
+            monkeypatch.setattr(Path, "write_text", fail)
+        else:
+            monkeypatch.setattr(storage.os, "replace", fail_on_config)
+        with pytest.raises(type(error)):
+            lk.save_quantized(quantized_model(seed=5), folder)
+        monkeypatch.undo()
+        assert torch.equal(lk.load_quantized(folder, skeleton())(X), expected)
+        assert not list(folder.glob("*tmp*")) and not list(folder.glob(".*"))
+
+
+class TestCorruption:
+    @pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
+    def test_truncated_tensors(self, folder, kept):
+        file = tensor_file(folder)
+        file.write_bytes(file.read_bytes()[:kept])
+        assert_refused(folder, f"{file.name} is truncated or corrupted")
+        with pytest.raises(ValueError, match=file.name):
+            lk.load_quantized(folder, skeleton(), verify=False)
+
+    def test_flipped_bits_of_tensors(self, folder):
+        file, rng = tensor_file(folder), random.Random(0)
+        data = file.read_bytes()
+        for _ in range(40):
+            flipped = bytearray(data)
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(flipped)
+            with pytest.raises(ValueError, match="truncated or corrupted"):
+                lk.load_quantized(folder, skeleton())
+
+    def test_flipped_bits_of_the_header_unverified(self, folder):
+        """Whoever waives the checksum gets a model or a ValueError, nothing else."""
+        file, rng = tensor_file(folder), random.Random(0)
+        data = file.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        for _ in range(60):
+            flipped = bytearray(data)
+            flipped[rng.randrange(header)] ^= 1 << rng.randrange(8)
+            file.write_bytes(flipped)
+            try:
+                lk.load_quantized(folder, skeleton(), verify=False)
+            except ValueError as error:
+                assert str(error)
+
+    def test_flipped_bits_of_the_config(self, folder):
+        file, rng = folder / CONFIG_NAME, random.Random(0)
+        data = file.read_bytes()
+        refused = 0
+        for _ in range(150):
+            flipped = bytearray(data)
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(flipped)
+            try:
+                lk.load_quantized(folder, skeleton())
+            except (ValueError, FileNotFoundError):
+                refused += 1
+        assert refused > 75  # white space and the digits of a scaling may change unnoticed
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "\x00", '{"a": 1}', "[" * 100_000, "1" * 5000])
+    def test_not_a_config(self, folder, text):
+        (folder / CONFIG_NAME).write_text(text)
+        assert_refused(folder, CONFIG_NAME)
+
+    def test_truncated_config(self, folder):
+        data = (folder / CONFIG_NAME).read_bytes()
+        (folder / CONFIG_NAME).write_bytes(data[: len(data) // 2])
+        assert_refused(folder, f"{CONFIG_NAME} is not JSON")
+
+    def test_not_utf8(self, folder):
+        (folder / CONFIG_NAME).write_bytes(b"\xff\xfe{}")
+        assert_refused(folder, CONFIG_NAME)
+
+    def test_huge_config(self, folder):
+        with open(folder / CONFIG_NAME, "r+b") as file:
+            file.truncate(1 << 30)  # sparse: takes no space
+        assert_refused(folder, f"{CONFIG_NAME} has {1 << 30} bytes")
+
+    @pytest.mark.parametrize("version", [0, 2, "1", None])
+    def test_another_version(self, folder, version):
+        edit(folder, loftq_format_version=version)
+        assert_refused(folder, f"loftq_format_version is {version!r}")
+
+    def test_missing(self, folder, tmp_path):
+        assert_refused(tmp_path / "nowhere", f"nowhere.*{CONFIG_NAME}", FileNotFoundError)
+        file = tensor_file(folder)
+        file.unlink()
+        assert_refused(folder, file.name, FileNotFoundError)
+
+    @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "..", ".", "", 5, None, ["x"]])
+    def test_path_outside_the_folder(self, folder, name):
+        tensor_file(folder).rename(folder.parent / "model.safetensors")
+        edit(folder, tensor_file=name)
+        assert_refused(folder, "tensor_file|does not exist|PathLike", (ValueError, FileNotFoundError))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"layers": []},
+            {"layers": {"head": 5}},
+            {"layers": None},
+            {"tied": []},
+            {"tied": {"head.lora_A": ["x"]}},
+            {"tied": {"head.lora_A": "nothing"}},
+            {"tied": None},
+            {"non_persistent": 5},
+            {"sha256": None},
+            {"extra": 1},
+        ],
+        ids=str,
+    )
+    def test_entries_of_another_kind(self, folder, changes):
+        edit(folder, **changes)
+        assert_refused(folder, None)
+
+    @pytest.mark.parametrize("field", ["in_features", "out_features"])
+    @pytest.mark.parametrize("size", [10**18, 10**9, 10**30, 65, 0, -64, 64.0, "64", None, True])
+    def test_sizes(self, folder, field, size):
+        """Compared with the model before anything of that size is allocated."""
+        edit_layer(folder, "head", **{field: size})
+        assert_refused(folder, "head")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rank": 10**9},
+            {"rank": 5},
+            {"rank": 0},
+            {"rank": "4"},
+            {"rank": None},
+            {"bias": True},
+            {"bias": "no"},
+            {"format": "nf9"},
+            {"format": ["nf4"]},
+            {"format": "int4"},
+            {"format": "int8"},
+            {"group_size": 48},
+            {"group_size": 32},
+            {"group_size": "64"},
+            {"scale_dtype": "float32"},
+            {"scale_dtype": "int8"},
+            {"scaling": 0},
+            {"scaling": -1},
+            {"scaling": "1"},
+            {"scaling": None},
+            {"surprise": 1},
+        ],
+        ids=str,
+    )
+    def test_layers_that_do_not_fit(self, folder, changes):
+        edit_layer(folder, "head", **changes)
+        assert_refused(folder, "head")
+
+    @pytest.mark.parametrize("scaling", ["NaN", "Infinity", "1e999"])
+    def test_scaling_is_finite(self, folder, scaling):
+        text = (folder / CONFIG_NAME).read_text().replace('"scaling": 1.0', f'"scaling": {scaling}')
+        (folder / CONFIG_NAME).write_text(text)
+        assert_refused(folder, "scaling")
+
+    @pytest.mark.parametrize(("stored", "claimed"), [("nf2", "uniform2"), ("nf4", "uniform4"), ("nf4", "int4_sym")])
+    def test_another_format_of_the_same_shapes(self, stored, claimed, tmp_path):
+        lk.save_quantized(quantized_model(format=stored), tmp_path)
+        edit_layer(tmp_path, "head", format=claimed)
+        assert_refused(tmp_path, f"head.codebook' is not the code book of format {claimed}")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"head__codes": None},
+            {"shift": None},
+            {"norm__bias": None},
+            {"stranger": torch.zeros(3)},
+            {"head__codes": torch.zeros(10, 31, dtype=torch.uint8)},
+            {"head__codes": torch.zeros(10, 32, dtype=torch.int8)},
+            {"head__scale": torch.zeros(10, 1)},
+            {"head__codebook": torch.zeros(16)},
+            {"head__lora_A": torch.zeros(4, 65)},
+            {"head__lora_A": torch.zeros(4, 64, dtype=torch.int32)},
+            {"norm__weight": torch.zeros(64, dtype=torch.uint8)},
+        ],
+        ids=lambda changes: str({name: t if t is None else (t.dtype, *t.shape) for name, t in changes.items()}),
+    )
+    def test_tensors_that_do_not_fit(self, folder, changes):
+        """shift may only be missing where the model has a value for it, which a skeleton has not."""
+        rewrite_tensors(folder, **changes)
+        (name,) = changes
+        with pytest.raises(ValueError, match=name.replace("__", ".")):
+            lk.load_quantized(folder, skeleton())
+
+
+class TestWrongModel:
+    def test_without_the_layer(self, folder):
+        with pytest.raises(ValueError, match="Sequential has no layer 'layers.0.up'"):
+            lk.load_quantized(folder, nn.Sequential(nn.Linear(64, 64)))
+
+    def test_of_another_width(self, folder):
+        with pytest.raises(ValueError, match=r"'layers.0.up' has shape \(64, 32\), the checkpoint holds \(128, 64\)"):
+            lk.load_quantized(folder, TinyModel(32))
+
+    def test_with_something_else_in_the_place(self, folder):
+        model = skeleton()
+        model.head = nn.LayerNorm(64)
+        with pytest.raises(ValueError, match="layer 'head' is a LayerNorm"):
+            lk.load_quantized(folder, model)
+
+    def test_with_more_parameters(self, folder):
+        model = dense_model()
+        model.extra = nn.Linear(3, 3)
+        with pytest.raises(ValueError, match="lacks tensors of TinyModel: extra.bias"):
+            lk.load_quantized(folder, model)
+
+    def test_plain_model_needs_its_architecture(self, folder):
+        with pytest.raises(ValueError, match="model="):
+            lk.load_quantized(folder)
+
+    @pytest.mark.parametrize("name", ["NoSuchModel", "pipeline", "__file__", "PreTrainedModel", 5, None])
+    def test_class_that_is_no_model(self, folder, name):
+        edit(folder, transformers={"class": name, "config": {}})
+        with pytest.raises(ValueError, match="model"):
+            lk.load_quantized(folder)
+
+    @pytest.mark.parametrize("described", [{}, {"class": "BertModel"}, [], "BertModel"])
+    def test_incomplete_description(self, folder, described):
+        edit(folder, transformers=described)
+        with pytest.raises(ValueError, match="description|model="):
+            lk.load_quantized(folder)

@@ -1,0 +1,136 @@
+"""What `import loftq_kernels` costs and needs. Each case is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from helpers import FORMATS
+
+from loftq_kernels.ops import extension
+
+BLOCK_EXTENSION = """
+    import importlib.abc, sys
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "loftq_kernels._C":
+                raise ImportError("no extension here")
+    sys.meta_path.insert(0, Block())
+"""
+
+
+def python(*snippets: str, **environment: str) -> str:
+    code = "\n".join(textwrap.dedent(snippet) for snippet in snippets)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_time():
+    """Less than 0.3 s on top of `import torch`: the best of several, as other processes may be at work."""
+    code = """
+        import time, torch
+        started = time.perf_counter()
+        import loftq_kernels
+        print(time.perf_counter() - started)
+    """
+    assert min(float(python(code)) for _ in range(3)) < 0.3
+
+
+@pytest.mark.parametrize("extension", [True, False], ids=["as installed", "without extension"])
+def test_loads_nothing_heavy(extension):
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import loftq_kernels
+        print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+        assert not torch.cuda.is_initialized()
+    """
+    loaded = set(python("" if extension else BLOCK_EXTENSION, code).split())
+    assert "loftq_kernels" in loaded
+    heavy = {"triton", "transformers", "peft", "bitsandbytes", "matplotlib", "scipy", "accelerate", "huggingface_hub"}
+    assert not loaded & heavy
+
+
+def test_without_the_extension():
+    """Everything works, slowly; one warning at the first use says how to build it, and none at import."""
+    out = python(
+        BLOCK_EXTENSION,
+        """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import torch, loftq_kernels as lk
+            assert not [w for w in caught if "loftq" in str(w.message)]
+            assert lk.available_backends() == ("reference",)
+            layer = lk.QuantLoRALinear.from_linear(torch.nn.Linear(64, 32), lk.QuantConfig(rank=4))
+            for _ in range(3):
+                layer(torch.randn(2, 64)).sum().backward()
+            packed = lk.quantize(torch.randn(3, 70), "int4")
+            packed.dequantize()
+            ours = [w for w in caught if "loftq_kernels" in str(w.message)]
+        print(len(ours), ours[0].message)
+        try:
+            lk.quantize(torch.randn(3, 70), backend="cpu")
+        except RuntimeError as error:
+            print(error)
+        """,
+    )
+    warning, error = out.splitlines()
+    assert warning.startswith("1 ") and "cpu tensors" in warning and "no extension here" in warning
+    assert "pip install" in warning and "backend='cpu'" in error and "pip install" in error
+
+
+def test_reference_gives_no_warning():
+    """Asking for the reference is no accident."""
+    python(
+        BLOCK_EXTENSION,
+        """
+        import warnings
+        import torch, loftq_kernels as lk
+        warnings.filterwarnings("error", message="loftq_kernels")
+        lk.quantize(torch.randn(3, 70), backend="reference").dequantize(backend="reference")
+        """,
+    )
+
+
+@pytest.mark.skipif(extension._C is None, reason="there are no instruction sets to choose from: it is not built")
+class TestInstructionSets:
+    def test_each_gives_the_same_bits(self):
+        code = f"""
+            import os, torch, loftq_kernels as lk
+            from loftq_kernels.ops import extension
+            assert extension._C.cpu_isa() == os.environ["LOFTQ_CPU_ISA"]
+            torch.manual_seed(0)
+            for weight in (torch.randn(7, 300), torch.randn(3, 31).half(), torch.randn(2, 512).bfloat16()):
+                for format in {FORMATS}:
+                    for group_size in (32, 256, -1):
+                        for search in (False, True):
+                            a, b = (lk.quantize(weight, format, group_size, scale_search=search, backend=backend)
+                                    for backend in ("reference", "cpu"))
+                            for name, tensor in a.tensors().items():
+                                assert torch.equal(tensor, b.tensors()[name]), (format, group_size, search, name)
+                            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                                assert torch.equal(a.dequantize(dtype, backend="reference"), b.dequantize(dtype))
+            print("same")
+        """
+        for isa in extension._C.cpu_isas():
+            assert python(code, LOFTQ_CPU_ISA=isa).strip() == "same", isa
+
+    def test_unknown_name(self):
+        out = python(
+            """
+            import torch, loftq_kernels as lk
+            try:
+                lk.quantize(torch.randn(3, 70))
+            except ValueError as error:
+                print(error)
+            """,
+            LOFTQ_CPU_ISA="mmx",
+        )
+        assert "mmx" in out and "scalar" in out
