@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured side by side in one run. ``python -m bench SUBJECT`` writes bench/results/SUBJECT.json."""
+"""Benchmarks: ratios measured side by side. ``python -m bench SUBJECT`` writes bench/results/SUBJECT.json."""

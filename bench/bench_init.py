@@ -182,8 +182,8 @@ def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
     flops = 2 * size * size * (passes * width + (num_iter - 1) * rank)
     a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 1024**3 / harness.interleaved({"bf16 1024^3": lambda: a @ b}, repeats=20)["bf16 1024^3"]
-    # Each alternation reads the float32 weight and reads and writes the bfloat16 residual once to quantize; the products
-    # read the residual once a pass.
+    # To quantize, each alternation reads the float32 weight and reads and writes the bfloat16 residual once; the
+    # products read the residual once a pass.
     traffic = size * size * (num_iter * (4 + 2 + 2) + passes * 2)
     bandwidth = harness.read_bandwidth()
     return {

@@ -16,7 +16,9 @@ def run(output: Path, *, quick: bool) -> None:
     results = [_one(weight, name, search) for name in lk.format_names() for search in (False, True)]
     harness.print_table(results)
     bandwidth = harness.read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; the weight in float32 takes {weight.nbytes / bandwidth * 1e3:.2f} ms")
+    print(
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s; the float32 weight takes {weight.nbytes / bandwidth * 1e3:.2f} ms"
+    )
     harness.write_json(
         output / "quantize.json", {"shape": [rows, columns], "read_bandwidth": bandwidth, "milliseconds": results}
     )

@@ -32,7 +32,7 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
-    """Bytes a second that this process reads from memory with all its threads: a sum over a buffer beyond the caches."""
+    """Bytes a second that this process reads from memory with all threads: a sum over a buffer beyond the caches."""
     buffer = torch.ones(megabytes << 18, dtype=torch.int32)
     return buffer.nbytes / interleaved({"sum": lambda: buffer.view(torch.int64).sum()}, repeats)["sum"]
 

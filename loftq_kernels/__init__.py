@@ -1,6 +1,6 @@
 """Models whose weights are quantized to 2-4 bits plus a low-rank adapter, at hardware speed.
 
-    y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
+y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
 from loftq_kernels.checkpoint import load_quantized, save_quantized

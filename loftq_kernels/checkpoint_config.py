@@ -1,4 +1,4 @@
-"""The JSON file of a quantized checkpoint: which layers there are and where their tensors lie. Every value is checked."""
+"""The JSON file of a quantized checkpoint: which layers there are, where their tensors lie. All values are checked."""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=lk.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="quantize a real sentence model to 2 and 4 bits and show what that did to it")
+    demo = commands.add_parser(
+        "demo", help="quantize a real sentence model to 2 and 4 bits and show what that did to it"
+    )
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot and the model")
     demo.add_argument("--sentences", type=int, default=400, help="how many sentences to compare (default 400)")
     demo.set_defaults(run=_demo)

@@ -73,7 +73,8 @@ class QuantizationReport:
             rank = "-" if layer.rank is None else layer.rank
             shape = f"{layer.out_features}x{layer.in_features}"
             lines.append(
-                f"{layer.name:<44} {shape:>13} {layer.format:>8} {rank:>5} {layer.bits_per_weight:>7.3f} {layer.error:>7.4f}"
+                f"{layer.name:<44} {shape:>13} {layer.format:>8} {rank:>5} "
+                f"{layer.bits_per_weight:>7.3f} {layer.error:>7.4f}"
             )
         lines += [f"{name:<44} skipped: {reason}" for name, reason in self.skipped.items()]
         lines.append(
@@ -97,7 +98,7 @@ class _Candidate:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether module is transformers' Conv1D: y = x @ weight + bias with weight [in, out]. Does not import transformers."""
+    """Whether module is transformers' Conv1D: y = x @ weight + bias with weight [in, out]; imports nothing."""
     cls = type(module)
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
@@ -114,7 +115,7 @@ def quantize_model(
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
     reason in the report: a subclass of nn.Linear, a weight shared with another module, hooks, a rank above its smaller
-    side. Layers are swapped as they are done, so an interrupted model is still a working one, and a second call goes on.
+    side. Layers are swapped as they are done, so an interrupted model still works, and a second call goes on.
 
     Args:
         model: changed in place; its modules keep their device and training mode.
@@ -132,7 +133,9 @@ def quantize_model(
     candidates = list(_candidates(model, cfg, report.skipped))
     already = any(isinstance(module, QuantLoRALinear) for module in model.modules())
     if not candidates and not already:
-        raise ValueError(f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {report.skipped}")
+        raise ValueError(
+            f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {report.skipped}"
+        )
     for candidate in candidates:
         check_finite(candidate.weight, f"{candidate.names[0]}.weight")
     with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
@@ -170,7 +173,9 @@ def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> 
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         if names[0] == "":
-            raise ValueError("the model is itself an nn.Linear and cannot replace itself: use QuantLoRALinear.from_linear")
+            raise ValueError(
+                "the model is itself an nn.Linear and cannot replace itself: use QuantLoRALinear.from_linear"
+            )
         layer_cfg = cfg.for_layer(names[0])
         reason = _reason_to_skip(module, names[0], cfg, layer_cfg, owners)
         if reason is None:

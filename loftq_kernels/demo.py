@@ -64,7 +64,9 @@ def run_demo(output: Path, num_sentences: int) -> int:
                 identical = torch.equal(embed(reloaded, tokenizer, sentences), actual)
             bar.update()
     table = format_table(rows, dense_mib=report.bytes_before / 2**20)
-    print(f"\nall-MiniLM-L6-v2, {len(report.layers)} linear layers, {len(sentences)} sentences, {_machine()}\n\n{table}\n")
+    print(
+        f"\nall-MiniLM-L6-v2, {len(report.layers)} linear layers, {len(sentences)} sentences, {_machine()}\n\n{table}\n"
+    )
     (output / "demo.md").write_text(table + "\n", encoding="utf-8")
     results = {"machine": _machine(), "sentences": len(sentences), "rows": [asdict(row) for row in rows]}
     (output / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

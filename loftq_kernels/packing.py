@@ -1,8 +1,8 @@
 """The storage contract: how b-bit codes lie in bytes.
 
 K is padded to a multiple of 64. With P = 8 / b codes to a byte, byte j of the 64-wide tile t holds the codes of columns
-``64 t + j + i * (64 / P)`` for i = 0..P-1, field i at bits ``[i b, (i + 1) b)``. One shift and mask of a vector of bytes
-therefore yields a contiguous slice of K: no lane ever has to be moved.
+``64 t + j + i * (64 / P)`` for i = 0..P-1, field i at bits ``[i b, (i + 1) b)``. One shift and mask of a vector of
+bytes therefore yields a contiguous slice of K: no lane ever has to be moved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dense models in local folders: transformers ones, and plain safetensors files. Nothing is ever fetched or unpickled."""
+"""Dense models in local folders: transformers ones, and plain safetensors files. Nothing is fetched or unpickled."""
 
 from __future__ import annotations
 

@@ -32,13 +32,15 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask would have it; safetensors creates files readable by the owner alone
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask would have it; safetensors creates files readable by the owner alone
         save_file(own, temporary, metadata=dict(metadata))
         temporary.chmod(mode)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where it is a view into something larger (safetensors refuses shared storage)."""
+    """The tensor, or a contiguous copy where it is a view into something larger (safetensors refuses those)."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

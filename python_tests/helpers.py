@@ -64,15 +64,15 @@ def minilm_weights() -> dict[str, Tensor]:
 
 
 @functools.cache
-def minilm_inits(format: str, rank: int, svd: str = "fast", num_iter: int = 5) -> dict[str, lk.AdapterInit]:
-    """LoftQ of every linear layer of MiniLM; computed once a test run for each choice of options."""
+def minilm_inits(format: str, rank: int, svd: str = "fast", backend: str | None = None) -> dict[str, lk.AdapterInit]:
+    """LoftQ (T = 5) of every linear layer of MiniLM; computed once a test run for each choice of options."""
     by_shape: dict[torch.Size, list[str]] = {}
     for name, weight in minilm_weights().items():
         by_shape.setdefault(weight.shape, []).append(name)
     inits = {}
     for names in by_shape.values():
         weights = [minilm_weights()[name] for name in names]
-        inits.update(zip(names, lk.loftq_init_batch(weights, format, rank, num_iter, svd=svd), strict=True))
+        inits.update(zip(names, lk.loftq_init_batch(weights, format, rank, 5, svd=svd, backend=backend), strict=True))
     return inits
 
 

@@ -141,7 +141,11 @@ def test_gradient_checkpointing():
         def op(x, lora_A, lora_B, bias):
             return lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias).tanh()
 
-        y = checkpoint(op, x, lora_A, lora_B, bias, use_reentrant=False) if rematerialise else op(x, lora_A, lora_B, bias)
+        y = (
+            checkpoint(op, x, lora_A, lora_B, bias, use_reentrant=False)
+            if rematerialise
+            else op(x, lora_A, lora_B, bias)
+        )
         y.sum().backward()
         results.append([x.grad, lora_A.grad, lora_B.grad, bias.grad])
     for plain, rematerialised in zip(*results, strict=True):

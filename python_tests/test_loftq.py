@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import bitsandbytes.functional as bnb
 import oracle
 import pytest
 import torch
-from helpers import DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
+from helpers import BACKENDS, DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
 
 import loftq_kernels as lk
 from loftq_kernels.initializers import loftq
 
 RANKS = [8, 16, 64]
 SOLVERS = ["exact", "fast"]
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def driver(request, monkeypatch) -> str:
+    """Every test runs with the driver in plain torch and, where it is built, with the compiled one."""
+    for name in ("loftq_init", "loftq_init_batch"):
+        monkeypatch.setattr(lk, name, functools.partial(getattr(lk, name), backend=request.param))
+    return request.param
 
 
 def assert_solvers_agree(exact: lk.AdapterInit, fast: lk.AdapterInit) -> None:
@@ -30,8 +39,9 @@ class TestSolvers:
     @pytest.mark.slow
     @pytest.mark.parametrize("rank", RANKS)
     @pytest.mark.parametrize("format", ["nf4", "nf2"])
-    def test_minilm(self, format, rank):
-        exact, fast = (minilm_inits(format, rank, svd) for svd in SOLVERS)
+    def test_minilm(self, format, rank, driver):
+        exact = minilm_inits(format, rank, "exact", backend=BACKENDS[-1])
+        fast = minilm_inits(format, rank, "fast", backend=driver)
         for name in minilm_weights():
             assert_solvers_agree(exact[name], fast[name])
 
@@ -61,16 +71,16 @@ class TestSolvers:
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf2", "int4", "int2"])
-def test_better_than_rounding_on_every_minilm_layer(format):
-    for name, init in minilm_inits(format, 16).items():
+def test_better_than_rounding_on_every_minilm_layer(format, driver):
+    for name, init in minilm_inits(format, 16, backend=driver).items():
         weight = minilm_weights()[name]
         rounded = weight - lk.quantize(weight, format).dequantize()
         assert init.error < (rounded.norm() / weight.norm()).item(), name
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf2"])
-def test_more_rank_is_better_on_every_minilm_layer(format):
-    errors = [minilm_inits(format, rank) for rank in RANKS]
+def test_more_rank_is_better_on_every_minilm_layer(format, driver):
+    errors = [minilm_inits(format, rank, backend=driver) for rank in RANKS]
     for name in minilm_weights():
         assert errors[0][name].error > errors[1][name].error > errors[2][name].error
 
@@ -126,6 +136,20 @@ def test_promises(format, shape, svd):
     assert init.error <= alone * (1 + 1e-6)
     rounded = ((weight - lk.quantize(weight, format).dequantize()).norm() / weight.norm()).item()
     assert init.errors[0] < rounded
+
+
+@pytest.mark.parametrize("order", loftq.ORDERS)
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("format", ["nf2", "int4", "uniform2"])
+def test_drivers_agree(format, svd, order):
+    """The compiled driver finds what the one in plain torch finds."""
+    for shape in ((96, 160), (160, 96)):
+        weight = gaussian(*shape, seed=3)
+        reference = lk.loftq_init(weight, format, 8, 4, svd=svd, order=order, backend="reference")
+        init = lk.loftq_init(weight, format, 8, 4, svd=svd, order=order)
+        assert init.errors == pytest.approx(reference.errors, rel=3e-3)
+        if order == "quantize_first":
+            assert init.errors[0] == pytest.approx(reference.errors[0], rel=1e-5 if svd == "exact" else 1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 33])

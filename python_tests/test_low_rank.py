@@ -48,7 +48,9 @@ def test_exact_is_the_truncated_svd(shape):
     matrix = gaussian(1, *shape)
     basis, image = low_rank.dominant_space(matrix, 5, mode="exact", start=None, seed=0)
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    torch.testing.assert_close(product(image, basis), (u[..., :5] * s[..., None, :5]) @ vh[..., :5, :], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        product(image, basis), (u[..., :5] * s[..., None, :5]) @ vh[..., :5, :], rtol=0, atol=1e-5
+    )
 
 
 def test_exact_survives_a_steep_spectrum():

@@ -173,7 +173,12 @@ class TestErrorBudget:
         """Transposed, expanded and sliced activations and adapters."""
         packed = lk.quantize(gaussian(7, 130), "int4")
         lora_A, lora_B = gaussian(130, 3).T, gaussian(3, 7).T
-        views = [gaussian(130, 5).T, gaussian(1, 130).expand(4, 130), gaussian(5, 260)[:, ::2], gaussian(130, 4, 3).mT.T]
+        views = [
+            gaussian(130, 5).T,
+            gaussian(1, 130).expand(4, 130),
+            gaussian(5, 260)[:, ::2],
+            gaussian(130, 4, 3).mT.T,
+        ]
         for x in views[:3] + [views[3].permute(0, 2, 1).permute(1, 0, 2)[..., :1].expand(-1, -1, 130)]:
             assert not x.is_contiguous()
             bias = gaussian(14, seed=5)[::2]

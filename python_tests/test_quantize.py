@@ -87,7 +87,7 @@ finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
     search=st.booleans(),
 )
 def test_bit_exact_fuzzed(weight, format, group_size, search):
-    """Any finite values, down to scales that are subnormal; straight at the ops, which have no opinion of the values."""
+    """Any finite values, down to scales that are subnormal; straight at the ops, which take any."""
     fmt, dense = get_format(format), torch.from_numpy(weight)
     codes, scale, offset = oracle.quantize(dense, format, group_size, torch.float32, search)
     for kernels in (torch.ops.loftq_kernels, lk.ops.functional.reference):

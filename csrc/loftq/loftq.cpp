@@ -84,7 +84,7 @@ class Alternation {
   struct Iterate {
     at::Tensor codes, scale, offset;
     at::Tensor basis, image;  // [s, r] and [n, r]; of `best_` alone
-    double norm2 = 0;  // of the residual
+    double norm2 = 0;         // of the residual
     double error = std::numeric_limits<double>::quiet_NaN();
     std::vector<double> errors;
   };

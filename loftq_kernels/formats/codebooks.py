@@ -15,7 +15,7 @@ NORMAL_OFFSET = 0.9677083
 def normal_float(bits: int) -> Tensor:
     """NF-b: quantiles of the normal distribution, zero included, scaled into [-1, 1]. Float32 [2^b], ascending.
 
-        {Q(p) : p = linspace(o, 1/2, 2^(b-1) + 1) less its end}  and  0  and  {-Q(p) : p = linspace(o, 1/2, 2^(b-1)) less its end}
+        {Q(p) : p in linspace(o, 1/2, 2^(b-1) + 1)}  and  0  and  {-Q(p) : p in linspace(o, 1/2, 2^(b-1))},  p != 1/2,
 
     divided by the largest, with Q the normal quantile function and o = 0.9677083. Source: QLoRA (Dettmers et al. 2023)
     for b = 4, LoftQ (Li et al. 2024) for any b. At b = 4 it equals bitsandbytes' table bit for bit.
@@ -43,5 +43,5 @@ def uniform(bits: int) -> Tensor:
 
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:
-    # Device and dtype are spelled out: tables must not follow torch.set_default_dtype or a torch.device("meta") context.
+    # Device and dtype are spelled out: tables must not follow set_default_dtype or a torch.device("meta") context.
     return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")

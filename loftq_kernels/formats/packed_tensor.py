@@ -26,7 +26,7 @@ class PackedTensor:
         codebook: float32 [2^bits].
         shape, group_size, format: (N, K), columns a group (-1: the row) and the `Format`.
 
-    It copies with `copy.deepcopy`, pickles, moves with `to`, and saves with `save`. The tensors are not meant to be edited.
+    It copies with `copy.deepcopy`, pickles, moves with `to`, and saves with `save`. Its tensors are not to be edited.
     """
 
     __slots__ = ("codebook", "codes", "format", "group_size", "offset", "scale", "shape")
@@ -50,7 +50,9 @@ class PackedTensor:
     def validate(self) -> PackedTensor:
         """Raise ValueError unless the tensors agree with each other, the shape and the format; return self."""
         if checks.bits_of(self.codebook) != self.bits:
-            raise ValueError(f"format {self.format.name} has {self.bits} bits, codebook has {self.codebook.numel()} entries")
+            raise ValueError(
+                f"format {self.format.name} has {self.bits} bits, codebook has {self.codebook.numel()} entries"
+            )
         if (self.offset is not None) != self.format.affine:
             has = "has none" if self.offset is None else "has one"
             raise ValueError(f"format {self.format.name}: affine={self.format.affine}, but the weight {has} of offset")

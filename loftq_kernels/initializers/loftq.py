@@ -184,9 +184,7 @@ def _operand_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _check_batch(
-    weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str
-) -> None:
+def _check_batch(weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str) -> None:
     for name, weight in zip(names, weights, strict=True):
         checks.check_weight(name, weight)
         for what in ("shape", "dtype", "device"):

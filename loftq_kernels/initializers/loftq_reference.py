@@ -43,7 +43,9 @@ class Alternation:
             torch.linalg.vector_norm(weight, dtype=torch.float64).item() / unit
             for weight, unit in zip(weights, self.unit, strict=True)
         ]
-        self.residual = torch.zeros(shape, dtype=torch.float32, device=weights[0].device)  # also holds the low-rank term
+        self.residual = torch.zeros(
+            shape, dtype=torch.float32, device=weights[0].device
+        )  # also holds the low-rank term
         self.packed: list[PackedTensor | None] = [None] * len(weights)
         self.basis: Tensor | None = None  # [B, short, >= r], the last right space
         self.image: Tensor | None = None  # [B, long, r], E V for the first r directions

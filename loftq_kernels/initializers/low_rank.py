@@ -1,6 +1,6 @@
 """Truncated SVD of a batch of matrices, as an orthonormal basis of the dominant right space and its image.
 
-Quantization residuals have flat, noise-like spectra: judge a solver by the energy ||E V||^2 it captures, not by vectors.
+Quantization residuals have flat, noise-like spectra: judge a solver by the energy ||E V||^2 it captures, not vectors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _gram_eigh(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def gaussian(rows: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Float32 [rows, width], the same for every matrix of a batch and every device, so that batching changes no result."""
+    """Float32 [rows, width], the same for every matrix of a batch and device, so that batching changes no result."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
 
 
@@ -70,7 +70,9 @@ def _block_krylov(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Te
     basis, images = block, matrix @ block
     for _ in range(steps):
         block = matrix.mT @ images[..., -block.shape[-1] :]
-        for _ in range(2):  # twice is enough (Kahan): the first pass leaves rounding errors of the size of what it removed
+        for _ in range(
+            2
+        ):  # twice is enough (Kahan): the first pass leaves rounding errors of the size of what it removed
             block = _orthonormal(block - basis @ (basis.mT @ block))
         basis = torch.cat([basis, block], -1)
         images = torch.cat([images, matrix @ block], -1)
@@ -84,7 +86,7 @@ def _orthonormal(block: Tensor) -> Tensor:
 
 
 def balanced_factors(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """image [B, n, r], basis [B, s, r] orthonormal -> U sqrt(S) and V sqrt(S) with U S V^T = image @ basis.T its SVD."""
+    """image [B, n, r], basis [B, s, r] orthonormal -> U sqrt(S), V sqrt(S) with U S V^T = image @ basis.T its SVD."""
     eigenvalues, rotation = torch.linalg.eigh(image.double().mT @ image.double())
     singular = eigenvalues.flip(-1).clamp(min=0).sqrt()
     rotation = rotation.flip(-1)

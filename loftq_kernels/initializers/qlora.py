@@ -1,4 +1,4 @@
-"""QLoRA's start (Dettmers et al., 2023): round to nearest, A Kaiming-uniform, B zero, so the adapter adds nothing yet."""
+"""QLoRA's start (Dettmers et al., 2023): round to nearest, A Kaiming-uniform, B zero: the adapter adds nothing yet."""
 
 from __future__ import annotations
 

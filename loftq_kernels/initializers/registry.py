@@ -1,4 +1,4 @@
-"""The initializers by name. Each takes same-shape weights and a `QuantConfig` and returns one `AdapterInit` a weight."""
+"""The initializers by name. Each takes same-shape weights and a `QuantConfig` and returns an `AdapterInit` each."""
 
 from __future__ import annotations
 

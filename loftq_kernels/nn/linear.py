@@ -56,9 +56,7 @@ class QuantLoRALinear(nn.Module):
             check_rank(rank, out_features, in_features)
         self.rank, self.scaling = rank, adapter_scaling(rank, lora_alpha, use_rslora)
         self.adapter_enabled = True
-        packed = empty_packed(
-            out_features, in_features, format, group_size, scale_dtype=scale_dtype, device=device
-        )
+        packed = empty_packed(out_features, in_features, format, group_size, scale_dtype=scale_dtype, device=device)
         self.format, self.group_size = packed.format, group_size
         for name in _PACKED_BUFFERS:
             self.register_buffer(name, getattr(packed, name))
@@ -76,7 +74,7 @@ class QuantLoRALinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, cfg: QuantConfig | None = None) -> QuantLoRALinear:
-        """Quantize the weight of an `nn.Linear` as cfg says (default: LoftQ, NF4, rank 16). ``linear`` is not changed."""
+        """Quantize the weight of an `nn.Linear` as cfg says (default: LoftQ, NF4, rank 16); it is not changed."""
         cfg = cfg or QuantConfig()
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear takes a torch.nn.Linear, got {type(linear).__name__}")
@@ -169,9 +167,7 @@ class QuantLoRALinear(nn.Module):
 
     def merged_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: weight = Q + scaling * lora_B @ lora_A, dense."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self._dtype
-        )
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self._dtype)
         linear.weight = nn.Parameter(self.weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())

@@ -57,7 +57,7 @@ def quantize_tensors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """weight [N, K] -> codes, scale, offset (None unless affine). The algorithm is stated in `reference.quantize`.
 
-    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or a scale that does not fit scale_dtype.
+    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or scales that do not fit scale_dtype.
     """
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
@@ -123,7 +123,9 @@ def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, gro
 
 def _range_message(name: str, row: int, group: int, magnitude: float, dtype: torch.dtype) -> str:
     advice = "rescale the weight" if dtype == torch.float32 else "use scale_dtype=torch.float32"
-    return f"{name} row {row}, group {group}: magnitude {magnitude:.4g} gives a scale that does not fit {dtype}; {advice}"
+    return (
+        f"{name} row {row}, group {group}: magnitude {magnitude:.4g} gives a scale that does not fit {dtype}; {advice}"
+    )
 
 
 def qlora_linear(
@@ -192,6 +194,4 @@ def dequantize_tensors(
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dequantize to dtype={dtype}: a floating-point dtype is needed")
-    return _kernels(backend, codes.device).dequantize(
-        codes, scale, offset, codebook, in_features, group_size, dtype
-    )
+    return _kernels(backend, codes.device).dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)

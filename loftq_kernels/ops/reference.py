@@ -1,4 +1,4 @@
-"""The plain-torch backend: what every other backend is compared with. Runs on any device, differentiable by autograd."""
+"""The plain-torch backend: what every other backend is compared with. For any device, differentiable by autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def quantize(
     weight: Tensor, codebook: Tensor, group_size: int, scale_rule: str, scale_dtype: torch.dtype, scale_search: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [N, K] -> codes [N, K_pad * b / 8] uint8, scale [N, G], offset [N, G] ([0] unless ``scale_rule="minmax"``).
+    """weight [N, K] -> codes [N, K_pad * b / 8] uint8, scale [N, G], offset [N, G] ([0] unless scale_rule="minmax").
 
     Each group takes the nearest codebook entry (the lower one on a tie) to ``(w - offset) * (1 / scale)``, scale and
     offset as stored. Base scale: absmax: max|w| / codebook[-1]; minmax: (max - min) / (2^b - 1); mean_std:
@@ -89,7 +89,7 @@ def _scale_and_offset(
 
 
 def _sum_columns(values: Tensor) -> Tensor:
-    """Float64 [..., g] -> [..., 1], added in the order that every backend keeps to: 32 interleaved partial sums, folded."""
+    """Float64 [..., g] -> [..., 1], added in the order all backends keep to: 32 interleaved partial sums, folded."""
     blocks = pad(values, (0, -values.shape[-1] % 32)).unflatten(-1, (-1, 32))
     partial = blocks[..., 0, :]
     for i in range(1, blocks.shape[-2]):

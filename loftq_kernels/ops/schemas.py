@@ -15,7 +15,8 @@ from loftq_kernels.ops import checks, extension, reference
 
 NAMESPACE = "loftq_kernels"
 
-# codes [N, K_pad * b / 8] uint8, scale and offset [N, G], codebook [2^b] float32; x [..., K], lora_A [r, K], lora_B [N, r]
+# codes [N, K_pad * b / 8] uint8, scale and offset [N, G], codebook [2^b] float32;
+# x [..., K], lora_A [r, K], lora_B [N, r]
 _PACKED = "Tensor codes, Tensor scale, Tensor? offset, Tensor codebook"
 _LORA = "Tensor? lora_A, Tensor? lora_B, float scaling"
 _QUANTIZE = "Tensor codebook, int group_size, str scale_rule, ScalarType scale_dtype, bool scale_search"
@@ -81,9 +82,7 @@ def _unpack_codes_fake(packed, bits, in_features):
     reference.qlora_linear,
 )
 def _qlora_linear_fake(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias):
-    checks.check_qlora_linear(
-        x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias
-    )
+    checks.check_qlora_linear(x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias)
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
