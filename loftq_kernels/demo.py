@@ -7,7 +7,6 @@ import importlib.util
 import json
 import platform
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 import loftq_kernels as lk
 from loftq_kernels import pretrained
+from loftq_kernels.ops import extension
 
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)
@@ -181,8 +181,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def _machine() -> str:
-    isa = lk.available_backends()[-1]
+    kernels = "plain torch" if extension._C is None else extension._C.cpu_isa()
     return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, backend {isa}, {sys.platform}"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, CPU kernels: {kernels}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
     )

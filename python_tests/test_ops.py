@@ -77,7 +77,9 @@ def test_fake_is_like_the_real_one(name):
             reals = getattr(OPS, name)(*args)
         fakes, reals = ((out,) if isinstance(out, torch.Tensor) else out for out in (fakes, reals))
         for fake, real in zip(fakes, reals, strict=True):
-            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+            strides = zip(real.shape, fake.stride(), real.stride(), strict=True)
+            assert all(mine == other for size, mine, other in strides if size > 1)
 
 
 def test_names_lists_every_op():

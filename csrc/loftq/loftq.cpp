@@ -38,7 +38,8 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale, const at
 
 // Residuals are divided by this power of two, which is exact, where the squares of the weights would leave float32.
 double residual_unit(const at::Tensor& weight) {
-  const double largest = weight.numel() == 0 ? 0.0 : weight.abs().max().item<double>();
+  const auto [low, high] = at::aminmax(weight);
+  const double largest = std::max(-low.item<double>(), high.item<double>());
   if (!(largest > 0) || (largest > 1e-9 && largest < 1e9) || !std::isfinite(largest)) return 1.0;
   return std::exp2(std::floor(std::log2(largest)));
 }

@@ -42,12 +42,13 @@ std::tuple<at::Tensor, at::Tensor> leading_eigenvectors(const at::Tensor& symmet
 
 }  // namespace
 
+at::Tensor batched_product(const at::Tensor& left, const at::Tensor& right) {
+  return left.size(0) == 1 ? at::mm(left[0], right[0]).unsqueeze(0) : at::bmm(left, right);
+}
+
 at::Tensor multiply_operands(const at::Tensor& matrix, const at::Tensor& block, bool transposed) {
   const at::Tensor operand = transposed ? matrix.mT() : matrix;
-  const at::Tensor cast = block.to(matrix.scalar_type());
-  // A batch of one goes through mm: on CPUs oneDNN's is faster than its bmm.
-  const at::Tensor product = matrix.size(0) == 1 ? at::mm(operand[0], cast[0]).unsqueeze(0) : at::bmm(operand, cast);
-  return product.to(at::kFloat);
+  return batched_product(operand, block.to(matrix.scalar_type())).to(at::kFloat);
 }
 
 at::Tensor orthonormalize(const at::Tensor& block) {
@@ -55,9 +56,9 @@ at::Tensor orthonormalize(const at::Tensor& block) {
   constexpr int kRounds = 2, kMaxRounds = 4;
   at::Tensor q = block;
   for (int round = 0, plain = 0; plain < kRounds && round < kMaxRounds; ++round) {
-    auto [factor, shifted] = cholesky_factor(at::bmm(q.mT(), q).to(at::kDouble));
+    auto [factor, shifted] = cholesky_factor(batched_product(q.mT(), q).to(at::kDouble));
     const at::Tensor identity = at::eye(q.size(2), factor.options()).expand_as(factor);
-    q = at::bmm(q, at::linalg_solve_triangular(factor, identity, /*upper=*/true).to(at::kFloat));
+    q = batched_product(q, at::linalg_solve_triangular(factor, identity, /*upper=*/true).to(at::kFloat));
     if (!shifted) ++plain;
   }
   return q;
@@ -66,7 +67,7 @@ at::Tensor orthonormalize(const at::Tensor& block) {
 Space exact_space(const at::Tensor& matrix, int64_t rank) {
   auto [values, vectors] = leading_eigenvectors(gram_float64(matrix), rank);
   const at::Tensor basis = vectors.to(at::kFloat);
-  return {basis, at::bmm(matrix, basis)};
+  return {basis, batched_product(matrix, basis)};
 }
 
 Space krylov_space(const at::Tensor& matrix, const at::Tensor& start, int64_t steps) {
@@ -82,26 +83,26 @@ Space krylov_space(const at::Tensor& matrix, const at::Tensor& start, int64_t st
       const at::Tensor previous = basis.narrow(2, 0, done);
       // Twice is enough (Kahan): the first pass leaves rounding errors of the size of what it removed.
       for (int pass = 0; pass < 2; ++pass) {
-        block = orthonormalize(at::baddbmm(block, previous, at::bmm(previous.mT(), block), 1, -1));
+        block = orthonormalize(block.sub_(batched_product(previous, batched_product(previous.mT(), block))));
       }
     }
     basis.narrow(2, done, width).copy_(block);
     image.narrow(2, done, width).copy_(multiply_operands(matrix, block));
   }
-  const at::Tensor ritz = std::get<1>(leading_eigenvectors(at::bmm(image.mT(), image), width));
-  return {at::bmm(basis, ritz), at::bmm(image, ritz)};
+  const at::Tensor ritz = std::get<1>(leading_eigenvectors(batched_product(image.mT(), image), width));
+  return {batched_product(basis, ritz), batched_product(image, ritz)};
 }
 
 Factors balanced_factors(const Space& space) {
   const at::Tensor image = space.image.to(at::kDouble);
-  auto [values, rotation] = leading_eigenvectors(at::bmm(image.mT(), image), image.size(2));
+  auto [values, rotation] = leading_eigenvectors(batched_product(image.mT(), image), image.size(2));
   const at::Tensor singular = values.clamp_min(0).sqrt();
   // A direction whose singular value is rounding noise contributes nothing: leave it out rather than divide by it.
   const at::Tensor kept = singular.gt(singular.narrow(-1, 0, 1) * 1e-7);
   const at::Tensor root = at::where(kept, singular.sqrt(), 0.0);
   const at::Tensor inverse_root = at::where(kept, singular.rsqrt(), 0.0);
-  return {at::bmm(space.image, (rotation * inverse_root.unsqueeze(-2)).to(at::kFloat)),
-          at::bmm(space.basis, (rotation * root.unsqueeze(-2)).to(at::kFloat))};
+  return {batched_product(space.image, (rotation * inverse_root.unsqueeze(-2)).to(at::kFloat)),
+          batched_product(space.basis, (rotation * root.unsqueeze(-2)).to(at::kFloat))};
 }
 
 }  // namespace loftq

@@ -20,6 +20,9 @@ Space exact_space(const at::Tensor& matrix, int64_t rank);
 // 2015): w Ritz vectors, best first, from 2 steps + 1 products with the matrix [B, n, s], float32 or bfloat16.
 Space krylov_space(const at::Tensor& matrix, const at::Tensor& start, int64_t steps);
 
+// left @ right for batches; a batch of one goes through mm, which on CPUs is faster than bmm.
+at::Tensor batched_product(const at::Tensor& left, const at::Tensor& right);
+
 // matrix @ block or matrix^T @ block in the operand dtype of matrix (accumulated in float32), returned as float32.
 at::Tensor multiply_operands(const at::Tensor& matrix, const at::Tensor& block, bool transposed = false);
 

@@ -136,13 +136,13 @@ def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend
     for name, weight in zip(names, weights, strict=True):
         check_finite(weight, name)
     compiled = select_backend(backend, weights[0].device) != "reference"
-    inits = _run_compiled(weights, options) if compiled else loftq_reference.run(weights, options)
+    inits = _run_compiled(weights, names, options) if compiled else loftq_reference.run(weights, options)
     for name, weight, init in zip(names, weights, inits, strict=True):
         check_scales(weight, init.packed.scale, init.packed.offset, options.group_size, name)
     return inits
 
 
-def _run_compiled(weights: list[Tensor], options: LoftQOptions) -> list[AdapterInit]:
+def _run_compiled(weights: list[Tensor], names: list[str], options: LoftQOptions) -> list[AdapterInit]:
     """The driver in C++; csrc/loftq/loftq.h states what it does and what memory it takes."""
     codebook = options.format.codebook(weights[0].device)
     long_side, short_side = max(weights[0].shape), min(weights[0].shape)
@@ -164,6 +164,9 @@ def _run_compiled(weights: list[Tensor], options: LoftQOptions) -> list[AdapterI
         scale_dtype=options.scale_dtype,
         scale_search=options.scale_search,
     )
+    for name, weight, result in zip(names, weights, results, strict=True):
+        if not math.isfinite(result.error):  # the driver has stopped, and may have no codes for the others
+            check_scales(weight, result.scale, result.offset, options.group_size, name)
     return [
         AdapterInit(
             packed=options.packed(result.codes, result.scale, result.offset, codebook, weight.shape[1]),

@@ -17,8 +17,11 @@ _warned: set[str] = set()
 
 
 def warn_slow(device_type: str) -> None:
-    """Say once per device type that the plain-torch reference does the work of a kernel."""
-    if device_type in _warned or device_type == "meta":
+    """Say, once per device type, that the plain-torch reference serves where compiled kernels could.
+
+    On CPUs that is so when the extension is missing; on other devices whenever an op has no kernel of its own.
+    """
+    if device_type in _warned or device_type == "meta" or (device_type == "cpu" and _C is not None):
         return
     _warned.add(device_type)
     reason = f"the compiled extension is missing ({LOAD_ERROR}); {HOW_TO_BUILD}" if _C is None else "there is no kernel"

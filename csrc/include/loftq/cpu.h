@@ -5,23 +5,6 @@
 
 namespace loftq {
 
-// Codes, one a byte, to or from the storage contract of packing.h.
-struct PackParams {
-  const uint8_t* codes;  // [n, k] contiguous, each below 2^bits
-  int64_t n;
-  int64_t k;
-  int bits;         // 2, 4 or 8
-  uint8_t* packed;  // [n, row_bytes(k, bits)]; fields beyond k become 0
-};
-
-struct UnpackParams {
-  const uint8_t* packed;  // [n, row_bytes(k, bits)]
-  int64_t n;
-  int64_t k;
-  int bits;
-  uint8_t* codes;  // [n, k] contiguous
-};
-
 // Rows are divided among at most num_threads threads; results do not depend on how many.
 Status launch_quantize_cpu(const QuantizeParams& params, int num_threads);
 Status launch_dequantize_cpu(const DequantizeParams& params, int num_threads);

@@ -7,7 +7,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "loftq/cpu.h"  // PackParams, UnpackParams
 #include "loftq/quantize.h"
 
 namespace loftq {

@@ -36,4 +36,21 @@ constexpr LOFTQ_HD int load_code(const uint8_t* row, int64_t column, int bits) {
   return (row[at.byte] >> at.shift) & ((1 << bits) - 1);
 }
 
+// Codes, one a byte, to or from this layout.
+struct PackParams {
+  const uint8_t* codes;  // [n, k] contiguous, each below 2^bits
+  int64_t n;
+  int64_t k;
+  int bits;         // 2, 4 or 8
+  uint8_t* packed;  // [n, row_bytes(k, bits)]; fields beyond k become 0
+};
+
+struct UnpackParams {
+  const uint8_t* packed;  // [n, row_bytes(k, bits)]
+  int64_t n;
+  int64_t k;
+  int bits;
+  uint8_t* codes;  // [n, k] contiguous
+};
+
 }  // namespace loftq

@@ -8,8 +8,7 @@
 //                   kMeanStd: mean + 2.5 * std (unbiased; all in float64, rounded once); where that is not > 0,
 //                             the kAbsmax scale
 //   2. factor f     1, or with scale_search the f in {1 - i/32 : i = 0..24} of least squared error (the first of
-//   equals;
-//                   a NaN error never wins): float32 differences w - dequantized, squared and summed in float64
+//                   equals; a NaN error never wins): float32 differences w - dequantized, squared and summed in float64
 //   3. stored scale round_to(scale_dtype, f * base)
 //      stored offset round_to(scale_dtype, (min + (1 - f) * 0.5 * (max - min)) + 2^(b-1) * stored scale)
 //   4. code         nearest codebook entry to (w - offset) * (1 / max(stored scale, FLT_MIN)); the lower one on a tie:

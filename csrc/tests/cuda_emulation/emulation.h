@@ -27,6 +27,9 @@
 #include <string>
 #include <vector>
 
+// _longjmp itself: under _FORTIFY_SOURCE the name means a check that forbids going to another stack.
+extern "C" [[noreturn]] void emulation_longjmp(jmp_buf to, int value) __asm__("_longjmp");
+
 namespace loftq {
 // What `extern __shared__` in a kernel refers to. Filled with NaN bytes before every block.
 alignas(128) inline unsigned char dynamic_shared_memory[512 << 10];
@@ -118,7 +121,7 @@ inline void finish_first_switch() {
 // Ten times faster than swapcontext, which asks the kernel for the signal mask each time.
 // Not inlined: setjmp in a kernel's own frame would keep its locals out of registers.
 __attribute__((noinline)) inline void switch_context(Context& from, Context& to, const void*, size_t, bool) {
-  if (_setjmp(from.at) == 0) _longjmp(to.at, 1);
+  if (_setjmp(from.at) == 0) emulation_longjmp(to.at, 1);
 }
 inline void finish_first_switch() {}
 #endif

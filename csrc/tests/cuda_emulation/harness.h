@@ -12,6 +12,12 @@
 #include "../check.h"
 #include "emulation.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;  // a switch of fibers then takes some 30 times longer: leave out what is large
+#else
+constexpr bool kSanitized = false;
+#endif
+
 inline int report() {
   if (!emulation::device.failure.empty())
     std::printf("the last launch failed: %s\n", emulation::device.failure.c_str());
