@@ -33,7 +33,7 @@ def num_groups(in_features: int, group_size: int) -> int:
 
 
 def check_group_size(group_size: int) -> None:
-    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size={group_size!r} is not one of {GROUP_SIZES} (-1: the whole row)")
 
 

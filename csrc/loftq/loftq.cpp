@@ -119,11 +119,9 @@ class Alternation {
           quantize_residual(weights_[i], residual, codebook_, options_);
       if (unit_[i] != 1.0) residual.div_(unit_[i]);
       current_[i].norm2 = norm2.item<double>();
-      if (!std::isfinite(current_[i].norm2)) {
-        finite = false;
-        keep_if_best(i, std::numeric_limits<double>::infinity());
-      }
+      finite = finite && std::isfinite(current_[i].norm2);
     }
+    for (size_t i = 0; i < weights_.size() && !finite; ++i) keep_if_best(i, std::numeric_limits<double>::infinity());
     return finite;
   }
 
@@ -185,7 +183,10 @@ class Alternation {
     residual.addmm_(wide_ ? right : left, (wide_ ? left : right).mT(), 1, -1);
     const double norm = at::linalg_vector_norm(residual, 2, std::nullopt, false, at::kDouble).item<double>();
     result.error = norm_[i] > 0 ? norm * unit_[i] / norm_[i] : 0.0;
-    *std::min_element(result.errors.begin(), result.errors.end()) = result.error;
+    // ||E||^2 - ||E V||^2 cannot resolve an error far below ||E||: no estimate is better than the one measured.
+    const auto kept = std::min_element(result.errors.begin(), result.errors.end());
+    *kept = result.error;
+    for (double& error : result.errors) error = std::max(error, result.error);
     return result;
   }
 
@@ -201,12 +202,29 @@ class Alternation {
   std::vector<Iterate> current_, best_;
 };
 
+void check(const std::vector<at::Tensor>& weights, const at::Tensor& start, const LoftQOptions& options) {
+  TORCH_CHECK_VALUE(weights[0].dim() == 2 && weights[0].numel() > 0, "weights[0] has shape ", weights[0].sizes());
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK_VALUE(weight.sizes() == weights[0].sizes() && weight.device() == weights[0].device(),
+                      "a batch must agree in shape and device");
+  }
+  const int64_t shorter = std::min(weights[0].size(0), weights[0].size(1));
+  const int64_t longer = std::max(weights[0].size(0), weights[0].size(1));
+  TORCH_CHECK_VALUE(options.rank >= 1 && options.rank <= shorter, "rank=", options.rank, " is outside 1..", shorter);
+  TORCH_CHECK_VALUE(options.num_iter >= 1, "num_iter=", options.num_iter, " must be >= 1");
+  TORCH_CHECK_VALUE(options.scaling > 0, "scaling=", options.scaling, " must be > 0");
+  TORCH_CHECK_VALUE(start.dim() == 2 && start.size(0) == longer && start.size(1) >= options.rank &&
+                        start.size(1) <= shorter && start.scalar_type() == at::kFloat,
+                    "start has shape ", start.sizes(), ", expected float32 [", longer, ", rank..", shorter, "]");
+}
+
 }  // namespace
 
 std::vector<LoftQResult> loftq_batch(const std::vector<at::Tensor>& weights, const at::Tensor& codebook,
                                      const at::Tensor& start, const LoftQOptions& options,
                                      const std::function<void()>& poll) {
   if (weights.empty()) return {};
+  check(weights, start, options);
   const at::NoGradGuard no_grad;
   Alternation alternation(weights, codebook, start, options);
   for (int64_t t = 0; t < options.num_iter && alternation.step(); ++t) poll();

@@ -20,17 +20,19 @@ at::Tensor gram_float64(const at::Tensor& matrix) {
   return gram;
 }
 
-// Upper triangular R with R^T R = gram [B, w, w] float64, and whether a shift was needed to have one.
-std::tuple<at::Tensor, bool> cholesky_factor(const at::Tensor& gram) {
+// Upper triangular R with R^T R = gram [B, w, w] float64; where that is not positive definite, of gram plus a shift.
+// The second result tells which matrices [B] were shifted, so that none depends on its neighbours.
+std::tuple<at::Tensor, at::Tensor> cholesky_factor(const at::Tensor& gram) {
   auto [factor, info] = at::linalg_cholesky_ex(gram, /*upper=*/true);
-  if (!info.any().item<bool>()) return {factor, false};
+  const at::Tensor failed = info.ne(0);
+  if (!failed.any().item<bool>()) return {factor, failed};
   // Eigenvalues of a float32 Gram matrix are uncertain by about w eps trace; lift all of them beyond that. A zero
   // matrix has no trace: the tiny constant makes its factor invertible, and its orthonormal block zero.
   const at::Tensor trace = gram.diagonal(0, -2, -1).sum(-1).clamp_min(std::numeric_limits<float>::min());
   const double unit = 4.0 * static_cast<double>(gram.size(-1)) * std::numeric_limits<float>::epsilon();
   at::Tensor shifted = gram.clone();
-  shifted.diagonal(0, -2, -1).add_(trace.mul(unit).unsqueeze(-1));
-  return {std::get<0>(at::linalg_cholesky_ex(shifted, /*upper=*/true)), true};
+  shifted.diagonal(0, -2, -1).add_(trace.mul(unit).mul(failed).unsqueeze(-1));
+  return {std::get<0>(at::linalg_cholesky_ex(shifted, /*upper=*/true)), failed};
 }
 
 // Descending eigenvectors [B, m, count] of a symmetric matrix [B, m, m].
@@ -55,11 +57,16 @@ at::Tensor orthonormalize(const at::Tensor& block) {
   // A shifted round only lowers the condition number and does not count; a zero block needs a shift every time.
   constexpr int kRounds = 2, kMaxRounds = 4;
   at::Tensor q = block;
-  for (int round = 0, plain = 0; plain < kRounds && round < kMaxRounds; ++round) {
+  at::Tensor rounds = at::zeros({block.size(0)}, block.options().dtype(at::kInt));  // that counted, by matrix
+  for (int round = 0; round < kMaxRounds; ++round) {
     auto [factor, shifted] = cholesky_factor(batched_product(q.mT(), q).to(at::kDouble));
     const at::Tensor identity = at::eye(q.size(2), factor.options()).expand_as(factor);
-    q = batched_product(q, at::linalg_solve_triangular(factor, identity, /*upper=*/true).to(at::kFloat));
-    if (!shifted) ++plain;
+    const at::Tensor inverse = at::linalg_solve_triangular(factor, identity, /*upper=*/true).to(at::kFloat);
+    const at::Tensor open = rounds.lt(kRounds);
+    q = round < kRounds ? batched_product(q, inverse)
+                        : at::where(open.view({-1, 1, 1}), batched_product(q, inverse), q);
+    rounds += shifted.logical_not();
+    if (round + 1 >= kRounds && rounds.ge(kRounds).all().item<bool>()) break;
   }
   return q;
 }

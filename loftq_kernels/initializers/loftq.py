@@ -13,11 +13,11 @@ from loftq_kernels.initializers import loftq_reference, low_rank
 from loftq_kernels.initializers.loftq_options import LoftQOptions
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks, extension
-from loftq_kernels.ops.functional import check_finite, check_scales, kernel_dtype, select_backend
+from loftq_kernels.ops.functional import check_finite, check_finite_scales, kernel_dtype, select_backend
 
 ORDERS = ("quantize_first", "svd_first")
-WORKSPACE_BYTES = 1 << 30  # matrices go through the drivers in chunks whose working set stays below this
-_WORKSPACE_COPIES = 4  # of a matrix in float32: what a driver holds at most beside the weight
+WORKSPACE_BYTES = 1 << 33  # on a GPU, matrices go through the driver in chunks whose working set stays below this
+_WORKSPACE_COPIES = 8  # of a matrix in float32: what the exact solver holds at most beside a square weight
 
 
 def loftq_init(
@@ -102,7 +102,7 @@ def loftq_init_batch(
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
     if not weights:
         return []
-    _check_batch(weights, names, rank, num_iter, scaling, order)
+    _check_batch(weights, names, rank, num_iter, scaling, order, seed)
     rows, columns = weights[0].shape
     options = LoftQOptions(
         format=get_format(format),
@@ -118,31 +118,46 @@ def loftq_init_batch(
     )
     source = weights[0].device
     target = source if device is None else torch.device(device)
+    if target.type == "meta":
+        raise ValueError("device='meta' computes no values")
     checks.check_quantize(
         weights[0], options.format.codebook(source), group_size, options.format.scale_rule, scale_dtype, scale_search
     )
-    chunk = max(1, WORKSPACE_BYTES // (_WORKSPACE_COPIES * 4 * rows * columns))
+    # A CPU gains nothing from a batch: one matrix at a time keeps memory low, progress fine and Ctrl-C prompt.
+    chunk = 1 if target.type == "cpu" else max(1, WORKSPACE_BYTES // (_WORKSPACE_COPIES * 4 * rows * columns))
     results: list[AdapterInit] = []
     for first in range(0, len(weights), chunk):
-        batch = [kernel_dtype(weight.detach()).to(target) for weight in weights[first : first + chunk]]
-        results += [init.to(source) for init in _run(batch, names[first : first + chunk], options, backend)]
+        labels = names[first : first + chunk]
+        batch = weights[first : first + chunk]
+        batch = [kernel_dtype(w.detach(), label).to(target) for w, label in zip(batch, labels, strict=True)]
+        results += [init.to(source) for init in _run(batch, labels, options, backend)]
         if progress is not None:
             progress(len(batch))
     return results
 
 
 def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend: str | None) -> list[AdapterInit]:
-    """Both drivers assume finite weights, and let scales that do not fit their dtype show in the result."""
+    """Both drivers assume finite weights, and let scales that do not fit their dtype show in the result.
+
+    Zero scales are fine there: a group of W - s B A may well be zero. Only a matrix too small for any scale is refused.
+    """
     for name, weight in zip(names, weights, strict=True):
-        check_finite(weight, name)
+        largest = check_finite(weight, name)
+        if largest > 0 and torch.tensor(largest, device="cpu").to(options.scale_dtype) == 0:
+            raise ValueError(
+                f"{name} has magnitude {largest:.4g}: its scales do not fit {options.scale_dtype}; "
+                "use scale_dtype=torch.float32"
+            )
     compiled = select_backend(backend, weights[0].device) != "reference"
-    inits = _run_compiled(weights, names, options) if compiled else loftq_reference.run(weights, options)
+    # Whatever modes the caller is in: products run in the dtypes chosen here, and the results can be trained.
+    with torch.autocast(weights[0].device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
+        inits = _run_compiled(weights, options) if compiled else loftq_reference.run(weights, options)
     for name, weight, init in zip(names, weights, inits, strict=True):
-        check_scales(weight, init.packed.scale, init.packed.offset, options.group_size, name)
+        check_finite_scales(weight, init.packed.scale, init.packed.offset, name)
     return inits
 
 
-def _run_compiled(weights: list[Tensor], names: list[str], options: LoftQOptions) -> list[AdapterInit]:
+def _run_compiled(weights: list[Tensor], options: LoftQOptions) -> list[AdapterInit]:
     """The driver in C++; csrc/loftq/loftq.h states what it does and what memory it takes."""
     codebook = options.format.codebook(weights[0].device)
     long_side, short_side = max(weights[0].shape), min(weights[0].shape)
@@ -156,7 +171,7 @@ def _run_compiled(weights: list[Tensor], names: list[str], options: LoftQOptions
         scaling=options.scaling,
         exact=options.mode == "exact",
         svd_first=options.order == "svd_first",
-        operand_dtype=_operand_dtype(weights[0].device) if options.mode == "fast" else torch.float32,
+        operand_dtype=_operand_dtype(weights[0].device, options),
         cold_steps=low_rank.COLD_STEPS,
         warm_steps=low_rank.warm_steps(short_side),
         group_size=options.group_size,
@@ -164,9 +179,6 @@ def _run_compiled(weights: list[Tensor], names: list[str], options: LoftQOptions
         scale_dtype=options.scale_dtype,
         scale_search=options.scale_search,
     )
-    for name, weight, result in zip(names, weights, results, strict=True):
-        if not math.isfinite(result.error):  # the driver has stopped, and may have no codes for the others
-            check_scales(weight, result.scale, result.offset, options.group_size, name)
     return [
         AdapterInit(
             packed=options.packed(result.codes, result.scale, result.offset, codebook, weight.shape[1]),
@@ -180,14 +192,20 @@ def _run_compiled(weights: list[Tensor], names: list[str], options: LoftQOptions
     ]
 
 
-def _operand_dtype(device: torch.device) -> torch.dtype:
+def _operand_dtype(device: torch.device, options: LoftQOptions) -> torch.dtype:
     """Bfloat16 where the hardware multiplies it, float32 elsewhere. Rounding the residual to bfloat16 changes the final
     error no more than another random start does (bench/bench_init.py)."""
+    if options.mode == "exact" or options.order == "svd_first":  # there the low-rank term is most of the weight
+        return torch.float32
     native = device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
 
 
-def _check_batch(weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str) -> None:
+def _check_batch(
+    weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str, seed: int
+) -> None:
+    if len(names) != len(weights):
+        raise ValueError(f"{len(names)} names for {len(weights)} weights")
     for name, weight in zip(names, weights, strict=True):
         checks.check_weight(name, weight)
         for what in ("shape", "dtype", "device"):
@@ -199,5 +217,7 @@ def _check_batch(weights: list[Tensor], names: list[str], rank: int, num_iter: i
         raise ValueError(f"num_iter={num_iter!r} must be an integer >= 1")
     if not (isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0):
         raise ValueError(f"scaling={scaling!r} must be a finite number > 0")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not one of {ORDERS}")

@@ -11,6 +11,7 @@ from loftq_kernels.formats import PackedTensor
 from loftq_kernels.initializers import low_rank
 from loftq_kernels.initializers.loftq_options import LoftQOptions
 from loftq_kernels.initializers.result import AdapterInit
+from loftq_kernels.ops.reference import quantize_residual_
 
 
 def run(weights: list[Tensor], options: LoftQOptions) -> list[AdapterInit]:
@@ -86,7 +87,7 @@ class Alternation:
         """residual <- W - quantize(W - low-rank term) in units of `unit`; returns its squared norms."""
         norms = []
         for i, (weight, unit, residual) in enumerate(zip(self.weights, self.unit, self.residual, strict=True)):
-            codes, scale, offset, norm2 = torch.ops.loftq_kernels.quantize_residual_(
+            codes, scale, offset, norm2 = quantize_residual_(
                 weight,
                 residual.mul_(unit),
                 self.codebook,
@@ -137,16 +138,15 @@ class Alternation:
         results = []
         for i, (packed, _, _) in enumerate(self.best):
             root = math.sqrt(self.unit[i] / scaling)
-            results.append(
-                AdapterInit(
-                    packed=packed,
-                    lora_A=(right[i].mT * root).contiguous(),
-                    lora_B=(left[i] * root).contiguous(),
-                    scaling=scaling,
-                    error=min(self.errors[i]),
-                    errors=self.errors[i],
-                )
-            )
+            lora_A, lora_B = (right[i].mT * root).contiguous(), (left[i] * root).contiguous()
+            residual = (self.weights[i] - packed.dequantize(backend="reference")).div_(self.unit[i])
+            remaining = residual - left[i] @ right[i].mT
+            error = torch.linalg.vector_norm(remaining, dtype=torch.float64).item()
+            error = error / self.norms[i] if self.norms[i] > 0 else 0.0
+            # ||E||^2 - ||E V||^2 cannot resolve an error far below ||E||: no estimate is better than the one measured.
+            errors = [max(estimate, error) for estimate in self.errors[i]]
+            errors[self.errors[i].index(min(self.errors[i]))] = error
+            results.append(AdapterInit(packed, lora_A, lora_B, scaling, error, errors))
         return results
 
 

@@ -58,7 +58,8 @@ def _gram_eigh(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def gaussian(rows: int, width: int, seed: int, device: torch.device) -> Tensor:
     """Float32 [rows, width], the same for every matrix of a batch and device, so that batching changes no result."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def _block_krylov(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

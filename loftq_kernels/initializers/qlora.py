@@ -40,7 +40,9 @@ def qlora_init(
     if rank is not None:
         out_features, in_features = weight.shape
         bound = 1 / math.sqrt(in_features)
-        uniform = torch.rand(rank, in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        uniform = torch.rand(
+            rank, in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+        )
         init.lora_A = ((2 * uniform - 1) * bound).to(weight.device)
         init.lora_B = torch.zeros(out_features, rank, dtype=torch.float32, device=weight.device)
     return init

@@ -8,7 +8,8 @@ from torch import Tensor
 from loftq_kernels import packing
 from loftq_kernels.ops.reference import SCALE_RULES
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALE_DTYPES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES = tuple(SCALE_DTYPES_BY_NAME.values())
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -21,6 +22,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_weight(name: str, weight: Tensor) -> None:
     """A dense weight that can be quantized: a floating-point matrix with values."""
     check_floating(name, weight)
+    if weight.layout != torch.strided:
+        raise ValueError(f"{name} has layout {weight.layout}, expected a dense tensor")
     if weight.dim() != 2:
         raise ValueError(f"{name} must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if weight.is_meta:
@@ -51,9 +54,25 @@ def check_quantize(
     packing.check_group_size(group_size)
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"scale_rule={scale_rule!r} is not one of {SCALE_RULES}")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype={scale_dtype} is not one of {SCALE_DTYPES}")
+    check_scale_options(scale_dtype, scale_search)
     check_same_device("weight", weight, "codebook", codebook)
+
+
+def check_scale_options(scale_dtype: torch.dtype, scale_search: bool) -> None:
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype={scale_dtype!r} is not one of {SCALE_DTYPES}")
+    if not isinstance(scale_search, bool):
+        raise TypeError(f"scale_search must be True or False, got {scale_search!r}")
+
+
+def check_low_rank(weight: Tensor, low_rank: Tensor) -> None:
+    """What `quantize_residual_` overwrites: contiguous, of the shape and device of weight."""
+    if low_rank.shape != weight.shape or low_rank.dtype not in SCALE_DTYPES or not low_rank.is_contiguous():
+        raise ValueError(
+            f"low_rank must be contiguous {tuple(weight.shape)} of {SCALE_DTYPES}, got {low_rank.dtype} "
+            f"{tuple(low_rank.shape)} with strides {low_rank.stride()}"
+        )
+    check_same_device("low_rank", low_rank, "weight", weight)
 
 
 def check_packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def quantize_tensors(
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
-    weight = kernel_dtype(weight.detach())
+    weight = kernel_dtype(weight.detach(), name)
     codes, scale, offset = _kernels(backend, weight.device).quantize(
         weight, codebook, group_size, scale_rule, scale_dtype, scale_search
     )
@@ -71,15 +72,24 @@ def quantize_tensors(
     return codes, scale, affine
 
 
-def kernel_dtype(weight: Tensor) -> Tensor:
+def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
     """weight, in float32 where it is of a type (float64) that the quantize kernels do not read."""
-    return weight if weight.dtype in checks.SCALE_DTYPES else weight.float()
+    if weight.dtype in checks.SCALE_DTYPES:
+        return weight
+    narrow = weight.float()
+    largest = check_finite(weight, name)
+    if largest > 0 and not torch.finfo(torch.float32).tiny <= largest <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} has magnitude {largest:.4g}, beyond the range of float32, which formats are read in")
+    return narrow
 
 
-def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> None:
-    """Raise ValueError with the place of the first NaN or Inf in weight [N, K]; allocates only when there is one."""
-    if weight.numel() == 0 or all(torch.isfinite(extreme) for extreme in weight.aminmax()):
-        return
+def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> float:
+    """max|weight|; raises ValueError with the place of the first NaN or Inf in weight [N, K], where there is one."""
+    if weight.numel() == 0:
+        return 0.0
+    low, high = (extreme.item() for extreme in weight.aminmax())  # allocates nothing of the weight's size
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
     row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
     raise ValueError(f"{name} holds {weight[row, column].item()} in row {first_row + row}, column {column}")
 
@@ -89,6 +99,12 @@ def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_siz
 
     Looks at the small scale tensor first; the weight is read again only to explain a failure or a zero scale.
     """
+    check_finite_scales(weight, scale, offset, name)
+    _check_zero_scales(weight, scale, offset, group_size, name)
+
+
+def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, name: str = "weight") -> None:
+    """Raise where a scale or offset of weight, or of weight less a low-rank term, is not finite."""
     finite = torch.isfinite(scale)
     if offset is not None:
         finite = finite & torch.isfinite(offset)
@@ -96,7 +112,6 @@ def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_siz
         row, group = (~finite).nonzero()[0].tolist()
         check_finite(weight[row : row + 1], name, first_row=row)
         raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
-    _check_zero_scales(weight, scale, offset, group_size, name)
 
 
 def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -166,6 +168,8 @@ def qlora_linear(
     lora_B: Tensor | None,
     scaling: float,
     bias: Tensor | None,
+    *,
+    dequantize: Callable[..., Tensor] = dequantize,
 ) -> Tensor:
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias, in the dtype of x."""
     weight = dequantize(codes, scale, offset, codebook, x.shape[-1], group_size, x.dtype)
@@ -186,6 +190,8 @@ def qlora_linear_grad_input(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    *,
+    dequantize: Callable[..., Tensor] = dequantize,
 ) -> Tensor:
     """grad_x = grad_y @ (codebook[codes] * scale + offset) + scaling * (grad_y @ lora_B) @ lora_A."""
     grad_x = grad_y @ dequantize(codes, scale, offset, codebook, in_features, group_size, grad_y.dtype)

@@ -6,6 +6,7 @@ The C++ extension registers CPU kernels for the same schemas; the dispatcher pre
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,16 +24,20 @@ _QUANTIZE = "Tensor codebook, int group_size, str scale_rule, ScalarType scale_d
 
 
 def _define(name: str, signature: str, default: Callable) -> Callable:
-    """Define ``loftq_kernels::name`` with `default` for every device, then register the decorated fake kernel."""
-
-    def serve_by_reference(*args):
-        extension.warn_slow(next(arg for arg in args if isinstance(arg, Tensor)).device.type)
-        return default(*args)
-
+    """Define ``loftq_kernels::name`` with `default` for every device; the decorated function is its fake kernel."""
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, signature)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", serve_by_reference)
-    return torch.library.register_fake(qualified)
+
+    def register(fake: Callable) -> Callable:
+        def serve_by_reference(*args):
+            extension.warn_slow(next(arg for arg in args if isinstance(arg, Tensor)).device.type)
+            fake(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))  # its checks
+            return default(*args)
+
+        torch.library.impl(qualified, "CompositeExplicitAutograd", serve_by_reference)
+        return torch.library.register_fake(qualified)(fake)
+
+    return register
 
 
 @_define("quantize", f"(Tensor weight, {_QUANTIZE}) -> (Tensor codes, Tensor scale, Tensor offset)", reference.quantize)
@@ -50,6 +55,7 @@ def _quantize_fake(weight, codebook, group_size, scale_rule, scale_dtype, scale_
     reference.quantize_residual_,
 )
 def _quantize_residual_fake(weight, low_rank, codebook, group_size, scale_rule, scale_dtype, scale_search):
+    checks.check_low_rank(weight, low_rank)
     stored = _quantize_fake(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     return *stored, weight.new_empty((), dtype=torch.float64)
 
@@ -73,13 +79,20 @@ def _pack_codes_fake(codes, bits):
 @_define("unpack_codes", "(Tensor packed, int bits, int in_features) -> Tensor", packing.unpack_codes)
 def _unpack_codes_fake(packed, bits, in_features):
     packing.check_bits(bits)
+    if packed.shape[1] != packing.row_bytes(in_features, bits):
+        raise ValueError(f"packed has shape {tuple(packed.shape)}, not {in_features} columns of {bits} bits")
     return packed.new_empty(packed.shape[0], in_features)
+
+
+def _dequantize(*args) -> Tensor:
+    """The kernel of the tensors' device, for the matmul ops that have none of their own."""
+    return torch.ops.loftq_kernels.dequantize(*args)
 
 
 @_define(
     "qlora_linear",
     f"(Tensor x, {_PACKED}, int group_size, {_LORA}, Tensor? bias) -> Tensor",
-    reference.qlora_linear,
+    partial(reference.qlora_linear, dequantize=_dequantize),
 )
 def _qlora_linear_fake(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias):
     checks.check_qlora_linear(x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias)
@@ -89,12 +102,13 @@ def _qlora_linear_fake(x, codes, scale, offset, codebook, group_size, lora_A, lo
 @_define(
     "qlora_linear_grad_input",
     f"(Tensor grad_y, {_PACKED}, int in_features, int group_size, {_LORA}) -> Tensor",
-    reference.qlora_linear_grad_input,
+    partial(reference.qlora_linear_grad_input, dequantize=_dequantize),
 )
 def _qlora_linear_grad_input_fake(
     grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling
 ):
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    checks.check_adapter(lora_A, lora_B, codes.shape[0], in_features, codes)
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
 
 
