@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,10 +21,9 @@ from loftq_kernels import pretrained, storage
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig, LayerSpec
 from loftq_kernels.convert import is_conv1d, train_only_adapters
 from loftq_kernels.formats import get_format
-from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.nn.linear import PACKED_BUFFERS, QuantLoRALinear
 
 _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
@@ -40,24 +40,33 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no QuantLoRALinear layer; call quantize_model first")
-    tensors, tied, non_persistent = _collect_tensors(model)
+    if "" in layers:
+        raise ValueError("the model is itself a QuantLoRALinear: put it into a module, or save its state_dict")
+    for name in layers:
+        model.get_submodule(name).packed.validate()
+    tensors, tied = _collect_tensors(model)
     on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     path.mkdir(parents=True, exist_ok=True)
     previous = _tensor_file_of(path)
-    pending = path / ".tensors.tmp"
+    pending = path / f".tensors.{os.getpid()}.tmp"
+    written: Path | None = None  # to be removed again unless the config comes to name it
     try:
         storage.save_tensors(pending, tensors, {"format": "pt"})
         digest = _sha256(pending)
         tensor_file = f"model-{digest[:12]}.safetensors"
-        config = CheckpointConfig(layers, tensor_file, digest, pretrained.describe(model), tied, non_persistent)
-        text = config.to_json()
+        text = CheckpointConfig(layers, tensor_file, digest, pretrained.describe(model), tied).to_json()
+        if previous != tensor_file:
+            written = path / tensor_file
         pending.replace(path / tensor_file)
         with storage.replacing(path / CONFIG_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        written = None
     finally:
         pending.unlink(missing_ok=True)
+        if written is not None:
+            written.unlink(missing_ok=True)
     if previous is not None and previous != tensor_file:
         (path / previous).unlink(missing_ok=True)
 
@@ -78,7 +87,9 @@ def load_quantized(
     Raises FileNotFoundError for missing files and ValueError, naming file, layer or tensor, for a checkpoint that is
     truncated, corrupted, of another format or not of this model; ``model`` is unchanged in that case.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no values; build the model there and load it to a real device")
     config = CheckpointConfig.read(path)
     file = path / config.tensor_file
     if not file.is_file():
@@ -91,13 +102,13 @@ def load_quantized(
         model = pretrained.skeleton(config.transformers)
     _check_places(model, config.layers)
     layers = {name: spec.build() for name, spec in config.layers.items()}
-    with storage.open_tensors(file, device) as stored:
+    with storage.open_tensors(file) as stored:
         _check_tensors(model, layers, config, stored)
-        for name, layer in layers.items():
-            replaced = model.get_submodule(name)
-            _assign(model, name, layer.train(replaced.training))
-        for name in stored.keys():  # noqa: SIM118
-            _assign(model, name, stored.get_tensor(name))
+        tensors = {name: stored.get_tensor(name).to(device) for name in stored.keys()}  # noqa: SIM118
+    for name, layer in layers.items():
+        _assign(model, name, layer.train(model.get_submodule(name).training))
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor)
     for name, source in config.tied.items():
         _assign(model, name, _get(model, source))
     train_only_adapters(model)
@@ -119,24 +130,26 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     )
 
 
-def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Every tensor under its first name, the other names of shared ones, and the buffers that state_dict leaves out."""
+def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor (also buffers that state_dict leaves out) by its first name; the other names of shared ones."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first_name: dict[int, str] = {}
-    persistent = model.state_dict(keep_vars=True)
     for name, tensor in _named_tensors(model):
         source = first_name.setdefault(id(tensor), name)
         if source == name:
             tensors[name] = tensor
         else:
             tied[name] = source
-    return tensors, tied, sorted(name for name in tensors if name not in persistent)
+    return tensors, tied
 
 
 def _check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
     """Every layer of the checkpoint has a linear layer of its shape to replace."""
     for name, spec in layers.items():
+        inner = [other for other in layers if other.startswith(f"{name}.")]
+        if inner:
+            raise ValueError(f"the checkpoint holds {inner[0]!r} inside the linear layer {name!r}")
         try:
             old = model.get_submodule(name)
         except AttributeError as error:
@@ -184,12 +197,16 @@ def _check_tensors(
             raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {tuple(expected[name].shape)}")
         if dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
             raise ValueError(f"tensor {name!r} is {dtype}, the model needs {expected[name].dtype}")
+    for name, source in config.tied.items():
+        here, there = expected[name], expected[source]
+        if here.shape != there.shape or isinstance(here, nn.Parameter) != isinstance(there, nn.Parameter):
+            raise ValueError(f"the checkpoint ties {name!r} {tuple(here.shape)} to {source!r} {tuple(there.shape)}")
     for layer_name, layer in layers.items():
         _check_packed(layer_name, layer, config.tied, stored)
 
 
 def _check_packed(layer_name: str, layer: QuantLoRALinear, tied: Mapping[str, str], stored: safe_open) -> None:
-    for name in _PACKED_BUFFERS:
+    for name in PACKED_BUFFERS:
         buffer = getattr(layer, name)
         if buffer is None:
             continue

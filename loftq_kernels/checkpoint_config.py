@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq_kernels.formats import get_format
 from loftq_kernels.nn import QuantLoRALinear
-from loftq_kernels.ops.checks import SCALE_DTYPES, check_rank
+from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
 from loftq_kernels.packing import check_group_size
 
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 << 20  # far above any real one; refuses to read something else that carries the name
-_SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
+_TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class LayerSpec:
             check_group_size(spec.group_size)
             if spec.rank is not None:
                 check_rank(spec.rank, spec.out_features, spec.in_features)
-            if spec.scale_dtype not in _SCALE_DTYPES:
-                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(_SCALE_DTYPES)}")
-            if not isinstance(spec.scaling, int | float) or not 0 < spec.scaling < float("inf"):
+            if spec.scale_dtype not in SCALE_DTYPES_BY_NAME:
+                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(SCALE_DTYPES_BY_NAME)}")
+            if not isinstance(spec.scaling, int | float) or not 1e-30 < spec.scaling < 1e30:
                 raise ValueError(f"scaling={spec.scaling!r}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r}: {error}") from error
@@ -79,7 +80,7 @@ class LayerSpec:
             format=self.format,
             group_size=self.group_size,
             rank=self.rank,
-            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
+            scale_dtype=SCALE_DTYPES_BY_NAME[self.scale_dtype],
             device="meta",
         )
         layer.scaling = self.scaling
@@ -95,7 +96,6 @@ class CheckpointConfig:
     sha256: str
     transformers: dict[str, Any] | None = None  # what `pretrained.skeleton` rebuilds the model from
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name under which the same tensor is stored
-    non_persistent: list[str] = field(default_factory=list)  # buffers stored although state_dict() leaves them out
 
     def to_json(self) -> str:
         values = {"loftq_format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -117,12 +117,17 @@ class CheckpointConfig:
             raise ValueError(f"{file}: loftq_format_version is {version!r}, this version reads {FORMAT_VERSION}")
         try:
             config = cls(**values)
+            for name, kind in (("layers", dict), ("tensor_file", str), ("sha256", str), ("tied", dict)):
+                if not isinstance(getattr(config, name), kind):
+                    raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(config, name)!r}")
+            if config.transformers is not None and not isinstance(config.transformers, dict):
+                raise ValueError(f"transformers must be a dict, got {config.transformers!r}")
             layers = {name: LayerSpec.parse(name, spec) for name, spec in config.layers.items()}
-            if Path(config.tensor_file).name != config.tensor_file:
-                raise ValueError(f"tensor_file {config.tensor_file!r} is not a plain file name")
-            for name in (*config.tied, *config.tied.values(), *config.non_persistent):
+            if not _TENSOR_FILE.fullmatch(config.tensor_file):
+                raise ValueError(f"tensor_file {config.tensor_file!r} is not model-<12 hexadecimal digits>.safetensors")
+            for name in config.tied.values():
                 if not isinstance(name, str):
                     raise ValueError(f"{name!r} is not the name of a tensor")
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
         return dataclasses.replace(config, layers=layers)

@@ -16,9 +16,9 @@ import loftq_kernels as lk
 from loftq_kernels import pretrained
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
 from loftq_kernels.ops import extension
+from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.packing import GROUP_SIZES
 
-_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Text and JSON files that belong to a model's tokenizer; weights and configs are written by save_quantized.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 # Without an architecture an embedding table looks like a linear layer: these names are left dense.
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
     quantize.add_argument("--init", default="loftq", choices=lk.initializer_names())
     quantize.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
-    quantize.add_argument("--scale-dtype", default="float16", choices=tuple(_SCALE_DTYPES))
+    quantize.add_argument("--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES_BY_NAME))
     quantize.add_argument("--scale-search", action="store_true", help="search each group's scale of least error")
     quantize.add_argument("--include", action="append", metavar="PATTERN", help="layer names to quantize (repeatable)")
     quantize.add_argument("--exclude", action="append", metavar="PATTERN", help="layer names to leave (repeatable)")
@@ -105,7 +105,7 @@ def _quantize(args: argparse.Namespace) -> None:
         use_rslora=args.use_rslora,
         init=args.init,
         num_iter=args.num_iter,
-        scale_dtype=_SCALE_DTYPES[args.scale_dtype],
+        scale_dtype=SCALE_DTYPES_BY_NAME[args.scale_dtype],
         scale_search=args.scale_search,
         include=tuple(args.include or ("*",)),
         exclude=tuple(exclude),

@@ -14,13 +14,19 @@ import torch
 
 from loftq_kernels import packing
 from loftq_kernels.formats import get_format
-from loftq_kernels.ops.checks import SCALE_DTYPES
+from loftq_kernels.initializers.loftq import check_schedule
+from loftq_kernels.initializers.low_rank import resolve_mode
+from loftq_kernels.initializers.registry import initializer_names
+from loftq_kernels.ops.checks import check_scale_options
 
 
 def adapter_scaling(rank: int | None, lora_alpha: float | None, use_rslora: bool = False) -> float:
     """lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA; 1 when lora_alpha is None or there is no adapter."""
     if lora_alpha is None or rank is None:
         return 1.0
+    number = isinstance(lora_alpha, int | float) and not isinstance(lora_alpha, bool)
+    if not number or not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha={lora_alpha!r} must be a finite number > 0, or None for scaling 1")
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
@@ -77,14 +83,19 @@ class QuantConfig:
         packing.check_group_size(self.group_size)
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank={self.rank!r} must be an integer >= 1, or None for no adapter")
-        if self.lora_alpha is not None and not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number > 0, or None for scaling 1")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype={self.scale_dtype!r} is not one of {SCALE_DTYPES}")
+        adapter_scaling(self.rank or 1, self.lora_alpha, self.use_rslora)
+        if self.init not in initializer_names():
+            raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
+        resolve_mode(self.svd, 1, 1)
+        check_schedule(self.num_iter, self.order, self.seed)
+        check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str):  # a lone pattern, rather than its characters
                 patterns = (patterns,)
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise TypeError(f"{name} must hold strings, got {pattern!r}")
             object.__setattr__(self, name, tuple(patterns))
         for pattern in (*self.include, *self.exclude, *self.overrides):
             _check_pattern(pattern)

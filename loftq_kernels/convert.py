@@ -115,7 +115,8 @@ def quantize_model(
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
     reason in the report: a subclass of nn.Linear, a weight shared with another module, hooks, a rank above its smaller
-    side. Layers are swapped as they are done, so an interrupted model still works, and a second call goes on.
+    side. Layers are swapped as they are done, so a model whose conversion was cut short (Ctrl-C, or scales
+    of a later layer that do not fit) still works, and a second call goes on.
 
     Args:
         model: changed in place; its modules keep their device and training mode.
@@ -128,6 +129,8 @@ def quantize_model(
     is itself an nn.Linear, and when no layer matches.
     """
     cfg = cfg or QuantConfig()
+    if not isinstance(cfg, QuantConfig):
+        raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
     started = time.perf_counter()
     report = QuantizationReport()
     candidates = list(_candidates(model, cfg, report.skipped))
@@ -138,13 +141,15 @@ def quantize_model(
         )
     for candidate in candidates:
         check_finite(candidate.weight, f"{candidate.names[0]}.weight")
-    with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
-        for batch in _batches(candidates):
-            report.layers += _replace(model, batch, device, bar)
+    try:
+        with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
+            for batch in _batches(candidates):
+                report.layers += _replace(model, batch, device, bar)
+    finally:  # layers that were swapped before an interruption are as they would be after a whole run
+        if freeze:
+            train_only_adapters(model)
     order = {candidate.names[0]: i for i, candidate in enumerate(candidates)}
     report.layers.sort(key=lambda layer: order[layer.name])
-    if freeze:
-        train_only_adapters(model)
     report.seconds = time.perf_counter() - started
     return report
 

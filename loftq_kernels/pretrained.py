@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from loftq_kernels import storage
@@ -47,12 +48,12 @@ def skeleton(described: dict[str, Any]) -> nn.Module:
     try:
         cls = _model_class(described["class"])
         config = cls.config_class.from_dict(described["config"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint's description of its transformers model is incomplete: {error!r}") from error
-    with torch.device("meta"):
-        model = cls(config)
-    if "generation_config" in described:
-        model.generation_config = transformers.GenerationConfig.from_dict(described["generation_config"])
+        with torch.device("meta"):
+            model = cls(config)
+        if "generation_config" in described:
+            model.generation_config = transformers.GenerationConfig.from_dict(described["generation_config"])
+    except Exception as error:  # transformers raises many kinds for an edited or foreign config
+        raise ValueError(f"the checkpoint's description does not rebuild a transformers model: {error!r}") from error
     return model.eval()
 
 
@@ -70,26 +71,43 @@ def load_dense(path: str | Path) -> nn.Module:
         raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are not read)")
     if not (path / "config.json").is_file():
         return _tree_from_files(files)
+    cls = _model_class(_architecture(path / "config.json"))
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds a safetensors file that is truncated or corrupted: {error}") from error
+
+
+def _architecture(file: Path) -> str:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is not JSON: {error}") from error
-    architectures = config.get("architectures") or []
-    if not architectures:
-        raise ValueError(f"{path / 'config.json'} names no architecture")
-    cls = _model_class(architectures[0])
-    return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(architectures, list) or not architectures:
+        raise ValueError(f"{file} names no architecture: architectures is {architectures!r}")
+    return architectures[0]
 
 
 def _tree_from_files(files: list[Path]) -> nn.Module:
     """Modules named like the tensors: a floating 2-D "weight" alone or with a "bias" [N] is an nn.Linear."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors.update(storage.load_tensors(file)[0])
+        found = storage.load_tensors(file)[0]
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(f"{file} holds {min(twice)!r}, which another file of the folder holds, too")
+        tensors.update(found)
     leaves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
         leaves.setdefault(stem, {})[leaf] = tensor
+    try:
+        return _tree(leaves).eval()
+    except KeyError as error:  # what nn.Module does not take as a name
+        raise ValueError(f"tensor names do not make a tree of modules: {error}") from error
+
+
+def _tree(leaves: dict[str, dict[str, Tensor]]) -> nn.Module:
     root = nn.Module()
     for stem, own in sorted(leaves.items()):  # parents before children, so that a linear layer never replaces one
         module = _linear_of(own) if stem else None
@@ -100,7 +118,7 @@ def _tree_from_files(files: list[Path]) -> nn.Module:
         owner = _child(root, stem)
         for leaf, tensor in own.items():
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    return root.eval()
+    return root
 
 
 def _linear_of(own: dict[str, Tensor]) -> nn.Linear | None:

@@ -213,10 +213,18 @@ def _check_batch(
             if mine != first:
                 raise ValueError(f"a batch must agree in {what}: {name} has {mine}, {names[0]} has {first}")
     checks.check_rank(rank, *weights[0].shape)
+    check_scaling(scaling)
+    check_schedule(num_iter, order, seed)
+
+
+def check_scaling(scaling: float) -> None:
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not (0 < scaling < math.inf):
+        raise ValueError(f"scaling={scaling!r} must be a finite number > 0")
+
+
+def check_schedule(num_iter: int, order: str, seed: int) -> None:
     if isinstance(num_iter, bool) or not isinstance(num_iter, int) or num_iter < 1:
         raise ValueError(f"num_iter={num_iter!r} must be an integer >= 1")
-    if not (isinstance(scaling, int | float) and math.isfinite(scaling) and scaling > 0):
-        raise ValueError(f"scaling={scaling!r} must be a finite number > 0")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r}")
     if order not in ORDERS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import quantize
+from loftq_kernels.initializers.loftq import check_scaling
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks
 
@@ -30,6 +31,7 @@ def qlora_init(
     1 .. min(N, K); errors call the weight ``name``.
     """
     checks.check_weight(name, weight)
+    check_scaling(scaling)
     if rank is not None:
         checks.check_rank(rank, *weight.shape)
     packed = quantize(weight, format, group_size, scale_dtype=scale_dtype, scale_search=scale_search, name=name)

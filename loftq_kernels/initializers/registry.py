@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from loftq_kernels.config import QuantConfig
 from loftq_kernels.initializers.loftq import loftq_init_batch
 from loftq_kernels.initializers.qlora import qlora_init
 from loftq_kernels.initializers.result import AdapterInit
+
+if TYPE_CHECKING:
+    from loftq_kernels.config import QuantConfig
 
 Progress = Callable[[int], None] | None
 
@@ -73,7 +76,5 @@ def initialize(
 
     ``device`` is where to compute, ``progress(n)`` is told of n more matrices done, ``names`` appear in errors.
     """
-    if cfg.init not in _INITIALIZERS:
-        raise ValueError(f"unknown init {cfg.init!r}; known: {', '.join(_INITIALIZERS)}")
     run = _qlora if cfg.rank is None else _INITIALIZERS[cfg.init]
     return run(weights, cfg, device=device, progress=progress, names=names)

@@ -14,7 +14,7 @@ from loftq_kernels.initializers import AdapterInit, initialize
 from loftq_kernels.ops import qlora_linear
 from loftq_kernels.ops.checks import check_rank
 
-_PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
+PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
 
 
 class QuantLoRALinear(nn.Module):
@@ -58,7 +58,7 @@ class QuantLoRALinear(nn.Module):
         self.adapter_enabled = True
         packed = empty_packed(out_features, in_features, format, group_size, scale_dtype=scale_dtype, device=device)
         self.format, self.group_size = packed.format, group_size
-        for name in _PACKED_BUFFERS:
+        for name in PACKED_BUFFERS:
             self.register_buffer(name, getattr(packed, name))
 
         def parameter(*shape: int, trained: bool) -> nn.Parameter:
@@ -86,30 +86,31 @@ class QuantLoRALinear(nn.Module):
         cls, init: AdapterInit, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> QuantLoRALinear:
         """A layer that holds what an initializer returned; ``bias`` [out_features] is copied."""
-        packed = init.packed
-        rank = None if init.lora_A is None else init.lora_A.shape[0]
-        out_features, in_features = packed.shape
-        layer = cls(
-            in_features,
-            out_features,
-            bias is not None,
-            format=packed.format.name,
-            group_size=packed.group_size,
-            rank=rank,
-            scale_dtype=packed.scale.dtype,
-            device="meta",
-            dtype=dtype,
-        )
-        layer.scaling = init.scaling
-        for name in _PACKED_BUFFERS:
-            setattr(layer, name, getattr(packed, name))
-        layer.codebook = packed.codebook.clone()  # layers initialized together share one, which safetensors refuses
-        for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
-            if value is not None:
-                old = getattr(layer, name)
-                value = value.detach().to(device=packed.device, dtype=old.dtype, copy=True)
-                setattr(layer, name, nn.Parameter(value, requires_grad=old.requires_grad))
-        return layer
+        with torch.inference_mode(False):  # parameters made under inference mode could never be trained
+            packed = init.packed
+            rank = None if init.lora_A is None else init.lora_A.shape[0]
+            out_features, in_features = packed.shape
+            layer = cls(
+                in_features,
+                out_features,
+                bias is not None,
+                format=packed.format.name,
+                group_size=packed.group_size,
+                rank=rank,
+                scale_dtype=packed.scale.dtype,
+                device="meta",
+                dtype=dtype,
+            )
+            layer.scaling = init.scaling
+            for name in PACKED_BUFFERS:
+                setattr(layer, name, getattr(packed, name))
+            layer.codebook = packed.codebook.clone()  # layers initialized together share one, which safetensors refuses
+            for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
+                if value is not None:
+                    old = getattr(layer, name)
+                    value = value.detach().to(device=packed.device, dtype=old.dtype, copy=True)
+                    setattr(layer, name, nn.Parameter(value, requires_grad=old.requires_grad))
+            return layer
 
     @property
     def packed(self) -> PackedTensor:
@@ -184,7 +185,7 @@ class QuantLoRALinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLoRALinear:
         """Let `.to(dtype)`, `.half()` and the like change the device of the packed weight but never its dtypes."""
-        fixed = {id(buffer) for name, buffer in self._buffers.items() if name in _PACKED_BUFFERS}
+        fixed = {id(buffer) for name, buffer in self._buffers.items() if name in PACKED_BUFFERS}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -197,6 +198,7 @@ class QuantLoRALinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Refuse a checkpoint of another format: shapes alone cannot tell nf2 from uniform2."""
         error_messages: list[str] = args[-1]
+        known = len(error_messages)
         codebook = state_dict.get(prefix + "codebook")
         if codebook is not None and not codebook.is_meta:
             expected = get_format(self.format.name).codebook(codebook.device)
@@ -204,9 +206,10 @@ class QuantLoRALinear(nn.Module):
                 error_messages.append(
                     f"{prefix}codebook is not that of format {self.format.name}: {codebook.flatten()[:4].tolist()}..."
                 )
-        for name in _PACKED_BUFFERS:
+        for name in PACKED_BUFFERS:
             stored, own = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and own is not None and stored.dtype != own.dtype:
                 # Copying would round codes, or the scales that they were chosen against.
                 error_messages.append(f"{prefix}{name} is {stored.dtype}, this layer stores {own.dtype}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(error_messages) == known:
+            super()._load_from_state_dict(state_dict, prefix, *args)

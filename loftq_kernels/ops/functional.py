@@ -64,9 +64,10 @@ def quantize_tensors(
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
     weight = kernel_dtype(weight.detach(), name)
-    codes, scale, offset = _kernels(backend, weight.device).quantize(
-        weight, codebook, group_size, scale_rule, scale_dtype, scale_search
-    )
+    with torch.inference_mode(False):  # what is made under inference mode could not be saved for a backward
+        codes, scale, offset = _kernels(backend, weight.device).quantize(
+            weight, codebook, group_size, scale_rule, scale_dtype, scale_search
+        )
     affine = offset if scale_rule == "minmax" else None
     check_scales(weight, scale, affine, group_size, name)
     return codes, scale, affine
