@@ -36,6 +36,17 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale, const at
   return op.call(codes, scale, affine, codebook, in_features, group_size, at::kFloat);
 }
 
+// In float64, a block of rows at a time: ATen's norm would cast the whole matrix, twice its float32 size.
+double frobenius_norm(const at::Tensor& matrix) {
+  constexpr int64_t kRows = 256;
+  at::Tensor total = at::zeros({}, matrix.options().dtype(at::kDouble));
+  for (int64_t row = 0; row < matrix.size(0); row += kRows) {
+    const at::Tensor rows = matrix.narrow(0, row, std::min(kRows, matrix.size(0) - row)).to(at::kDouble);
+    total += rows.square().sum();
+  }
+  return std::sqrt(total.item<double>());
+}
+
 // Residuals are divided by this power of two, which is exact, where the squares of the weights would leave float32.
 double residual_unit(const at::Tensor& weight) {
   const auto [low, high] = at::aminmax(weight);
@@ -57,7 +68,7 @@ class Alternation {
     best_.resize(weights.size());
     for (const at::Tensor& weight : weights) {
       unit_.push_back(residual_unit(weight));
-      norm_.push_back(at::linalg_vector_norm(weight, 2, std::nullopt, false, at::kDouble).item<double>());
+      norm_.push_back(frobenius_norm(weight));
     }
   }
 
@@ -100,9 +111,7 @@ class Alternation {
     residual_.copy_(low_rank);
     if (!quantize()) return false;
     for (size_t i = 0; i < weights_.size(); ++i) {
-      const double remaining =
-          at::linalg_vector_norm(residual_[i] - low_rank[i], 2, std::nullopt, false, at::kDouble).item<double>() *
-          unit_[i];
+      const double remaining = frobenius_norm(residual_[i] - low_rank[i]) * unit_[i];
       keep_if_best(i, remaining * remaining);
     }
     return true;
@@ -181,7 +190,7 @@ class Alternation {
     result.lora_A = (wide_ ? left : right).mT().mul(root).contiguous();
     result.lora_B = (wide_ ? right : left).mul(root).contiguous();
     residual.addmm_(wide_ ? right : left, (wide_ ? left : right).mT(), 1, -1);
-    const double norm = at::linalg_vector_norm(residual, 2, std::nullopt, false, at::kDouble).item<double>();
+    const double norm = frobenius_norm(residual);
     result.error = norm_[i] > 0 ? norm * unit_[i] / norm_[i] : 0.0;
     // ||E||^2 - ||E V||^2 cannot resolve an error far below ||E||: no estimate is better than the one measured.
     const auto kept = std::min_element(result.errors.begin(), result.errors.end());

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     _C, LOAD_ERROR = None, str(error)
 
-HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++17 compiler)"
+HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++20 compiler)"
 _warned: set[str] = set()
 
 
