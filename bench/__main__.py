@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUBJECTS = ("quantize", "init")
+SUBJECTS = ("quantize", "init", "init_quality")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -239,14 +239,14 @@ class TestBatch:
                     atol=1e-3 * weight.abs().max().item(),
                 )
 
-    def test_in_chunks(self, monkeypatch):
-        """More matrices than the workspace holds at once."""
-        weights = [gaussian(32, 64, seed=seed) for seed in range(5)]
-        whole = lk.loftq_init_batch(weights, "nf2", 4, 2)
-        monkeypatch.setattr(loftq, "WORKSPACE_BYTES", 2 * 4 * 4 * 32 * 64)
-        told = []
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_in_chunks(self, device, monkeypatch):
+        """A GPU takes as many matrices at a time as its workspace holds, a CPU one after another."""
+        weights = [gaussian(32, 64, seed=seed, device=device) for seed in range(5)]
+        whole, told = lk.loftq_init_batch(weights, "nf2", 4, 2), []
+        monkeypatch.setattr(loftq, "WORKSPACE_BYTES", 2 * loftq._WORKSPACE_COPIES * 4 * 32 * 64)
         chunked = lk.loftq_init_batch(weights, "nf2", 4, 2, progress=told.append)
-        assert told == [2, 2, 1]
+        assert told == ([1] * 5 if device == "cpu" else [2, 2, 1])
         for a, b in zip(whole, chunked, strict=True):
             assert a.errors == pytest.approx(b.errors, rel=1e-5)
 
