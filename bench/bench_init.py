@@ -124,13 +124,17 @@ def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
 # ---- memory and whole models
 
 _PEAK_SCRIPT = """
-import resource, sys, torch, loftq_kernels as lk
+import sys, torch, loftq_kernels as lk
+
+def status(key):  # of this process alone: getrusage's peak would include the parent's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
 rows, columns = map(int, sys.argv[1:])
 lk.loftq_init(torch.randn(256, 320), "nf4", 64, 2, svd="fast")  # libraries and thread pools are loaded
 weight = torch.randn(rows, columns)
-resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+resident = status("VmRSS")
 lk.loftq_init(weight, "nf4", 64, 5)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+print(status("VmHWM") - resident)
 """
 
 
