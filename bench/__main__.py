@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     for subject in args.subjects or SUBJECTS:
         importlib.import_module(f"bench.bench_{subject}").run(args.output, quick=args.quick)
+    print(f"results in {args.output}")
     return 0
 
 

@@ -64,7 +64,6 @@ def _processor() -> str:
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
     """The results with the machine's description."""
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
 
 
 def print_table(rows: list[Mapping[str, Any]]) -> None:
