@@ -113,41 +113,53 @@ QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tenso
   return call;
 }
 
-DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
-                                  int64_t in_features, int64_t group_size, at::ScalarType dtype) {
+namespace {
+
+// Checks the tensors of a packed weight; keeps contiguous ones in the last four arguments and points into those.
+PackedWeight packed_weight(const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& offset,
+                           const at::Tensor& codebook, int64_t in_features, int64_t group_size, at::Tensor& own_codes,
+                           at::Tensor& own_scale, at::Tensor& own_offset, at::Tensor& own_codebook) {
   check_bytes(codes, "codes");
   TORCH_CHECK_VALUE(in_features >= 0, "in_features=", in_features, " is negative");
   check_group_size(group_size);
-  DequantizeCall call;
-  DequantizeParams& p = call.params;
-  p = DequantizeParams{};
-  p.bits = bits_of(codebook);
-  p.n = codes.size(0);
-  p.k = in_features;
-  p.group_size = group_size;
-  p.out_dtype = dtype_of(dtype, "out");
-  p.scale_dtype = dtype_of(scale.scalar_type(), "scale");
+  PackedWeight weight = {};
+  weight.bits = bits_of(codebook);
+  weight.n = codes.size(0);
+  weight.k = in_features;
+  weight.group_size = group_size;
+  weight.scale_dtype = dtype_of(scale.scalar_type(), "scale");
   check_device(scale, codes, "scale");
-  check_shape(codes, {p.n, row_bytes(p.k, p.bits)}, "codes");
-  check_shape(scale, {p.n, num_groups(p.k, group_size)}, "scale");
-
-  call.codes = codes.contiguous();
-  call.scale = scale.contiguous();
-  call.codebook = codebook.cpu().contiguous();
-  call.out = at::empty({p.n, p.k}, codes.options().dtype(dtype));
+  check_shape(codes, {weight.n, row_bytes(weight.k, weight.bits)}, "codes");
+  check_shape(scale, {weight.n, num_groups(weight.k, group_size)}, "scale");
+  own_codes = codes.contiguous();
+  own_scale = scale.contiguous();
+  own_codebook = codebook.cpu().contiguous();
   if (offset) {
     check_device(*offset, codes, "offset");
     check_shape(*offset, scale.sizes(), "offset");
     TORCH_CHECK_VALUE(offset->scalar_type() == scale.scalar_type(), "offset has dtype ", offset->scalar_type(),
                       ", but scale has ", scale.scalar_type());
-    call.offset = offset->contiguous();
-    p.offset = call.offset.const_data_ptr();
+    own_offset = offset->contiguous();
+    weight.offset = own_offset.const_data_ptr();
   }
-  p.codes = call.codes.const_data_ptr<uint8_t>();
-  p.scale = call.scale.const_data_ptr();
-  p.codebook = call.codebook.const_data_ptr<float>();
-  p.out = call.out.mutable_data_ptr();
+  weight.codes = own_codes.const_data_ptr<uint8_t>();
+  weight.scale = own_scale.const_data_ptr();
+  weight.codebook = own_codebook.const_data_ptr<float>();
+  return weight;
+}
+
+}  // namespace
+
+DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
+                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
+                                  int64_t in_features, int64_t group_size, at::ScalarType dtype) {
+  DequantizeCall call;
+  const PackedWeight weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.codes,
+                                            call.scale, call.offset, call.codebook);
+  call.out = at::empty({weight.n, weight.k}, codes.options().dtype(dtype));
+  DequantizeParams& p = call.params;
+  p = {weight.codes, weight.scale, weight.offset, weight.scale_dtype, weight.codebook, weight.n,
+       weight.k,     weight.bits,  weight.group_size, call.out.mutable_data_ptr(), dtype_of(dtype, "out")};
   return call;
 }
 
@@ -161,6 +173,66 @@ at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpa
   at::Tensor dense = codebook.index_select(0, unpacked.view(-1).to(at::kInt)).view({p.n, p.k});
   dense.mul_(columns(call.scale));
   return p.offset ? dense.add_(columns(call.offset)) : dense;
+}
+
+namespace {
+
+// As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
+at::Tensor readable(const at::Tensor& tensor) {
+  const bool known =
+      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+  const at::Tensor typed = known ? tensor : tensor.to(at::kFloat);
+  return typed.size(-1) > 1 && typed.stride(-1) != 1 ? typed.contiguous() : typed;
+}
+
+Matrix matrix_of(const at::Tensor& tensor, const char* what) {
+  return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), what), tensor.size(0), tensor.size(1),
+          tensor.stride(0)};
+}
+
+}  // namespace
+
+LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
+                          const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
+                          int64_t group_size, const std::optional<at::Tensor>& lora_A,
+                          const std::optional<at::Tensor>& lora_B, double scaling,
+                          const std::optional<at::Tensor>& bias, bool transposed) {
+  LinearCall call;
+  LinearParams& p = call.params;
+  p = LinearParams{};
+  p.weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.codes, call.scale, call.offset,
+                           call.codebook);
+  const int64_t n = p.weight.n, k = p.weight.k, from = transposed ? n : k, to = transposed ? k : n;
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == from, "x has shape ", x.sizes(), ", expected [..., ", from, "]");
+  check_device(x, codes, "x");
+  at::DimVector shape(x.sizes());
+  shape.back() = to;
+  call.y = at::empty(shape, x.options());
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+  call.x = readable(x.dim() == 2 ? x : x.reshape({m, from}));
+  p.x = matrix_of(call.x, "x");
+  p.y = call.y.mutable_data_ptr();
+  p.scaling = static_cast<float>(scaling);
+  TORCH_CHECK_VALUE(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must be given together");
+  if (lora_A && lora_A->dim() == 2 && lora_A->size(0) > 0) {
+    check_shape(*lora_A, {lora_A->size(0), k}, "lora_A");
+    check_shape(*lora_B, {n, lora_A->size(0)}, "lora_B");
+    check_device(*lora_A, codes, "lora_A");
+    check_device(*lora_B, codes, "lora_B");
+    call.lora_A = readable(*lora_A);
+    call.lora_B = readable(*lora_B);
+    p.lora_A = matrix_of(call.lora_A, "lora_A");
+    p.lora_B = matrix_of(call.lora_B, "lora_B");
+  }
+  if (bias) {
+    check_shape(*bias, {n}, "bias");
+    check_device(*bias, codes, "bias");
+    call.bias = readable(*bias).contiguous();
+    p.bias = call.bias.const_data_ptr();
+    p.bias_dtype = dtype_of(call.bias.scalar_type(), "bias");
+  }
+  return call;
 }
 
 PackCall prepare_pack(const at::Tensor& codes, int64_t bits) {

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "loftq/cpu.h"
+#include "loftq/linear.h"
 #include "loftq/quantize.h"
 
 namespace loftq::bindings {
@@ -47,6 +48,21 @@ DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& sca
 // codebook[codes] * scale + offset [N, in_features] in float64, by ATen: for checking other results. `call` is a
 // float32 one, and unpacked are its codes, one a byte.
 at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked);
+
+// The product of x [..., K] with a packed weight, or with its transpose (x [..., N]), in the dtype of x: float32,
+// float16 or bfloat16.
+struct LinearCall {
+  at::Tensor x;  // [M, K] or [M, N], last stride 1
+  at::Tensor codes, scale, offset, codebook, lora_A, lora_B, bias;
+  at::Tensor y;  // [..., N] or [..., K]
+  LinearParams params;
+};
+
+LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
+                          const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
+                          int64_t group_size, const std::optional<at::Tensor>& lora_A,
+                          const std::optional<at::Tensor>& lora_B, double scaling,
+                          const std::optional<at::Tensor>& bias, bool transposed);
 
 struct PackCall {
   at::Tensor codes;   // [N, K] uint8

@@ -55,11 +55,54 @@ Tensor dequantize_cpu(const Tensor& codes, const Tensor& scale, const std::optio
   return call.out;
 }
 
+// Float64, for checking other results: the dense weight, by ATen.
+Tensor dense_float64(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                     const Tensor& codebook, int64_t in_features, int64_t group_size,
+                     const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling) {
+  Tensor dense = dequantize_cpu(codes, scale, offset, codebook, in_features, group_size, at::kDouble);
+  if (lora_A) dense.addmm_(lora_B->to(at::kDouble), lora_A->to(at::kDouble), 1, scaling);
+  return dense;
+}
+
+Tensor qlora_linear_cpu(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                        const Tensor& codebook, int64_t group_size, const std::optional<Tensor>& lora_A,
+                        const std::optional<Tensor>& lora_B, double scaling, const std::optional<Tensor>& bias) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x has no dimensions");
+  const int64_t k = x.size(-1);
+  if (x.scalar_type() == at::kDouble) {
+    const Tensor dense = dense_float64(codes, scale, offset, codebook, k, group_size, lora_A, lora_B, scaling);
+    const Tensor y = at::matmul(x, dense.mT());
+    return bias ? y + bias->to(at::kDouble) : y;
+  }
+  const LinearCall call =
+      prepare_linear(x, codes, scale, offset, codebook, k, group_size, lora_A, lora_B, scaling, bias, false);
+  if (k == 0) return bias ? call.y.copy_(*bias) : call.y.zero_();
+  raise_if(launch_linear_cpu(call.params, at::get_num_threads()));
+  return call.y;
+}
+
+Tensor qlora_linear_grad_input_cpu(const Tensor& grad_y, const Tensor& codes, const Tensor& scale,
+                                   const std::optional<Tensor>& offset, const Tensor& codebook, int64_t in_features,
+                                   int64_t group_size, const std::optional<Tensor>& lora_A,
+                                   const std::optional<Tensor>& lora_B, double scaling) {
+  if (grad_y.scalar_type() == at::kDouble) {
+    return at::matmul(grad_y, dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B,
+                                            scaling));
+  }
+  const LinearCall call = prepare_linear(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A,
+                                         lora_B, scaling, std::nullopt, true);
+  if (codes.size(0) == 0) return call.y.zero_();
+  raise_if(launch_linear_grad_input_cpu(call.params, at::get_num_threads()));
+  return call.y;
+}
+
 TORCH_LIBRARY_IMPL(loftq_kernels, CPU, m) {
   m.impl("quantize", quantize_cpu);
   m.impl("quantize_residual_", quantize_residual_cpu);
   m.impl("dequantize", dequantize_cpu);
   m.impl("pack_codes", pack_codes_cpu);
+  m.impl("qlora_linear", qlora_linear_cpu);
+  m.impl("qlora_linear_grad_input", qlora_linear_grad_input_cpu);
   m.impl("unpack_codes", unpack_codes_cpu);
 }
 

@@ -1,4 +1,5 @@
 // Chooses the instruction set, checks the arguments, divides the rows among threads.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -17,6 +18,7 @@ namespace {
 // In order of preference: the first that the machine can run is used.
 const CpuKernels* const kImplementations[] = {
 #if LOFTQ_X86
+    &kAvx512Bf16Kernels,
     &kAvx512Kernels,
     &kAvx2Kernels,
 #endif
@@ -66,6 +68,23 @@ Status check(const QuantizeParams& p) {
   return nullptr;
 }
 
+Status check(const LinearParams& p, int64_t columns_of_x) {
+  const PackedWeight& w = p.weight;
+  if (Status error = check_layout(w.n, w.k, w.bits)) return error;
+  if (Status error = check_groups(w.group_size)) return error;
+  if (p.x.rows < 0 || p.x.columns != columns_of_x) return "x does not have as many columns as the product needs";
+  if ((p.lora_A.data == nullptr) != (p.lora_B.data == nullptr)) return "lora_A and lora_B belong together";
+  if (p.lora_A.data == nullptr) return nullptr;
+  const bool adapts = p.lora_A.columns == w.k && p.lora_B.rows == w.n && p.lora_A.rows == p.lora_B.columns;
+  return adapts && p.lora_A.rows > 0 ? nullptr : "lora_A must be [r, k] and lora_B [n, r]";
+}
+
+// Few enough that each has something to do.
+int threads_for(const LinearParams& p, int num_threads) {
+  const int64_t work = ceil_div(p.x.rows, 4);  // decoding a weight takes as long as some four products with it
+  return useful_threads(num_threads, std::max(p.weight.n, p.weight.k / kTile), p.weight.k * work);
+}
+
 Status check(const DequantizeParams& p) {
   if (Status error = check_layout(p.n, p.k, p.bits)) return error;
   return check_groups(p.group_size);
@@ -102,6 +121,22 @@ Status launch_dequantize_cpu(const DequantizeParams& p, int num_threads) {
   return parallel_rows_with_scratch(
       num_threads, p.n, p.k, dequantize_scratch(p),
       [&](int64_t begin, int64_t end, float* scratch) { kernels->dequantize_rows(p, begin, end, scratch); });
+}
+
+Status launch_linear_cpu(const LinearParams& p, int num_threads) {
+  if (Status error = check(p, p.weight.k)) return error;
+  const CpuKernels* kernels;
+  if (Status error = select(&kernels)) return error;
+  if (p.x.rows == 0 || p.weight.n == 0) return nullptr;
+  return kernels->linear(p, threads_for(p, num_threads));
+}
+
+Status launch_linear_grad_input_cpu(const LinearParams& p, int num_threads) {
+  if (Status error = check(p, p.weight.n)) return error;
+  const CpuKernels* kernels;
+  if (Status error = select(&kernels)) return error;
+  if (p.x.rows == 0 || p.weight.k == 0) return nullptr;
+  return kernels->linear_grad_input(p, threads_for(p, num_threads));
 }
 
 const char* active_isa(Status* status) {

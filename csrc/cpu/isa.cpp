@@ -25,16 +25,17 @@ constexpr bool has_all(uint64_t value, uint64_t mask) { return (value & mask) ==
 uint32_t detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
-  const bool f16c = c & bit_F16C;
+  const bool f16c = c & bit_F16C, fma = c & bit_FMA;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   constexpr uint64_t kYmm = 0x06;  // xmm, ymm
   constexpr uint64_t kZmm = 0xe6;  // and the mask registers, the upper halves of zmm0-15, zmm16-31
   const uint64_t saved = saved_registers();
   uint32_t features = 0;
   if (has_all(saved, kYmm) && f16c) features |= kF16c;
-  if (has_all(saved, kYmm) && (b & bit_AVX2)) features |= kAvx2;
+  if (has_all(saved, kYmm) && (b & bit_AVX2) && fma) features |= kAvx2;
   constexpr uint32_t kAvx512Bits = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if (has_all(saved, kZmm) && has_all(b, kAvx512Bits)) features |= kAvx512;
+  if ((features & kAvx512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16)) features |= kAvx512Bf16;
   return features;
 }
 

@@ -1,6 +1,7 @@
 // What an instruction set implements. A new one is a file that defines a CpuKernels, and a line in dispatch.cpp's list.
 #pragma once
 
+#include "loftq/linear.h"
 #include "loftq/quantize.h"
 
 namespace loftq {
@@ -12,11 +13,20 @@ struct CpuKernels {
   // Rows [begin, end). scratch: quantize_scratch(params) or dequantize_scratch(params) floats of the calling thread's.
   void (*quantize_rows)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
   void (*dequantize_rows)(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
+
+  // The products of linear.h, on at most `threads` threads.
+  Status (*linear)(const LinearParams& params, int threads);
+  Status (*linear_grad_input)(const LinearParams& params, int threads);
 };
+
+// kAvx512Kernels' own, for the instruction sets that extend AVX-512.
+void quantize_rows_avx512(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
+void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
 
 extern const CpuKernels kScalarKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
 
 // Columns handled together: whole groups and whole tiles.
 constexpr int64_t span_columns(int64_t k, int64_t group_size) {

@@ -7,24 +7,37 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/simd_avx512.h"
 #include "loftq/half.h"
 
-LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #include "cpu/generic/dequantize.h"
+#include "cpu/generic/linear.h"
+#include "cpu/generic/operand_float.h"
 #include "cpu/generic/quantize.h"
 
 LOFTQ_TARGET_END
 
 namespace loftq {
 
-const CpuKernels kAvx512Kernels = {"avx512", kAvx512 | kAvx2 | kF16c, quantize_rows<Avx512>, dequantize_rows<Avx512>};
+void quantize_rows_avx512(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch) {
+  quantize_rows<Avx512>(params, begin, end, scratch);
+}
+
+void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch) {
+  dequantize_rows<Avx512>(params, begin, end, scratch);
+}
+
+const CpuKernels kAvx512Kernels = {"avx512", kAvx512 | kAvx2 | kF16c, quantize_rows_avx512, dequantize_rows_avx512, linear<FloatOperand<Avx512>>, linear_grad_input<FloatOperand<Avx512>>};
 
 }  // namespace loftq
 

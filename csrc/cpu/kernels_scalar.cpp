@@ -1,4 +1,6 @@
 #include "cpu/generic/dequantize.h"
+#include "cpu/generic/linear.h"
+#include "cpu/generic/operand_float.h"
 #include "cpu/generic/quantize.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -6,6 +8,6 @@
 
 namespace loftq {
 
-const CpuKernels kScalarKernels = {"scalar", 0, quantize_rows<Scalar>, dequantize_rows<Scalar>};
+const CpuKernels kScalarKernels = {"scalar", 0, quantize_rows<Scalar>, dequantize_rows<Scalar>, linear<FloatOperand<Scalar>>, linear_grad_input<FloatOperand<Scalar>>};
 
 }  // namespace loftq

@@ -6,7 +6,7 @@
 #include "cpu/target.h"
 #include "loftq/half.h"
 
-LOFTQ_TARGET_BEGIN("avx2,f16c")
+LOFTQ_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace loftq {
 namespace {
@@ -41,6 +41,31 @@ struct Avx2 {
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(Floats v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+    Floats rows[8], pairs[8];
+    for (int i = 0; i < 8; ++i) rows[i] = load(src + i * src_stride);
+    for (int i = 0; i < 8; i += 2) {  // 2 x 2 blocks of values
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {  // 4 x 4: each half of rows[i + j] is part of one column
+      for (int j = 0; j < 2; ++j) {
+        const __m256d low = _mm256_castps_pd(pairs[i + j]), high = _mm256_castps_pd(pairs[i + j + 2]);
+        rows[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        rows[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      store(dst + j * dst_stride, _mm256_permute2f128_ps(rows[j], rows[4 + j], 0x20));
+      store(dst + (4 + j) * dst_stride, _mm256_permute2f128_ps(rows[j], rows[4 + j], 0x31));
+    }
+  }
   static Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static float lowest(Floats v) {

@@ -6,7 +6,7 @@
 #include "cpu/target.h"
 #include "loftq/half.h"
 
-LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace loftq {
 namespace {
@@ -41,6 +41,33 @@ struct Avx512 {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+    Floats rows[16], pairs[16];
+    for (int i = 0; i < 16; ++i) rows[i] = load(src + i * src_stride);
+    for (int i = 0; i < 16; i += 2) {  // 2 x 2 blocks of values
+      pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // 4 x 4: each 128-bit part of rows[i + j] is part of one column
+      for (int j = 0; j < 2; ++j) {
+        const __m512d low = _mm512_castps_pd(pairs[i + j]), high = _mm512_castps_pd(pairs[i + j + 2]);
+        rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {  // 4 x 4 blocks of 128-bit parts
+      const Floats even0 = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0x88);
+      const Floats odd0 = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0xdd);
+      const Floats even1 = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0x88);
+      const Floats odd1 = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0xdd);
+      store(dst + j * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0x88));
+      store(dst + (4 + j) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+      store(dst + (8 + j) * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0xdd));
+      store(dst + (12 + j) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+    }
+  }
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static float lowest(Floats v) { return _mm512_reduce_min_ps(v); }

@@ -26,6 +26,10 @@ struct Scalar {
   static Floats add(Floats a, Floats b) { return a + b; }
   static Floats sub(Floats a, Floats b) { return a - b; }
   static Floats mul(Floats a, Floats b) { return a * b; }
+  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // in one rounding or two
+  static float sum(Floats v) { return v; }  // of the lanes
+  // kLanes x kLanes values: dst[j * dst_stride + i] = src[i * src_stride + j]
+  static void transpose(const float* src, int64_t, float* dst, int64_t) { *dst = *src; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }  // b where either is NaN
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
   static float lowest(Floats v) { return v; }                      // of the lanes

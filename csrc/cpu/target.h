@@ -5,6 +5,19 @@
 
 #define LOFTQ_PRAGMA(text) _Pragma(#text)
 
+// Before a loop of constant length whose body indexes arrays that must live in registers.
+#if defined(__clang__)
+#define LOFTQ_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define LOFTQ_UNROLL _Pragma("GCC unroll 64")
+#else
+#define LOFTQ_UNROLL
+#endif
+
+// Functions whose callers must keep their arrays in registers.
+#define LOFTQ_INLINE inline __attribute__((always_inline))
+#define LOFTQ_LAMBDA __attribute__((always_inline))
+
 #if defined(__x86_64__) && defined(__clang__)
 #define LOFTQ_X86 1
 #define LOFTQ_TARGET_BEGIN(isa) LOFTQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

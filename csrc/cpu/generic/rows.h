@@ -5,6 +5,7 @@
 
 #include "cpu/generic/codec.h"
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 #include "loftq/half.h"
 
 namespace loftq {
@@ -52,6 +53,14 @@ const void* advance(const void* base, DType type, int64_t elements) {
 
 void* advance(void* base, DType type, int64_t elements) { return static_cast<char*>(base) + elements * size_of(type); }
 
+// One value, such as the scale of a group.
+template <class S>
+inline float load_one(DType type, const void* src, int64_t index) {
+  if (type == DType::kFloat32) return static_cast<const float*>(src)[index];
+  const uint16_t word = static_cast<const uint16_t*>(src)[index];
+  return type == DType::kFloat16 ? S::from_half(word) : bfloat_to_float(word);
+}
+
 // 32 interleaved partial sums in float64, so that every vector width gives the same bits (quantize.h).
 template <class S>
 class Sums {
@@ -90,17 +99,24 @@ inline double sum_columns(int64_t count, const Term& term) {
   return sums.total();
 }
 
-// One tile: bytes [64 * kBits / 8] to float32 [64]. first and second decode columns 0..31 and 32..63.
-template <class S, int kBits, class Decode>
-inline void decode_tile(const Decode& first, const Decode& second, const uint8_t* bytes, float* out) {
+// visit(column, float32 lanes) for one tile of bytes [64 * kBits / 8]; first and second decode columns 0..31 and 32..63.
+template <class S, int kBits, class Decode, class Visit>
+LOFTQ_INLINE void decode_fields(const Decode& first, const Decode& second, const uint8_t* bytes, const Visit& visit) {
   constexpr int kRun = kTile * kBits / 8;
   for (int j = 0; j < kRun; j += S::kLanes) {
     const auto fields = S::load_bytes(bytes + j);
+    LOFTQ_UNROLL
     for (int i = 0; i < 8 / kBits; ++i) {
       const int column = i * kRun + j;
-      S::store(out + column, (column < 32 ? first : second)(S::shift_right(fields, i * kBits)));
+      visit(column, (column < 32 ? first : second)(S::shift_right(fields, i * kBits)));
     }
   }
+}
+
+// One tile to float32 [64].
+template <class S, int kBits, class Decode>
+inline void decode_tile(const Decode& first, const Decode& second, const uint8_t* bytes, float* out) {
+  decode_fields<S, kBits>(first, second, bytes, [&](int column, typename S::Floats v) { S::store(out + column, v); });
 }
 
 }  // namespace

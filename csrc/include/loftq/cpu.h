@@ -1,6 +1,7 @@
 // The CPU kernels. Each picks, at run time, the widest instruction set that this machine has; all give the same bits.
 #pragma once
 
+#include "loftq/linear.h"
 #include "loftq/quantize.h"
 
 namespace loftq {
@@ -8,6 +9,12 @@ namespace loftq {
 // Rows are divided among at most num_threads threads; results do not depend on how many.
 Status launch_quantize_cpu(const QuantizeParams& params, int num_threads);
 Status launch_dequantize_cpu(const DequantizeParams& params, int num_threads);
+
+// The products of linear.h. Results depend on num_threads only where the columns of a row are divided among threads
+// (at most 8 rows of x, and fewer than 4 of the weight to a thread).
+Status launch_linear_cpu(const LinearParams& params, int num_threads);
+Status launch_linear_grad_input_cpu(const LinearParams& params, int num_threads);
+
 Status launch_pack_cpu(const PackParams& params, int num_threads);
 Status launch_unpack_cpu(const UnpackParams& params, int num_threads);
 

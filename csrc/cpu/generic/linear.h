@@ -1,0 +1,337 @@
+// The products of linear.h. Few rows of x: linear_small.h. More: the weight is decoded once into panels that stay in
+// the caches and feed register tiles.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/generic/linear_small.h"
+#include "cpu/generic/panels.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace loftq {
+namespace {
+
+constexpr int64_t kChunkRows = 512;  // of x at a time: bounds the memory; each chunk decodes the weight anew
+
+// Threads in a grid over what can be split two ways; the first way as far as it goes.
+struct Grid {
+  int64_t first, second;
+
+  Grid(int64_t threads, int64_t most_first, int64_t most_second)
+      : first(std::min(threads, most_first)), second(std::min(threads / first, most_second)) {}
+};
+
+// c[0..rows)[0..blocks * kLanes) (+)= left panel x right panel
+template <class O>
+void multiply_panels(int64_t rows, int64_t blocks, const typename O::Element* left, const typename O::Element* right,
+                     int64_t block_stride, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+  const int64_t groups = ceil_div(blocks, O::kVectors);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = blocks * g / groups, end = blocks * (g + 1) / groups;
+    const int vectors = static_cast<int>(end - begin), tile_rows = O::rows(vectors);
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      O::multiply(static_cast<int>(std::min<int64_t>(tile_rows, rows - r)), vectors, left + r * kPanelStride<O>,
+                  right + begin * block_stride, block_stride, steps, c + r * c_stride + begin * O::kLanes, c_stride,
+                  accumulate);
+    }
+  }
+}
+
+// c (+)= rows [row, row + rows) of `source` times a right panel that holds all of their columns.
+template <class O, class Rows>
+void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t tiles, int64_t blocks,
+                   const typename O::Element* right, typename O::Element* left, float* c, int64_t c_stride,
+                   bool accumulate) {
+  constexpr int64_t kTiles = kPanelColumns<O> / kTile;
+  for (int64_t tile = 0; tile < tiles; tile += kTiles) {
+    const int64_t count = std::min(kTiles, tiles - tile);
+    fill_left<O>(source, row, rows, tile, count, left);
+    multiply_panels<O>(rows, blocks, left, right + tile * kTile * O::kLanes, tiles * kTile * O::kLanes,
+                       count * kTile / O::kStep, c, c_stride, accumulate || tile > 0);
+  }
+}
+
+// ---- y = x D^T + scaling (x A^T) B^T + bias
+
+template <class O, class Rows>
+class Linear {
+  using S = typename O::Simd;
+  using Element = typename O::Element;
+
+ public:
+  Linear(const LinearParams& p, const Rows& weight)
+      : p_(p),
+        weight_(weight),
+        tiles_(padded_k(p.weight.k) / kTile),
+        rank_tiles_(p.lora_A.data ? padded_k(p.lora_A.rows) / kTile : 0),
+        blocks_(ceil_div(std::min(kChunkRows, p.x.rows), O::kLanes)),
+        c_stride_(blocks_ * O::kLanes + 16) {}
+
+  Status run(int threads) {
+    const int64_t left_size = O::kPanelRows * kPanelStride<O>, c_size = O::kPanelRows * c_stride_;
+    const Scratch<Element> x(blocks_ * tiles_ * kTile * O::kLanes);
+    const Scratch<Element> hidden(blocks_ * rank_tiles_ * kTile * O::kLanes + 1);
+    const Scratch<Element> left(threads * left_size);
+    const Scratch<float> c(threads * c_size);
+    if (!x.data() || !hidden.data() || !left.data() || !c.data()) return kOutOfMemory;
+    x_ = x.data();
+    hidden_ = hidden.data();
+    parallel_team(threads, [&](int thread, int team) {
+      Element* const own_left = left.data() + thread * left_size;
+      float* const own_c = c.data() + thread * c_size;
+      [[maybe_unused]] const typename O::Session session;
+      for (int64_t m = 0; m < p_.x.rows; m += kChunkRows) {
+        chunk(m, std::min(kChunkRows, p_.x.rows - m), thread, team, own_left, own_c);
+        team_barrier();
+      }
+    });
+    return nullptr;
+  }
+
+ private:
+  void chunk(int64_t m, int64_t rows, int thread, int team, Element* left, float* c) {
+    Matrix x = p_.x;
+    x.data = advance(x.data, x.dtype, m * x.stride);
+    x.rows = rows;
+    const int64_t blocks = ceil_div(rows, O::kLanes);
+    const Range packed = part_of(blocks, 1, thread, team);
+    for (int64_t b = packed.begin; b < packed.end; ++b) {
+      fill_right_transposed<O>(x, b * O::kLanes, tiles_, x_ + b * tiles_ * kTile * O::kLanes);
+    }
+    team_barrier();
+    if (rank_tiles_ > 0) {
+      const Grid grid(team, blocks, ceil_div(p_.lora_A.rows, O::kLanes));
+      if (thread < grid.first * grid.second) {
+        project(part_of(blocks, 1, thread / grid.second, grid.first),
+                part_of(rank_tiles_ * kTile, O::kLanes, thread % grid.second, grid.second), left, c);
+      }
+      team_barrier();
+    }
+    const Grid grid(team, ceil_div(p_.weight.n, 16), blocks);
+    if (thread >= grid.first * grid.second) return;
+    const Range columns = part_of(p_.weight.n, 16, thread / grid.second, grid.first);
+    const Range own_blocks = part_of(blocks, 1, thread % grid.second, grid.second);
+    for (int64_t n = columns.begin; n < columns.end; n += O::kPanelRows) {
+      panel(m, rows, n, std::min<int64_t>(O::kPanelRows, columns.end - n), own_blocks, left, c);
+    }
+  }
+
+  // hidden = scaling x A^T, as a right panel; its rows beyond the rank are zero.
+  void project(Range blocks, Range ranks, Element* left, float* c) {
+    const DenseRows<O> adapter(p_.lora_A);
+    const int64_t count = blocks.end - blocks.begin, block_size = tiles_ * kTile * O::kLanes;
+    for (int64_t r = ranks.begin; r < ranks.end; r += O::kPanelRows) {
+      const int64_t rows = std::min<int64_t>(O::kPanelRows, ranks.end - r);
+      const int64_t real = std::max<int64_t>(0, std::min(rows, p_.lora_A.rows - r));
+      multiply_rows<O>(adapter, r, real, tiles_, count, x_ + blocks.begin * block_size, left, c, c_stride_, false);
+      for (int64_t i = real; i < rows; ++i) std::fill(c + i * c_stride_, c + i * c_stride_ + count * O::kLanes, 0.0f);
+      for (int64_t b = 0; b < count; ++b) {
+        Element* const out = hidden_ + (blocks.begin + b) * rank_tiles_ * kTile * O::kLanes;
+        for (int64_t i = 0; i < rows; i += O::kStep) {
+          interleave_sums(c + i * c_stride_ + b * O::kLanes, out + (r + i) * O::kLanes);
+        }
+      }
+    }
+  }
+
+  void interleave_sums(float* sums, Element* out) const {
+    alignas(64) Element rows[O::kStep][O::kLanes];
+    const Element* pointers[O::kStep];
+    for (int i = 0; i < O::kStep; ++i) {
+      float* const row = sums + i * c_stride_;
+      S::store(row, S::mul(S::load(row), S::broadcast(p_.scaling)));
+      O::convert(DType::kFloat32, row, O::kLanes, rows[i]);
+      pointers[i] = rows[i];
+    }
+    O::interleave(pointers, out);
+  }
+
+  // y[m .. m + rows) of `blocks`, columns [n, n + count)
+  void panel(int64_t m, int64_t rows, int64_t n, int64_t count, Range blocks, Element* left, float* c) const {
+    const int64_t block_count = blocks.end - blocks.begin;
+    multiply_rows<O>(weight_, n, count, tiles_, block_count, x_ + blocks.begin * tiles_ * kTile * O::kLanes, left, c,
+                     c_stride_, false);
+    if (rank_tiles_ > 0) {
+      const DenseRows<O> adapter(p_.lora_B);
+      multiply_rows<O>(adapter, n, count, rank_tiles_, block_count,
+                       hidden_ + blocks.begin * rank_tiles_ * kTile * O::kLanes, left, c, c_stride_, true);
+    }
+    alignas(64) float bias[O::kPanelRows] = {};
+    if (p_.bias) to_float<S>(p_.bias_dtype, advance(p_.bias, p_.bias_dtype, n), count, bias);
+    for (int64_t b = 0; b < block_count; ++b) {
+      const int64_t first = (blocks.begin + b) * O::kLanes, lanes = std::min<int64_t>(O::kLanes, rows - first);
+      for (int64_t i = 0; i < count; i += O::kLanes) {
+        alignas(64) float values[O::kLanes][O::kLanes];  // transposed: a row of y each
+        S::transpose(c + i * c_stride_ + b * O::kLanes, c_stride_, values[0], O::kLanes);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          S::store(values[lane], S::add(S::load(values[lane]), S::load(bias + i)));
+          from_float<S>(p_.x.dtype, values[lane], std::min<int64_t>(O::kLanes, count - i),
+                        advance(p_.y, p_.x.dtype, (m + first + lane) * p_.weight.n + n + i));
+        }
+      }
+    }
+  }
+
+  const LinearParams& p_;
+  const Rows& weight_;
+  const int64_t tiles_, rank_tiles_;
+  const int64_t blocks_;    // of kLanes rows of x, in a chunk
+  const int64_t c_stride_;  // off a power of two, as kPanelStride
+  Element* x_ = nullptr;       // right panel [blocks_][k padded / kStep][kWidth]
+  Element* hidden_ = nullptr;  // right panel [blocks_][rank padded / kStep][kWidth]
+};
+
+// ---- grad_x = grad_y D + scaling (grad_y B) A
+
+template <class O, class Rows>
+class LinearGradInput {
+  using S = typename O::Simd;
+  using Element = typename O::Element;
+
+  static constexpr int64_t kRightRows = 128;  // rows of the weight that are decoded at a time,
+  static constexpr int64_t kRightTiles = 4;   // and tiles of each: whole cache lines of codes at 2 bits
+  static constexpr int64_t kRightStride = kRightRows * O::kLanes;
+  static constexpr int64_t kCStride = kRightTiles * kTile + 16;
+
+ public:
+  LinearGradInput(const LinearParams& p, const Rows& weight)
+      : p_(p),
+        weight_(weight),
+        n_tiles_(padded_k(p.weight.n) / kTile),
+        k_tiles_(padded_k(p.weight.k) / kTile),
+        rank_tiles_(p.lora_A.data ? padded_k(p.lora_A.rows) / kTile : 0),
+        rows_(ceil_div(std::min(kChunkRows, p.x.rows), kTileRows) * kTileRows) {}
+
+  Status run(int threads) {
+    const int64_t right_size = kRightTiles * kTile / O::kLanes * kRightStride, c_size = rows_ * kCStride;
+    const Scratch<Element> grad(left_size(n_tiles_)), hidden(left_size(rank_tiles_) + 1);
+    const Scratch<Element> right(threads * right_size);
+    const Scratch<float> c(threads * c_size);
+    if (!grad.data() || !hidden.data() || !right.data() || !c.data()) return kOutOfMemory;
+    grad_ = grad.data();
+    hidden_ = hidden.data();
+    parallel_team(threads, [&](int thread, int team) {
+      [[maybe_unused]] const typename O::Session session;
+      for (int64_t m = 0; m < p_.x.rows; m += kChunkRows) {
+        chunk(m, std::min(kChunkRows, p_.x.rows - m), thread, team, right.data() + thread * right_size,
+              c.data() + thread * c_size);
+        team_barrier();
+      }
+    });
+    return nullptr;
+  }
+
+ private:
+  static constexpr int64_t kTileRows = O::rows(O::kVectors);
+  static constexpr int64_t kPanelTiles = kPanelColumns<O> / kTile;
+
+  int64_t left_size(int64_t tiles) const { return ceil_div(tiles, kPanelTiles) * rows_ * kPanelStride<O>; }
+
+  void chunk(int64_t m, int64_t rows, int thread, int team, Element* right, float* c) {
+    Matrix grad = p_.x;
+    grad.data = advance(grad.data, grad.dtype, m * grad.stride);
+    grad.rows = rows;
+    const Range own = part_of(rows, kTileRows, thread, team);
+    fill_left_panels(DenseRows<O>(grad), own, n_tiles_, grad_);
+    if (rank_tiles_ > 0) project(own, right, c);
+    team_barrier();
+    const Grid grid(team, k_tiles_, ceil_div(rows, kTileRows));
+    if (thread >= grid.first * grid.second) return;
+    const Range tiles = part_of(k_tiles_, 1, thread / grid.second, grid.first);
+    const Range own_rows = part_of(rows, kTileRows, thread % grid.second, grid.second);
+    for (int64_t tile = tiles.begin; tile < tiles.end; tile += kRightTiles) {
+      const int64_t count = std::min(kRightTiles, tiles.end - tile);
+      multiply(weight_, n_tiles_, grad_, own_rows, tile, count, right, c, false);
+      if (rank_tiles_ > 0) multiply(DenseRows<O>(p_.lora_A), rank_tiles_, hidden_, own_rows, tile, count, right, c, true);
+      const int64_t column = tile * kTile, columns = std::min(count * kTile, p_.weight.k - column);
+      for (int64_t r = own_rows.begin; r < own_rows.end; ++r) {
+        from_float<S>(p_.x.dtype, c + r * kCStride, columns,
+                      advance(p_.y, p_.x.dtype, (m + r) * p_.weight.k + column));
+      }
+    }
+  }
+
+  // [panel][row][kPanelStride], zero beyond the columns of the source
+  template <class Source>
+  void fill_left_panels(const Source& source, Range rows, int64_t tiles, Element* out) const {
+    for (int64_t tile = 0; tile < tiles; tile += kPanelTiles, out += rows_ * kPanelStride<O>) {
+      fill_left<O>(source, rows.begin, rows.end - rows.begin, tile, std::min(kPanelTiles, tiles - tile),
+                   out + rows.begin * kPanelStride<O>);
+    }
+  }
+
+  // hidden = scaling grad_y B, as left panels
+  void project(Range rows, Element* right, float* c) {
+    const DenseRows<O> adapter(p_.lora_B);
+    for (int64_t tile = 0; tile < rank_tiles_; tile += kRightTiles) {
+      const int64_t count = std::min(kRightTiles, rank_tiles_ - tile);
+      multiply(adapter, n_tiles_, grad_, rows, tile, count, right, c, false);
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        float* const values = c + r * kCStride;
+        for (int64_t i = 0; i < count * kTile; i += S::kLanes) {
+          S::store(values + i, S::mul(S::load(values + i), S::broadcast(p_.scaling)));
+        }
+      }
+      const Matrix scaled = {c, DType::kFloat32, rows_, count * kTile, kCStride};
+      Element* const out = hidden_ + tile / kPanelTiles * rows_ * kPanelStride<O> + tile % kPanelTiles * kTile;
+      fill_left<O>(DenseRows<O>(scaled), rows.begin, rows.end - rows.begin, 0, count,
+                   out + rows.begin * kPanelStride<O>);
+    }
+  }
+
+  // c[rows][tiles * 64] (+)= left panels [.., source rows] x source [rows, tiles [tile, tile + tiles)]
+  template <class Source>
+  void multiply(const Source& source, int64_t source_tiles, const Element* left, Range rows, int64_t tile,
+                int64_t tiles, Element* right, float* c, bool accumulate) const {
+    for (int64_t row = 0; row < source_tiles * kTile; row += kRightRows) {
+      const int64_t count = std::min(kRightRows, source_tiles * kTile - row);
+      fill_right<O>(source, row, count, tile, tiles, kRightStride, right);
+      const int64_t panel = row / kPanelColumns<O>, column = row % kPanelColumns<O>;
+      multiply_panels<O>(rows.end - rows.begin, tiles * kTile / O::kLanes,
+                         left + (panel * rows_ + rows.begin) * kPanelStride<O> + column, right, kRightStride,
+                         count / O::kStep, c + rows.begin * kCStride, kCStride, accumulate || row > 0);
+    }
+  }
+
+  const LinearParams& p_;
+  const Rows& weight_;
+  const int64_t n_tiles_, k_tiles_, rank_tiles_;
+  const int64_t rows_;         // of grad_y in a chunk, padded to whole register tiles
+  Element* grad_ = nullptr;    // left panels
+  Element* hidden_ = nullptr;  // left panels
+};
+
+// ---- by format
+
+template <class O, int kBits, bool kInteger>
+Status linear_as(const LinearParams& p, int threads) {
+  if (p.x.rows <= kMostSmallRows) return small_linear<O, kBits, kInteger>(p, threads);
+  const PackedRows<O, kBits, kInteger> weight(p.weight);
+  return Linear<O, PackedRows<O, kBits, kInteger>>(p, weight).run(threads);
+}
+
+template <class O>
+Status linear(const LinearParams& p, int threads) {
+  if (p.weight.bits == 2) return linear_as<O, 2, false>(p, threads);
+  if (p.weight.bits == 4) return linear_as<O, 4, false>(p, threads);
+  return is_integer_codebook(p.weight.codebook, 8) ? linear_as<O, 8, true>(p, threads)
+                                                   : linear_as<O, 8, false>(p, threads);
+}
+
+template <class O, int kBits, bool kInteger>
+Status linear_grad_input_as(const LinearParams& p, int threads) {
+  const PackedRows<O, kBits, kInteger> weight(p.weight);
+  return LinearGradInput<O, PackedRows<O, kBits, kInteger>>(p, weight).run(threads);
+}
+
+template <class O>
+Status linear_grad_input(const LinearParams& p, int threads) {
+  if (p.weight.bits == 2) return linear_grad_input_as<O, 2, false>(p, threads);
+  if (p.weight.bits == 4) return linear_grad_input_as<O, 4, false>(p, threads);
+  return is_integer_codebook(p.weight.codebook, 8) ? linear_grad_input_as<O, 8, true>(p, threads)
+                                                   : linear_grad_input_as<O, 8, false>(p, threads);
+}
+
+}  // namespace
+}  // namespace loftq

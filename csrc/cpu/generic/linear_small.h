@@ -1,0 +1,282 @@
+// y = x D^T for a few rows x: one pass over the packed weight, decoded in registers.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/generic/panels.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace loftq {
+namespace {
+
+constexpr int kMostSmallRows = 8;  // of x: the accumulators of one more would crowd the registers
+
+// The memory of this far ahead is fetched while codes are decoded: without it a core waits for every page anew.
+constexpr int64_t kPrefetchBytes = 2048;
+
+template <class O, int kBits, bool kInteger, int kM>
+class SmallLinear {
+  using S = typename O::Simd;
+  using Element = typename O::Element;
+  using Floats = typename O::Floats;
+  using Weights = typename O::template Weights<kBits, kInteger>;
+
+  // Rows of the weight that share each load of x. With one row of x there is nothing to share.
+  static constexpr int kRows = O::kLanes < 16 || kM == 1 ? 1 : kM <= 4 ? 3 : 2;
+  // Scaling the sums of a group costs kM operations, scaling its table three and, with 2 bits, another table.
+  static constexpr bool kMayScaleSums = kBits < 8 && kM <= 2;
+  static constexpr int64_t kBlockRows = 16;
+
+ public:
+  explicit SmallLinear(const LinearParams& p)
+      : p_(p),
+        weight_(p.weight),
+        decoder_(p.weight.codebook),
+        scale_sums_(kMayScaleSums && p.weight.group_size != 32),
+        tiles_(padded_k(weight_.k) / kTile),
+        groups_(ceil_div(num_groups(weight_.k, weight_.group_size) + 1, 16) * 16),
+        rank_(ceil_div(p.lora_A.data ? p.lora_A.rows : 0, 16) * 16) {}
+
+  Status run(int threads) {
+    const int64_t k = tiles_ * kTile;
+    // Threads share the rows of the weight; where these are too few, also the columns.
+    const int64_t row_parts = std::min<int64_t>(threads, ceil_div(weight_.n, 4));
+    const int64_t column_parts = std::max<int64_t>(1, std::min<int64_t>(threads / row_parts, tiles_ / 16));
+    const Scratch<Element> x(kM * k);
+    const Scratch<float> group_sums(kM * groups_), hidden(kM * rank_ + 1);
+    const Scratch<float> partial(column_parts > 1 ? column_parts * kM * weight_.n : 1);
+    const int64_t of_thread = 2 * groups_ * kRows + rank_ + kM * kBlockRows;
+    const Scratch<float> scratch(row_parts * column_parts * of_thread);
+    if (!x.data() || !group_sums.data() || !hidden.data() || !partial.data() || !scratch.data()) return kOutOfMemory;
+    x_ = x.data();
+    group_sums_ = group_sums.data();
+    hidden_ = hidden.data();
+    convert_x();
+    std::fill(hidden_, hidden_ + kM * rank_, 0.0f);
+    parallel_team(static_cast<int>(row_parts * column_parts), [&](int thread, int team) {
+      const int64_t columns = team == row_parts * column_parts ? column_parts : 1;
+      if (rank_ > 0) {
+        const Range rank = part_of(p_.lora_A.rows, 1, thread, team);
+        for (int64_t r = rank.begin; r < rank.end; ++r) hidden_row(r);
+        team_barrier();
+      }
+      const int64_t rows = team / columns, part = thread % columns;
+      const Range range = part_of(weight_.n, 4, thread / columns, rows);
+      const Range tiles = part_of(tiles_, 1, part, columns);
+      float* const own = scratch.data() + thread * of_thread;
+      if (columns == 1) return rows_of(range, tiles, true, own, nullptr);
+      rows_of(range, tiles, part == 0, own, partial.data() + part * kM * weight_.n);
+      team_barrier();
+      add_parts(part_of(weight_.n, 16, thread, team), columns, partial.data(), own);
+    });
+    return nullptr;
+  }
+
+ private:
+  void convert_x() {
+    const DenseRows<O> rows(p_.x);
+    for (int m = 0; m < kM; ++m) {
+      for (int64_t t = 0; t < tiles_; ++t) rows.tile(m, t, x_ + (m * tiles_ + t) * kTile);
+    }
+    std::fill(group_sums_, group_sums_ + kM * groups_, 0.0f);
+    if (!scale_sums_ || !weight_.offset) return;
+    alignas(64) float values[kTile];
+    for (int m = 0; m < kM; ++m) {
+      for (int64_t t = 0; t < tiles_; ++t) {
+        to_float<S>(O::kType, x_ + (m * tiles_ + t) * kTile, kTile, values);
+        Floats sum = S::broadcast(0.0f);
+        for (int64_t i = 0; i < kTile; i += S::kLanes) sum = S::add(sum, S::load(values + i));
+        group_sums_[m * groups_ + group_of(t)] += S::sum(sum);
+      }
+    }
+  }
+
+  // For groups of 64 and more; the group of a tile.
+  int64_t group_of(int64_t tile) const { return weight_.group_size < 0 ? 0 : tile * kTile / weight_.group_size; }
+
+  // hidden[m][r] = scaling * sum_k x[m, k] A[r, k]
+  void hidden_row(int64_t r) {
+    const DenseRows<O> rows(p_.lora_A);
+    Floats sums[kM];
+    for (Floats& sum : sums) sum = S::broadcast(0.0f);
+    alignas(64) Element values[kTile];
+    for (int64_t t = 0; t < tiles_; ++t) {
+      rows.tile(r, t, values);
+      for (int64_t i = 0; i < kTile; i += O::kWidth) {
+        const auto a = O::load(values + i);
+        LOFTQ_UNROLL
+        for (int m = 0; m < kM; ++m) sums[m] = O::dot(a, O::load(x_ + (m * tiles_ + t) * kTile + i), sums[m]);
+      }
+    }
+    for (int m = 0; m < kM; ++m) hidden_[m * rank_ + r] = p_.scaling * S::sum(sums[m]);
+  }
+
+  // Rows of y, or with `partial` [kM][n] this part's sums of them. The first part adds what is not split.
+  void rows_of(Range rows, Range tiles, bool first_part, float* scratch, float* partial) {
+    float* const results = scratch + 2 * groups_ * kRows + rank_;
+    for (int64_t n = rows.begin; n < rows.end; n += kBlockRows) {
+      const int64_t count = std::min(kBlockRows, rows.end - n);
+      int64_t row = 0;
+      for (; row + kRows <= count; row += kRows) dot_rows<kRows>(n + row, tiles, first_part, scratch, results + row);
+      for (; row < count; ++row) dot_rows<1>(n + row, tiles, first_part, scratch, results + row);
+      for (int m = 0; m < kM; ++m) {
+        float* const values = results + m * kBlockRows;
+        if (partial) {
+          std::copy(values, values + count, partial + m * weight_.n + n);
+        } else {
+          write(m, n, count, values);
+        }
+      }
+    }
+  }
+
+  void add_parts(Range rows, int64_t parts, const float* partial, float* values) {
+    for (int m = 0; m < kM; ++m) {
+      for (int64_t n = rows.begin; n < rows.end; n += 16) {
+        const int64_t count = std::min<int64_t>(16, rows.end - n);
+        for (int64_t i = 0; i < count; ++i) {
+          values[i] = 0;
+          for (int64_t part = 0; part < parts; ++part) values[i] += partial[(part * kM + m) * weight_.n + n + i];
+        }
+        write(m, n, count, values);
+      }
+    }
+  }
+
+  // y[m, n .. n + count) = values + bias
+  void write(int m, int64_t n, int64_t count, float* values) const {
+    if (p_.bias) {
+      for (int64_t i = 0; i < count; ++i) values[i] += load_one<S>(p_.bias_dtype, p_.bias, n + i);
+    }
+    from_float<S>(p_.x.dtype, values, count, advance(p_.y, p_.x.dtype, m * weight_.n + n));
+  }
+
+  template <int kR>
+  void dot_rows(int64_t n, Range tiles, bool first_part, float* scratch, float* results) const {
+    Floats sums[kR][kM];
+    LOFTQ_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      load_groups(n + r, scratch + 2 * r * groups_);
+      LOFTQ_UNROLL
+      for (int m = 0; m < kM; ++m) sums[r][m] = S::broadcast(0.0f);
+    }
+    if (scale_sums_) {
+      if constexpr (kMayScaleSums) dot_then_scale<kR>(n, tiles, scratch, sums);
+    } else {
+      scale_then_dot<kR>(n, tiles, scratch, sums);
+    }
+    for (int r = 0; r < kR; ++r) {
+      if (first_part) add_offsets_and_adapter(n + r, scratch + 2 * r * groups_, scratch + 2 * groups_ * kRows, sums[r]);
+      for (int m = 0; m < kM; ++m) results[m * kBlockRows + r] = S::sum(sums[r][m]);
+    }
+  }
+
+  // Scales and offsets of row n in float32: groups[0 .. groups_) and groups[groups_ ..).
+  void load_groups(int64_t n, float* groups) const {
+    const int64_t count = num_groups(weight_.k, weight_.group_size);
+    const DType type = weight_.scale_dtype;
+    to_float<S>(type, advance(weight_.scale, type, n * count), count, groups);
+    std::fill(groups + count, groups + groups_, 0.0f);
+    if (weight_.offset) {
+      to_float<S>(type, advance(weight_.offset, type, n * count), count, groups + groups_);
+      std::fill(groups + groups_ + count, groups + 2 * groups_, 0.0f);
+    } else if (!scale_sums_) {
+      std::fill(groups + groups_, groups + 2 * groups_, kNoOffset);
+    }
+  }
+
+  const uint8_t* codes(int64_t row, int64_t tile) const {
+    return weight_.codes + row * row_bytes(weight_.k, kBits) + tile * (kTile * kBits / 8);
+  }
+
+  template <int kR>
+  LOFTQ_INLINE void dot_then_scale(int64_t n, Range tiles, const float* scratch, Floats (&sums)[kR][kM]) const {
+    const auto table = decoder_.group(1.0f, kNoOffset);
+    const uint8_t* bytes = codes(n, tiles.begin);
+    const int64_t row_stride = row_bytes(weight_.k, kBits);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t, bytes += kTile * kBits / 8) {
+      const int64_t group = group_of(t);
+      LOFTQ_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        __builtin_prefetch(bytes + r * row_stride + kPrefetchBytes);
+        Floats products[kM];
+        LOFTQ_UNROLL
+        for (int m = 0; m < kM; ++m) products[m] = S::broadcast(0.0f);
+        Weights::visit_tile(table, table, bytes + r * row_stride, [&](int column, typename O::Vector w) LOFTQ_LAMBDA {
+          LOFTQ_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            products[m] = O::dot(w, O::load(x_ + (m * tiles_ + t) * kTile + column), products[m]);
+          }
+        });
+        const Floats scale = S::broadcast(scratch[2 * r * groups_ + group]);
+        LOFTQ_UNROLL
+        for (int m = 0; m < kM; ++m) sums[r][m] = S::fma(products[m], scale, sums[r][m]);
+      }
+    }
+  }
+
+  template <int kR>
+  LOFTQ_INLINE void scale_then_dot(int64_t n, Range tiles, const float* scratch, Floats (&sums)[kR][kM]) const {
+    const uint8_t* bytes = codes(n, tiles.begin);
+    const int64_t row_stride = row_bytes(weight_.k, kBits);
+    const bool halves = weight_.group_size == 32;
+    for (int64_t t = tiles.begin; t < tiles.end; ++t, bytes += kTile * kBits / 8) {
+      const int64_t group = halves ? 2 * t : group_of(t);
+      LOFTQ_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        __builtin_prefetch(bytes + r * row_stride + kPrefetchBytes);
+        const float* const scale = scratch + 2 * r * groups_ + group;
+        const auto first = decoder_.group(scale[0], scale[groups_]);
+        const auto second = halves ? decoder_.group(scale[1], scale[groups_ + 1]) : first;
+        Weights::visit_tile(first, second, bytes + r * row_stride, [&](int column, typename O::Vector w) LOFTQ_LAMBDA {
+          LOFTQ_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            sums[r][m] = O::dot(w, O::load(x_ + (m * tiles_ + t) * kTile + column), sums[r][m]);
+          }
+        });
+      }
+    }
+  }
+
+  // sums[m] += offset . (sums of x by group) where the tables do without it, + hidden[m] . B[n]; spread over the lanes.
+  void add_offsets_and_adapter(int64_t n, const float* groups, float* adapter_row, Floats (&sums)[kM]) const {
+    if (scale_sums_ && weight_.offset) add_products(groups + groups_, group_sums_, groups_, sums);
+    if (rank_ == 0) return;
+    const int64_t rank = p_.lora_B.columns;
+    const DType type = p_.lora_B.dtype;
+    to_float<S>(type, advance(p_.lora_B.data, type, n * p_.lora_B.stride), rank, adapter_row);
+    std::fill(adapter_row + rank, adapter_row + rank_, 0.0f);
+    add_products(adapter_row, hidden_, rank_, sums);
+  }
+
+  // sums[m] += sum_i a[i] b[m][i], count a multiple of 16
+  static void add_products(const float* a, const float* b, int64_t count, Floats (&sums)[kM]) {
+    for (int64_t i = 0; i < count; i += S::kLanes) {
+      const Floats left = S::load(a + i);
+      for (int m = 0; m < kM; ++m) sums[m] = S::fma(left, S::load(b + m * count + i), sums[m]);
+    }
+  }
+
+  const LinearParams& p_;
+  const PackedWeight& weight_;
+  const Weights decoder_;
+  const bool scale_sums_;  // once per group, rather than the table that its codes are looked up in
+  const int64_t tiles_;
+  const int64_t groups_;  // of a row, and at least one more, padded
+  const int64_t rank_;    // padded; 0 without an adapter
+  Element* x_ = nullptr;  // [kM][k padded]
+  float* group_sums_ = nullptr;  // [kM][groups_]
+  float* hidden_ = nullptr;      // [kM][rank_]
+};
+
+template <class O, int kBits, bool kInteger, int kM = kMostSmallRows>
+Status small_linear(const LinearParams& p, int threads) {
+  if constexpr (kM > 1) {
+    if (p.x.rows < kM) return small_linear<O, kBits, kInteger, kM - 1>(p, threads);
+  }
+  return SmallLinear<O, kBits, kInteger, kM>(p).run(threads);
+}
+
+}  // namespace
+}  // namespace loftq

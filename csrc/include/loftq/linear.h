@@ -1,0 +1,48 @@
+// The product with a packed weight, its adapter and its bias, and the product with the transposed weight.
+//
+//   y[m, n]      = sum_k x[m, k] * D[n, k] + scaling * sum_r (sum_k x[m, k] * A[r, k]) * B[n, r] + bias[n]
+//   grad_x[m, k] = sum_n grad_y[m, n] * D[n, k] + scaling * sum_r (sum_n grad_y[m, n] * B[n, r]) * A[r, k]
+//   D[n, k]      = codebook[code(n, k)] * scale[n, k / g] + offset[n, k / g]
+//
+// Sums are float32. Operands are float32; where the instruction set multiplies bfloat16 and x is bfloat16, they are
+// bfloat16: D is rounded to it (or, where that is faster, the code book), and so is scaling * x A^T. Results depend on
+// the instruction set and, where a row is split among threads, on their number; never on timing.
+#pragma once
+
+#include "loftq/packing.h"
+
+namespace loftq {
+
+// Row-major, elements of a row contiguous. data == nullptr: there is none.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;  // elements from one row to the next
+};
+
+struct PackedWeight {
+  const uint8_t* codes;  // [n, row_bytes(k, bits)]
+  const void* scale;     // [n, num_groups] of scale_dtype
+  const void* offset;    // the same, or nullptr
+  DType scale_dtype;
+  const float* codebook;  // [2^bits]
+  int64_t n;
+  int64_t k;
+  int bits;            // 2, 4 or 8
+  int64_t group_size;  // 32, 64, 128, 256 or -1: the whole row
+};
+
+struct LinearParams {
+  Matrix x;  // [m, k]; for the transposed product grad_y [m, n]
+  PackedWeight weight;
+  Matrix lora_A;  // [r, k], any dtype
+  Matrix lora_B;  // [n, r], any dtype
+  float scaling;
+  const void* bias;  // [n] or nullptr; the transposed product has none
+  DType bias_dtype;
+  void* y;  // [m, n] contiguous, of x.dtype; for the transposed product grad_x [m, k]
+};
+
+}  // namespace loftq
