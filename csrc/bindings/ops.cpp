@@ -158,7 +158,7 @@ DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& sca
                                             call.scale, call.offset, call.codebook);
   call.out = at::empty({weight.n, weight.k}, codes.options().dtype(dtype));
   DequantizeParams& p = call.params;
-  p = {weight.codes, weight.scale, weight.offset, weight.scale_dtype, weight.codebook, weight.n,
+  p = {weight.codes, weight.scale, weight.offset,     weight.scale_dtype,          weight.codebook,       weight.n,
        weight.k,     weight.bits,  weight.group_size, call.out.mutable_data_ptr(), dtype_of(dtype, "out")};
   return call;
 }

@@ -86,8 +86,8 @@ Tensor qlora_linear_grad_input_cpu(const Tensor& grad_y, const Tensor& codes, co
                                    int64_t group_size, const std::optional<Tensor>& lora_A,
                                    const std::optional<Tensor>& lora_B, double scaling) {
   if (grad_y.scalar_type() == at::kDouble) {
-    return at::matmul(grad_y, dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B,
-                                            scaling));
+    return at::matmul(grad_y,
+                      dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling));
   }
   const LinearCall call = prepare_linear(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A,
                                          lora_B, scaling, std::nullopt, true);

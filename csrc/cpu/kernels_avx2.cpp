@@ -24,7 +24,12 @@ LOFTQ_TARGET_END
 
 namespace loftq {
 
-const CpuKernels kAvx2Kernels = {"avx2", kAvx2 | kF16c, quantize_rows<Avx2>, dequantize_rows<Avx2>, linear<FloatOperand<Avx2>>, linear_grad_input<FloatOperand<Avx2>>};
+const CpuKernels kAvx2Kernels = {"avx2",
+                                 kAvx2 | kF16c,
+                                 quantize_rows<Avx2>,
+                                 dequantize_rows<Avx2>,
+                                 linear<FloatOperand<Avx2>>,
+                                 linear_grad_input<FloatOperand<Avx2>>};
 
 }  // namespace loftq
 

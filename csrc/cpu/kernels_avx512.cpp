@@ -37,7 +37,12 @@ void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64
   dequantize_rows<Avx512>(params, begin, end, scratch);
 }
 
-const CpuKernels kAvx512Kernels = {"avx512", kAvx512 | kAvx2 | kF16c, quantize_rows_avx512, dequantize_rows_avx512, linear<FloatOperand<Avx512>>, linear_grad_input<FloatOperand<Avx512>>};
+const CpuKernels kAvx512Kernels = {"avx512",
+                                   kAvx512 | kAvx2 | kF16c,
+                                   quantize_rows_avx512,
+                                   dequantize_rows_avx512,
+                                   linear<FloatOperand<Avx512>>,
+                                   linear_grad_input<FloatOperand<Avx512>>};
 
 }  // namespace loftq
 

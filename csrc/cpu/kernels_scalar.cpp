@@ -8,6 +8,11 @@
 
 namespace loftq {
 
-const CpuKernels kScalarKernels = {"scalar", 0, quantize_rows<Scalar>, dequantize_rows<Scalar>, linear<FloatOperand<Scalar>>, linear_grad_input<FloatOperand<Scalar>>};
+const CpuKernels kScalarKernels = {"scalar",
+                                   0,
+                                   quantize_rows<Scalar>,
+                                   dequantize_rows<Scalar>,
+                                   linear<FloatOperand<Scalar>>,
+                                   linear_grad_input<FloatOperand<Scalar>>};
 
 }  // namespace loftq

@@ -21,7 +21,7 @@ struct BfloatOperand {
 
   static constexpr int kVectors = 4;
   static constexpr int rows(int vectors) { return 24 / vectors; }
-  static constexpr int kPanelRows = 48;
+  static constexpr int kPanelRows = 24;
 
   static constexpr DType kType = DType::kBFloat16;
 
@@ -42,9 +42,7 @@ struct BfloatOperand {
   static Floats dot(Vector a, Vector b, Floats sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static Vector narrow(Floats low, Floats high) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-  }
+  static Vector narrow(Floats low, Floats high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
   static void convert(DType type, const void* src, int64_t count, Element* out) {
     if (type == DType::kBFloat16) {
@@ -60,9 +58,9 @@ struct BfloatOperand {
     for (int64_t j = 0; i + j < count; ++j) out[i + j] = float_to_bfloat(rest[j]);
   }
 
-  static void interleave(const Element* const* rows, Element* out) {
-    const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0])));
-    const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[1])));
+  static void interleave(const Element* rows, int64_t stride, Element* out) {
+    const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + stride)));
     store(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
   }
 
@@ -79,7 +77,7 @@ struct BfloatOperand {
     Group group(float scale, float offset) const {
       const Floats scaled = _mm512_mul_ps(codebook_, _mm512_set1_ps(scale));
       const Floats values = _mm512_add_ps(scaled, _mm512_set1_ps(offset));
-      return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+      return narrow(values, values);
     }
 
     template <class Visit>

@@ -25,6 +25,9 @@ struct Avx2 {
   static Floats load_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_words(p)), 16));
   }
+  static void load_half_rest(const uint16_t* p, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = _cvtsh_ss(p[i]);
+  }
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static void store_half(uint16_t* p, Floats v) { store_words(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   static void store_bfloat(uint16_t* p, Floats v) {

@@ -25,6 +25,10 @@ struct Avx512 {
   static Floats load_bfloat(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p)), 16));
   }
+  static void load_half_rest(const uint16_t* p, int64_t count, float* out) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    _mm512_mask_storeu_ps(out, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)));
+  }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static void store_half(uint16_t* p, Floats v) { store_words(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   static void store_bfloat(uint16_t* p, Floats v) {

@@ -17,6 +17,7 @@ struct Scalar {
   static Floats load(const float* p) { return *p; }
   static Floats load_half(const uint16_t* p) { return half_to_float(*p); }
   static Floats load_bfloat(const uint16_t* p) { return bfloat_to_float(*p); }
+  static void load_half_rest(const uint16_t*, int64_t, float*) {}  // fewer than kLanes halfs to floats
   static void store(float* p, Floats v) { *p = v; }
   static void store_half(uint16_t* p, Floats v) { *p = float_to_half(v); }
   static void store_bfloat(uint16_t* p, Floats v) { *p = float_to_bfloat(v); }
@@ -27,7 +28,7 @@ struct Scalar {
   static Floats sub(Floats a, Floats b) { return a - b; }
   static Floats mul(Floats a, Floats b) { return a * b; }
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // in one rounding or two
-  static float sum(Floats v) { return v; }  // of the lanes
+  static float sum(Floats v) { return v; }                               // of the lanes
   // kLanes x kLanes values: dst[j * dst_stride + i] = src[i * src_stride + j]
   static void transpose(const float* src, int64_t, float* dst, int64_t) { *dst = *src; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }  // b where either is NaN

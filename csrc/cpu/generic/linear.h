@@ -46,7 +46,9 @@ void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t tiles,
   constexpr int64_t kTiles = kPanelColumns<O> / kTile;
   for (int64_t tile = 0; tile < tiles; tile += kTiles) {
     const int64_t count = std::min(kTiles, tiles - tile);
-    fill_left<O>(source, row, rows, tile, count, left);
+    const bool last = tile + count == tiles;
+    source.prefetch(last ? row + rows : row, rows, last ? 0 : tile + count, std::min(kTiles, tiles));
+    source.fill(row, rows, tile, count, left, kPanelStride<O>);
     multiply_panels<O>(rows, blocks, left, right + tile * kTile * O::kLanes, tiles * kTile * O::kLanes,
                        count * kTile / O::kStep, c, c_stride, accumulate || tile > 0);
   }
@@ -69,7 +71,7 @@ class Linear {
         c_stride_(blocks_ * O::kLanes + 16) {}
 
   Status run(int threads) {
-    const int64_t left_size = O::kPanelRows * kPanelStride<O>, c_size = O::kPanelRows * c_stride_;
+    const int64_t left_size = O::kPanelRows * kPanelStride<O>, c_size = kResultRows * c_stride_;
     const Scratch<Element> x(blocks_ * tiles_ * kTile * O::kLanes);
     const Scratch<Element> hidden(blocks_ * rank_tiles_ * kTile * O::kLanes + 1);
     const Scratch<Element> left(threads * left_size);
@@ -137,14 +139,12 @@ class Linear {
 
   void interleave_sums(float* sums, Element* out) const {
     alignas(64) Element rows[O::kStep][O::kLanes];
-    const Element* pointers[O::kStep];
     for (int i = 0; i < O::kStep; ++i) {
       float* const row = sums + i * c_stride_;
       S::store(row, S::mul(S::load(row), S::broadcast(p_.scaling)));
       O::convert(DType::kFloat32, row, O::kLanes, rows[i]);
-      pointers[i] = rows[i];
     }
-    O::interleave(pointers, out);
+    O::interleave(rows[0], O::kLanes, out);
   }
 
   // y[m .. m + rows) of `blocks`, columns [n, n + count)
@@ -157,7 +157,7 @@ class Linear {
       multiply_rows<O>(adapter, n, count, rank_tiles_, block_count,
                        hidden_ + blocks.begin * rank_tiles_ * kTile * O::kLanes, left, c, c_stride_, true);
     }
-    alignas(64) float bias[O::kPanelRows] = {};
+    alignas(64) float bias[kResultRows] = {};
     if (p_.bias) to_float<S>(p_.bias_dtype, advance(p_.bias, p_.bias_dtype, n), count, bias);
     for (int64_t b = 0; b < block_count; ++b) {
       const int64_t first = (blocks.begin + b) * O::kLanes, lanes = std::min<int64_t>(O::kLanes, rows - first);
@@ -173,11 +173,13 @@ class Linear {
     }
   }
 
+  static constexpr int64_t kResultRows = ceil_div(O::kPanelRows, O::kLanes) * O::kLanes;  // whole blocks to transpose
+
   const LinearParams& p_;
   const Rows& weight_;
   const int64_t tiles_, rank_tiles_;
-  const int64_t blocks_;    // of kLanes rows of x, in a chunk
-  const int64_t c_stride_;  // off a power of two, as kPanelStride
+  const int64_t blocks_;       // of kLanes rows of x, in a chunk
+  const int64_t c_stride_;     // off a power of two, as kPanelStride
   Element* x_ = nullptr;       // right panel [blocks_][k padded / kStep][kWidth]
   Element* hidden_ = nullptr;  // right panel [blocks_][rank padded / kStep][kWidth]
 };
@@ -243,11 +245,11 @@ class LinearGradInput {
     for (int64_t tile = tiles.begin; tile < tiles.end; tile += kRightTiles) {
       const int64_t count = std::min(kRightTiles, tiles.end - tile);
       multiply(weight_, n_tiles_, grad_, own_rows, tile, count, right, c, false);
-      if (rank_tiles_ > 0) multiply(DenseRows<O>(p_.lora_A), rank_tiles_, hidden_, own_rows, tile, count, right, c, true);
+      if (rank_tiles_ > 0)
+        multiply(DenseRows<O>(p_.lora_A), rank_tiles_, hidden_, own_rows, tile, count, right, c, true);
       const int64_t column = tile * kTile, columns = std::min(count * kTile, p_.weight.k - column);
       for (int64_t r = own_rows.begin; r < own_rows.end; ++r) {
-        from_float<S>(p_.x.dtype, c + r * kCStride, columns,
-                      advance(p_.y, p_.x.dtype, (m + r) * p_.weight.k + column));
+        from_float<S>(p_.x.dtype, c + r * kCStride, columns, advance(p_.y, p_.x.dtype, (m + r) * p_.weight.k + column));
       }
     }
   }
@@ -256,8 +258,8 @@ class LinearGradInput {
   template <class Source>
   void fill_left_panels(const Source& source, Range rows, int64_t tiles, Element* out) const {
     for (int64_t tile = 0; tile < tiles; tile += kPanelTiles, out += rows_ * kPanelStride<O>) {
-      fill_left<O>(source, rows.begin, rows.end - rows.begin, tile, std::min(kPanelTiles, tiles - tile),
-                   out + rows.begin * kPanelStride<O>);
+      source.fill(rows.begin, rows.end - rows.begin, tile, std::min(kPanelTiles, tiles - tile),
+                  out + rows.begin * kPanelStride<O>, kPanelStride<O>);
     }
   }
 
@@ -275,8 +277,8 @@ class LinearGradInput {
       }
       const Matrix scaled = {c, DType::kFloat32, rows_, count * kTile, kCStride};
       Element* const out = hidden_ + tile / kPanelTiles * rows_ * kPanelStride<O> + tile % kPanelTiles * kTile;
-      fill_left<O>(DenseRows<O>(scaled), rows.begin, rows.end - rows.begin, 0, count,
-                   out + rows.begin * kPanelStride<O>);
+      DenseRows<O>(scaled).fill(rows.begin, rows.end - rows.begin, 0, count, out + rows.begin * kPanelStride<O>,
+                                kPanelStride<O>);
     }
   }
 

@@ -12,9 +12,6 @@ namespace {
 
 constexpr int kMostSmallRows = 8;  // of x: the accumulators of one more would crowd the registers
 
-// The memory of this far ahead is fetched while codes are decoded: without it a core waits for every page anew.
-constexpr int64_t kPrefetchBytes = 2048;
-
 template <class O, int kBits, bool kInteger, int kM>
 class SmallLinear {
   using S = typename O::Simd;
@@ -22,8 +19,8 @@ class SmallLinear {
   using Floats = typename O::Floats;
   using Weights = typename O::template Weights<kBits, kInteger>;
 
-  // Rows of the weight that share each load of x. With one row of x there is nothing to share.
-  static constexpr int kRows = O::kLanes < 16 || kM == 1 ? 1 : kM <= 4 ? 3 : 2;
+  // Rows of the weight that share each load of x: as many as leave registers for their sums.
+  static constexpr int kRows = O::kLanes < 16 || kM == 1 ? 1 : kM <= 5 ? 4 : kM == 6 ? 3 : 2;
   // Scaling the sums of a group costs kM operations, scaling its table three and, with 2 bits, another table.
   static constexpr bool kMayScaleSums = kBits < 8 && kM <= 2;
   static constexpr int64_t kBlockRows = 16;
@@ -34,6 +31,7 @@ class SmallLinear {
         weight_(p.weight),
         decoder_(p.weight.codebook),
         scale_sums_(kMayScaleSums && p.weight.group_size != 32),
+        shift_(group_shift(weight_.group_size)),
         tiles_(padded_k(weight_.k) / kTile),
         groups_(ceil_div(num_groups(weight_.k, weight_.group_size) + 1, 16) * 16),
         rank_(ceil_div(p.lora_A.data ? p.lora_A.rows : 0, 16) * 16) {}
@@ -46,7 +44,7 @@ class SmallLinear {
     const Scratch<Element> x(kM * k);
     const Scratch<float> group_sums(kM * groups_), hidden(kM * rank_ + 1);
     const Scratch<float> partial(column_parts > 1 ? column_parts * kM * weight_.n : 1);
-    const int64_t of_thread = 2 * groups_ * kRows + rank_ + kM * kBlockRows;
+    const int64_t of_thread = 2 * groups_ * kBlockRows + rank_ + kM * kBlockRows;
     const Scratch<float> scratch(row_parts * column_parts * of_thread);
     if (!x.data() || !group_sums.data() || !hidden.data() || !partial.data() || !scratch.data()) return kOutOfMemory;
     x_ = x.data();
@@ -76,15 +74,13 @@ class SmallLinear {
  private:
   void convert_x() {
     const DenseRows<O> rows(p_.x);
-    for (int m = 0; m < kM; ++m) {
-      for (int64_t t = 0; t < tiles_; ++t) rows.tile(m, t, x_ + (m * tiles_ + t) * kTile);
-    }
+    for (int64_t t = 0; t < tiles_; ++t) rows.fill(0, kM, t, 1, x_ + t * kM * kTile, kTile);
     std::fill(group_sums_, group_sums_ + kM * groups_, 0.0f);
     if (!scale_sums_ || !weight_.offset) return;
     alignas(64) float values[kTile];
     for (int m = 0; m < kM; ++m) {
       for (int64_t t = 0; t < tiles_; ++t) {
-        to_float<S>(O::kType, x_ + (m * tiles_ + t) * kTile, kTile, values);
+        to_float<S>(O::kType, x_at(m, t), kTile, values);
         Floats sum = S::broadcast(0.0f);
         for (int64_t i = 0; i < kTile; i += S::kLanes) sum = S::add(sum, S::load(values + i));
         group_sums_[m * groups_ + group_of(t)] += S::sum(sum);
@@ -92,8 +88,17 @@ class SmallLinear {
     }
   }
 
+  LOFTQ_INLINE const Element* x_at(int m, int64_t tile) const { return x_ + (tile * kM + m) * kTile; }
+
+  // p, but the compiler does not know: what it loads from it for one row of the weight it shall not keep in registers
+  // for the next, in whose place it would spill the sums.
+  static LOFTQ_INLINE const Element* reloaded(const Element* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+  }
+
   // For groups of 64 and more; the group of a tile.
-  int64_t group_of(int64_t tile) const { return weight_.group_size < 0 ? 0 : tile * kTile / weight_.group_size; }
+  int64_t group_of(int64_t tile) const { return tile * kTile >> shift_; }
 
   // hidden[m][r] = scaling * sum_k x[m, k] A[r, k]
   void hidden_row(int64_t r) {
@@ -102,11 +107,11 @@ class SmallLinear {
     for (Floats& sum : sums) sum = S::broadcast(0.0f);
     alignas(64) Element values[kTile];
     for (int64_t t = 0; t < tiles_; ++t) {
-      rows.tile(r, t, values);
+      rows.fill(r, 1, t, 1, values, kTile);
       for (int64_t i = 0; i < kTile; i += O::kWidth) {
         const auto a = O::load(values + i);
         LOFTQ_UNROLL
-        for (int m = 0; m < kM; ++m) sums[m] = O::dot(a, O::load(x_ + (m * tiles_ + t) * kTile + i), sums[m]);
+        for (int m = 0; m < kM; ++m) sums[m] = O::dot(a, O::load(x_at(m, t) + i), sums[m]);
       }
     }
     for (int m = 0; m < kM; ++m) hidden_[m * rank_ + r] = p_.scaling * S::sum(sums[m]);
@@ -114,12 +119,10 @@ class SmallLinear {
 
   // Rows of y, or with `partial` [kM][n] this part's sums of them. The first part adds what is not split.
   void rows_of(Range rows, Range tiles, bool first_part, float* scratch, float* partial) {
-    float* const results = scratch + 2 * groups_ * kRows + rank_;
+    float* const results = scratch + 2 * groups_ * kBlockRows + rank_;
     for (int64_t n = rows.begin; n < rows.end; n += kBlockRows) {
       const int64_t count = std::min(kBlockRows, rows.end - n);
-      int64_t row = 0;
-      for (; row + kRows <= count; row += kRows) dot_rows<kRows>(n + row, tiles, first_part, scratch, results + row);
-      for (; row < count; ++row) dot_rows<1>(n + row, tiles, first_part, scratch, results + row);
+      block(n, count, tiles, first_part, scratch, results);
       for (int m = 0; m < kM; ++m) {
         float* const values = results + m * kBlockRows;
         if (partial) {
@@ -128,6 +131,20 @@ class SmallLinear {
           write(m, n, count, values);
         }
       }
+    }
+  }
+
+  // results[m][row] for rows [n, n + count)
+  void block(int64_t n, int64_t count, Range tiles, bool first_part, float* scratch, float* results) const {
+    Floats sums[kBlockRows][kM];
+    for (int64_t row = 0; row < count; ++row) load_groups(n + row, scratch + 2 * row * groups_);
+    int64_t row = 0;
+    for (; row + kRows <= count; row += kRows) dot_rows<kRows>(n + row, tiles, scratch + 2 * row * groups_, sums + row);
+    for (; row < count; ++row) dot_rows<1>(n + row, tiles, scratch + 2 * row * groups_, sums + row);
+    for (int64_t row = 0; row < count; ++row) {
+      float* const groups = scratch + 2 * row * groups_;
+      if (first_part) add_offsets_and_adapter(n + row, groups, scratch + 2 * groups_ * kBlockRows, sums[row]);
+      for (int m = 0; m < kM; ++m) results[m * kBlockRows + row] = S::sum(sums[row][m]);
     }
   }
 
@@ -152,23 +169,24 @@ class SmallLinear {
     from_float<S>(p_.x.dtype, values, count, advance(p_.y, p_.x.dtype, m * weight_.n + n));
   }
 
+  // sums[r][m] = x[m] . D[n + r] over these tiles, spread over the lanes
   template <int kR>
-  void dot_rows(int64_t n, Range tiles, bool first_part, float* scratch, float* results) const {
-    Floats sums[kR][kM];
+  void dot_rows(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM]) const {
+    Floats own[kR][kM];  // in registers
     LOFTQ_UNROLL
     for (int r = 0; r < kR; ++r) {
-      load_groups(n + r, scratch + 2 * r * groups_);
       LOFTQ_UNROLL
-      for (int m = 0; m < kM; ++m) sums[r][m] = S::broadcast(0.0f);
+      for (int m = 0; m < kM; ++m) own[r][m] = S::broadcast(0.0f);
     }
     if (scale_sums_) {
-      if constexpr (kMayScaleSums) dot_then_scale<kR>(n, tiles, scratch, sums);
+      if constexpr (kMayScaleSums) dot_then_scale<kR>(n, tiles, groups, own);
     } else {
-      scale_then_dot<kR>(n, tiles, scratch, sums);
+      scale_then_dot<kR>(n, tiles, groups, own);
     }
+    LOFTQ_UNROLL
     for (int r = 0; r < kR; ++r) {
-      if (first_part) add_offsets_and_adapter(n + r, scratch + 2 * r * groups_, scratch + 2 * groups_ * kRows, sums[r]);
-      for (int m = 0; m < kM; ++m) results[m * kBlockRows + r] = S::sum(sums[r][m]);
+      LOFTQ_UNROLL
+      for (int m = 0; m < kM; ++m) sums[r][m] = own[r][m];
     }
   }
 
@@ -191,7 +209,7 @@ class SmallLinear {
   }
 
   template <int kR>
-  LOFTQ_INLINE void dot_then_scale(int64_t n, Range tiles, const float* scratch, Floats (&sums)[kR][kM]) const {
+  LOFTQ_INLINE void dot_then_scale(int64_t n, Range tiles, const float* groups, Floats (&sums)[kR][kM]) const {
     const auto table = decoder_.group(1.0f, kNoOffset);
     const uint8_t* bytes = codes(n, tiles.begin);
     const int64_t row_stride = row_bytes(weight_.k, kBits);
@@ -199,17 +217,18 @@ class SmallLinear {
       const int64_t group = group_of(t);
       LOFTQ_UNROLL
       for (int r = 0; r < kR; ++r) {
-        __builtin_prefetch(bytes + r * row_stride + kPrefetchBytes);
+        const Element* const x = reloaded(x_at(0, t));
+        __builtin_prefetch(bytes + (kR + r) * row_stride);  // of the next rows: no core waits for memory as it decodes
         Floats products[kM];
         LOFTQ_UNROLL
         for (int m = 0; m < kM; ++m) products[m] = S::broadcast(0.0f);
         Weights::visit_tile(table, table, bytes + r * row_stride, [&](int column, typename O::Vector w) LOFTQ_LAMBDA {
           LOFTQ_UNROLL
           for (int m = 0; m < kM; ++m) {
-            products[m] = O::dot(w, O::load(x_ + (m * tiles_ + t) * kTile + column), products[m]);
+            products[m] = O::dot(w, O::load(x + m * kTile + column), products[m]);
           }
         });
-        const Floats scale = S::broadcast(scratch[2 * r * groups_ + group]);
+        const Floats scale = S::broadcast(groups[2 * r * groups_ + group]);
         LOFTQ_UNROLL
         for (int m = 0; m < kM; ++m) sums[r][m] = S::fma(products[m], scale, sums[r][m]);
       }
@@ -217,7 +236,7 @@ class SmallLinear {
   }
 
   template <int kR>
-  LOFTQ_INLINE void scale_then_dot(int64_t n, Range tiles, const float* scratch, Floats (&sums)[kR][kM]) const {
+  LOFTQ_INLINE void scale_then_dot(int64_t n, Range tiles, const float* groups, Floats (&sums)[kR][kM]) const {
     const uint8_t* bytes = codes(n, tiles.begin);
     const int64_t row_stride = row_bytes(weight_.k, kBits);
     const bool halves = weight_.group_size == 32;
@@ -225,14 +244,15 @@ class SmallLinear {
       const int64_t group = halves ? 2 * t : group_of(t);
       LOFTQ_UNROLL
       for (int r = 0; r < kR; ++r) {
-        __builtin_prefetch(bytes + r * row_stride + kPrefetchBytes);
-        const float* const scale = scratch + 2 * r * groups_ + group;
+        const Element* const x = reloaded(x_at(0, t));
+        __builtin_prefetch(bytes + (kR + r) * row_stride);  // of the next rows: no core waits for memory as it decodes
+        const float* const scale = groups + 2 * r * groups_ + group;
         const auto first = decoder_.group(scale[0], scale[groups_]);
         const auto second = halves ? decoder_.group(scale[1], scale[groups_ + 1]) : first;
         Weights::visit_tile(first, second, bytes + r * row_stride, [&](int column, typename O::Vector w) LOFTQ_LAMBDA {
           LOFTQ_UNROLL
           for (int m = 0; m < kM; ++m) {
-            sums[r][m] = O::dot(w, O::load(x_ + (m * tiles_ + t) * kTile + column), sums[r][m]);
+            sums[r][m] = O::dot(w, O::load(x + m * kTile + column), sums[r][m]);
           }
         });
       }
@@ -262,10 +282,12 @@ class SmallLinear {
   const PackedWeight& weight_;
   const Weights decoder_;
   const bool scale_sums_;  // once per group, rather than the table that its codes are looked up in
+  const int shift_;
   const int64_t tiles_;
   const int64_t groups_;  // of a row, and at least one more, padded
   const int64_t rank_;    // padded; 0 without an adapter
-  Element* x_ = nullptr;  // [kM][k padded]
+  // [tiles][kM][64]: rows of x side by side would lie a power of two apart, in the same set of the first-level cache.
+  Element* x_ = nullptr;
   float* group_sums_ = nullptr;  // [kM][groups_]
   float* hidden_ = nullptr;      // [kM][rank_]
 };

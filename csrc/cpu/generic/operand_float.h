@@ -25,7 +25,8 @@ struct FloatOperand {
   // Shape of the register tile: rows(v) x v accumulators fit in the registers, v up to kVectors.
   static constexpr int kVectors = kLanes == 8 ? 2 : 4;
   static constexpr int rows(int vectors) { return kLanes == 1 ? 4 : (kLanes == 8 ? 12 : 24) / vectors; }
-  static constexpr int kPanelRows = 48;  // a multiple of every rows(v) and of kLanes
+  static constexpr int kPanelRows =
+      24;  // a multiple of every rows(v); few, so that a left panel stays in the first-level cache
 
   static constexpr DType kType = DType::kFloat32;
 
@@ -43,8 +44,8 @@ struct FloatOperand {
   static Floats dot(Vector a, Vector b, Floats sum) { return S::fma(a, b, sum); }
   static void convert(DType type, const void* src, int64_t count, Element* out) { to_float<S>(type, src, count, out); }
 
-  // rows[0], .., rows[kStep - 1], kLanes elements of each, to kLanes groups of kStep: those that share a column.
-  static void interleave(const Element* const* rows, Element* out) { store(out, load(rows[0])); }
+  // kStep rows of kLanes elements, `stride` apart, to kLanes groups of kStep: the elements that share a column.
+  static void interleave(const Element* rows, int64_t, Element* out) { store(out, load(rows)); }
 
   // Weights to elements: a `Group` decodes the codes of one group.
   template <int kBits, bool kInteger>

@@ -10,38 +10,96 @@
 namespace loftq {
 namespace {
 
-// Rows of a packed weight, decoded a tile at a time.
+// column >> group_shift is the group of a column: group sizes are powers of two, and a division takes longer than
+// decoding a tile.
+inline int group_shift(int64_t group_size) {
+  if (group_size < 0) return 62;
+  int shift = 0;
+  while (int64_t{1} << shift < group_size) ++shift;
+  return shift;
+}
+
+// Of a block that is asked for at once.
+constexpr int64_t kMostRows = 96, kMostTiles = 8;
+
+// Rows of a packed weight, decoded.
 template <class O, int kBits, bool kInteger>
 class PackedRows {
  public:
   using Weights = typename O::template Weights<kBits, kInteger>;
 
   explicit PackedRows(const PackedWeight& weight)
-      : weight_(weight), decoder_(weight.codebook), groups_(num_groups(weight.k, weight.group_size)) {}
+      : weight_(weight),
+        decoder_(weight.codebook),
+        groups_(num_groups(weight.k, weight.group_size)),
+        row_bytes_(row_bytes(weight.k, kBits)),
+        shift_(group_shift(weight.group_size)) {}
 
   int64_t rows() const { return weight_.n; }
 
-  // Columns [64 * tile, 64 * tile + 64) of a row; those beyond k hold finite values if the scales are finite.
-  LOFTQ_INLINE void tile(int64_t row, int64_t tile, typename O::Element* out) const {
-    const auto first = group(row, tile * kTile);
-    const auto second = weight_.group_size == 32 ? group(row, tile * kTile + 32) : first;
-    const uint8_t* bytes = weight_.codes + row * row_bytes(weight_.k, kBits) + tile * (kTile * kBits / 8);
-    Weights::visit_tile(first, second, bytes, [&](int column, typename O::Vector v) { O::store(out + column, v); });
+  // Rows [row, row + rows) of columns [64 * tile, 64 * (tile + tiles)), `stride` elements apart; at most kMostRows and
+  // kMostTiles. Columns beyond k hold finite values if the scales are finite.
+  void fill(int64_t row, int64_t rows, int64_t tile, int64_t tiles, typename O::Element* out, int64_t stride) const {
+    const int64_t first = tile * kTile >> shift_;
+    const int64_t count = std::min(groups_, (((tile + tiles) * kTile - 1) >> shift_) + 1) - first;
+    // Of all rows before the first is decoded, so that none waits for its own.
+    alignas(64) float scale[kMostRows][kMostGroups], offset[kMostRows][kMostGroups];
+    for (int64_t r = 0; r < rows; ++r) load_groups((row + r) * groups_ + first, count, scale[r], offset[r]);
+    const uint8_t* bytes = weight_.codes + row * row_bytes_ + tile * kTileBytes;
+    for (int64_t r = 0; r < rows; ++r, bytes += row_bytes_, out += stride) {
+      decode_row(bytes, tile * kTile - (first << shift_), tiles, scale[r], offset[r], count - 1, out);
+    }
+  }
+
+  // Starts to fetch what tiles that will be decoded soon are made of. Short pieces of many rows are no stream that a
+  // processor would fetch ahead of its own accord.
+  // Inline: GCC takes a function that only prefetches for one without effect, and drops its calls.
+  LOFTQ_INLINE void prefetch(int64_t row, int64_t rows, int64_t tile, int64_t tiles) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t r = row; r < std::min(row + rows, weight_.n); ++r) {
+      const uint8_t* const bytes = weight_.codes + r * row_bytes_ + tile * kTileBytes;
+      for (int64_t i = 0; i < tiles * kTileBytes; i += kLine) __builtin_prefetch(bytes + i, 0, 2);
+      const int64_t group = r * groups_ + (tile * kTile >> shift_);
+      __builtin_prefetch(advance(weight_.scale, weight_.scale_dtype, group), 0, 2);
+      if (weight_.offset) __builtin_prefetch(advance(weight_.offset, weight_.scale_dtype, group), 0, 2);
+    }
   }
 
  private:
-  LOFTQ_INLINE auto group(int64_t row, int64_t column) const {
-    const int64_t of_row = weight_.group_size < 0 ? 0 : std::min(column / weight_.group_size, groups_ - 1);
-    const int64_t index = row * groups_ + of_row;
-    const float scale = load_one<typename O::Simd>(weight_.scale_dtype, weight_.scale, index);
-    const float offset =
-        weight_.offset ? load_one<typename O::Simd>(weight_.scale_dtype, weight_.offset, index) : kNoOffset;
-    return decoder_.group(scale, offset);
+  static constexpr int64_t kTileBytes = kTile * kBits / 8;
+  static constexpr int64_t kMostGroups = kMostTiles * 2;
+
+  // Tiles from `column` of the first group on.
+  LOFTQ_INLINE void decode_row(const uint8_t* bytes, int64_t column, int64_t tiles, const float* scale,
+                               const float* offset, int64_t last_group, typename O::Element* out) const {
+    const Weights decoder = decoder_;  // here, where no store can change it
+    const int shift = shift_;
+    const auto group = [&](int64_t at) LOFTQ_LAMBDA {
+      const int64_t g = std::min(at >> shift, last_group);
+      return decoder.group(scale[g], offset[g]);
+    };
+    for (int64_t t = 0; t < tiles; ++t, bytes += kTileBytes, out += kTile, column += kTile) {
+      const auto first = group(column);
+      const auto second = shift < 6 ? group(column + 32) : first;
+      Weights::visit_tile(first, second, bytes,
+                          [&](int i, typename O::Vector v) LOFTQ_LAMBDA { O::store(out + i, v); });
+    }
+  }
+
+  void load_groups(int64_t index, int64_t count, float* scale, float* offset) const {
+    const DType type = weight_.scale_dtype;
+    to_float<typename O::Simd>(type, advance(weight_.scale, type, index), count, scale);
+    if (weight_.offset) {
+      to_float<typename O::Simd>(type, advance(weight_.offset, type, index), count, offset);
+    } else {
+      std::fill(offset, offset + count, kNoOffset);
+    }
   }
 
   const PackedWeight& weight_;
-  Weights decoder_;
-  int64_t groups_;
+  const Weights decoder_;
+  const int64_t groups_, row_bytes_;
+  const int shift_;
 };
 
 // Rows of a dense matrix, converted; zero beyond its columns.
@@ -52,45 +110,37 @@ class DenseRows {
 
   int64_t rows() const { return matrix_.rows; }
 
-  void tile(int64_t row, int64_t tile, typename O::Element* out) const {
+  void fill(int64_t row, int64_t rows, int64_t tile, int64_t tiles, typename O::Element* out, int64_t stride) const {
     const int64_t column = tile * kTile;
-    const int64_t count = std::max<int64_t>(0, std::min(kTile, matrix_.columns - column));
-    O::convert(matrix_.dtype, advance(matrix_.data, matrix_.dtype, row * matrix_.stride + column), count, out);
-    std::fill(out + count, out + kTile, typename O::Element(0));
+    const int64_t real = std::max<int64_t>(0, std::min(tiles * kTile, matrix_.columns - column));
+    for (int64_t r = row; r < row + rows; ++r, out += stride) {
+      O::convert(matrix_.dtype, advance(matrix_.data, matrix_.dtype, r * matrix_.stride + column), real, out);
+      std::fill(out + real, out + tiles * kTile, typename O::Element(0));
+    }
   }
+
+  void prefetch(int64_t, int64_t, int64_t, int64_t) const {}  // small, and in the caches
 
  private:
   const Matrix& matrix_;
 };
 
-// Left panel: rows [row, row + rows) of tiles [tile, tile + tiles).
-template <class O, class Rows>
-void fill_left(const Rows& source, int64_t row, int64_t rows, int64_t tile, int64_t tiles, typename O::Element* out) {
-  for (int64_t r = 0; r < rows; ++r, out += kPanelStride<O>) {
-    for (int64_t t = 0; t < tiles; ++t) source.tile(row + r, tile + t, out + t * kTile);
-  }
-}
-
-// Right panel whose outputs are the columns of tiles [tile, tile + tiles), products running over rows
-// [row, row + rows), a multiple of kStep; rows that the source does not have are zero. out: a block of kLanes columns
-// every block_stride elements.
+// Right panel whose outputs are the columns of tiles [tile, tile + tiles); products run over rows [row, row + rows), a
+// multiple of kTile; rows that the source does not have are zero. out: a block of kLanes columns every block_stride
+// elements.
 template <class O, class Rows>
 void fill_right(const Rows& source, int64_t row, int64_t rows, int64_t tile, int64_t tiles, int64_t block_stride,
                 typename O::Element* out) {
-  alignas(64) typename O::Element decoded[O::kStep][kTile];
-  for (int64_t r = 0; r < rows; r += O::kStep, out += O::kWidth) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      for (int i = 0; i < O::kStep; ++i) {
-        if (row + r + i < source.rows()) {
-          source.tile(row + r + i, tile + t, decoded[i]);
-        } else {
-          std::fill(decoded[i], decoded[i] + kTile, typename O::Element(0));
-        }
-      }
-      for (int64_t column = 0; column < kTile; column += O::kLanes) {
-        const typename O::Element* rows_of_step[O::kStep];
-        for (int i = 0; i < O::kStep; ++i) rows_of_step[i] = decoded[i] + column;
-        O::interleave(rows_of_step, out + (t * kTile + column) / O::kLanes * block_stride);
+  constexpr int64_t kRows = 16;  // at a time
+  constexpr int64_t kStride = kMostTiles * kTile;
+  alignas(64) typename O::Element decoded[kRows * kStride];
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t real = std::max<int64_t>(0, std::min(kRows, source.rows() - row - r));
+    source.fill(row + r, real, tile, tiles, decoded, kStride);
+    std::fill(decoded + real * kStride, decoded + kRows * kStride, typename O::Element(0));
+    for (int64_t i = 0; i < kRows; i += O::kStep, out += O::kWidth) {
+      for (int64_t column = 0; column < tiles * kTile; column += O::kLanes) {
+        O::interleave(decoded + i * kStride + column, kStride, out + column / O::kLanes * block_stride);
       }
     }
   }
@@ -102,14 +152,10 @@ template <class O>
 void fill_right_transposed(const Matrix& matrix, int64_t row, int64_t tiles, typename O::Element* out) {
   const DenseRows<O> source(matrix);
   alignas(64) typename O::Element rows[O::kLanes][kTile];
+  const int64_t real = std::min<int64_t>(O::kLanes, matrix.rows - row);
+  std::fill(rows[0] + real * kTile, rows[0] + O::kLanes * kTile, typename O::Element(0));
   for (int64_t tile = 0; tile < tiles; ++tile, out += kTile * O::kLanes) {
-    for (int lane = 0; lane < O::kLanes; ++lane) {
-      if (row + lane < matrix.rows) {
-        source.tile(row + lane, tile, rows[lane]);
-      } else {
-        std::fill(rows[lane], rows[lane] + kTile, typename O::Element(0));
-      }
-    }
+    source.fill(row, real, tile, 1, rows[0], kTile);
     for (int64_t step = 0; step < kTile / O::kStep; step += O::kLanes) {
       O::Simd::transpose(reinterpret_cast<const float*>(rows[0]) + step, kTile / O::kStep,
                          reinterpret_cast<float*>(out) + step * O::kLanes, O::kLanes);

@@ -22,7 +22,7 @@ void to_float(DType type, const void* src, int64_t count, float* out) {
   const uint16_t* words = static_cast<const uint16_t*>(src);
   if (type == DType::kFloat16) {
     for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load_half(words + i));
-    for (; i < count; ++i) out[i] = half_to_float(words[i]);
+    S::load_half_rest(words + i, count - i, out + i);
   } else {
     for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load_bfloat(words + i));
     for (; i < count; ++i) out[i] = bfloat_to_float(words[i]);
@@ -99,7 +99,8 @@ inline double sum_columns(int64_t count, const Term& term) {
   return sums.total();
 }
 
-// visit(column, float32 lanes) for one tile of bytes [64 * kBits / 8]; first and second decode columns 0..31 and 32..63.
+// visit(column, float32 lanes) for one tile of bytes [64 * kBits / 8]; first and second decode columns 0..31
+// and 32..63.
 template <class S, int kBits, class Decode, class Visit>
 LOFTQ_INLINE void decode_fields(const Decode& first, const Decode& second, const uint8_t* bytes, const Visit& visit) {
   constexpr int kRun = kTile * kBits / 8;
