@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from bench.bench_init import LLAMA_LAYER
+from loftq_kernels import convert
 from loftq_kernels.formats import get_format
 from loftq_kernels.initializers import loftq, low_rank
 from loftq_kernels.initializers.loftq_options import LoftQOptions
@@ -36,23 +37,28 @@ EIGH_SECONDS = {"cold": (31.3e-3, 587.1e-3), "warm": (6.36e-3, 137.5e-3), "last"
 def run(output: Path, *, quick: bool) -> None:
     parts = estimate()
     harness.print_table(parts)
-    looped = eigh_seconds(looped=True)
+    looped = eigh_seconds(0, looped=True)
     print(f"torch before 2.12: at least {looped:.2f} s for the eigenproblems alone")
     unsure = sum(row["seconds"] for row in parts if row["part"].startswith(("eigenproblems", "Cholesky", "host")))
     pessimistic = parts[-1]["seconds"] + 2 * unsure
+    by_layers = estimate(convert._LAYERS_A_BATCH)[-1]["seconds"]
+    print(f"quantize_model, {convert._LAYERS_A_BATCH} layers at a time: {by_layers:.2f} s in all")
     print(f"eigenproblems, Cholesky and host three times that: {pessimistic:.2f} s in all")
     harness.write_json(
         output / "init_h200.json",
         {
             "H200 estimate, not measured": parts,
+            f"sum for quantize_model, {convert._LAYERS_A_BATCH} layers at a time, seconds": by_layers,
             "sum with eigenproblems, Cholesky and host three times that, seconds": pessimistic,
             "eigenproblems with torch before 2.12, at least, seconds": looped,
         },
     )
 
 
-def estimate() -> list[dict]:
-    """One row a part of the work, and their sum: nothing is assumed to overlap."""
+def estimate(at_most: float = math.inf) -> list[dict]:
+    """One row a part of the work, and their sum: nothing is assumed to overlap. ``at_most`` matrices are handed over
+    together."""
+    calls = batches(at_most)
     shapes = [shape for shape, count in LLAMA_LAYER.items() for _ in range(count * LAYERS)]
     weights = sum(rows * columns for rows, columns in shapes)
     long = sum(max(shape) for shape in shapes)
@@ -90,9 +96,9 @@ def estimate() -> list[dict]:
             2 * 2 * RANK * weights,
             "float32",
         ),
-        {"part": "eigenproblems", "GB": "", "TFLOP": "", "seconds": eigh_seconds(looped=False)},
-        {"part": "Cholesky", "GB": "", "TFLOP": "", "seconds": 2 * blocks * batches() * CHOLESKY_SECONDS},
-        *_host(len(shapes)),
+        {"part": "eigenproblems", "GB": "", "TFLOP": "", "seconds": eigh_seconds(calls, looped=False)},
+        {"part": "Cholesky", "GB": "", "TFLOP": "", "seconds": 2 * blocks * calls * CHOLESKY_SECONDS},
+        *_host(len(shapes), calls),
     ]
     return [*rows, {"part": "sum", "GB": "", "TFLOP": "", "seconds": sum(row["seconds"] for row in rows)}]
 
@@ -103,25 +109,25 @@ def _streamed(part: str, size: float, flops: float = 0.0, dtype: str = "float32"
     return {"part": part, "GB": size / 1e9, "TFLOP": flops / 1e12, "seconds": seconds}
 
 
-def batches() -> int:
+def batches(at_most: float) -> int:
     """Calls of the driver: as many matrices at a time as a quarter of the memory holds."""
-    sizes = {s: int(MEMORY / 4 / (loftq._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
+    sizes = {s: min(at_most, MEMORY / 4 // (loftq._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
     return sum(math.ceil(count * LAYERS / sizes[shape]) for shape, count in LLAMA_LAYER.items())
 
 
-def eigh_seconds(*, looped: bool) -> float:
-    """At each call the published time of 64 matrices, of which a batch has between 8 and 65; or one after another."""
+def eigh_seconds(batches: int, *, looped: bool) -> float:
+    """At each call the published time of 64 matrices, of which a batch has at most 65; or one after another."""
     cold, warm, last = (EIGH_SECONDS[which][looped] for which in ("cold", "warm", "last"))
-    calls = LAYERS * sum(LLAMA_LAYER.values()) / 64 if looped else batches()
+    calls = LAYERS * sum(LLAMA_LAYER.values()) / 64 if looped else batches
     return calls * (cold + (NUM_ITER - 1) * warm + last)
 
 
-def _host(matrices: int) -> list[dict]:
+def _host(matrices: int, calls: int) -> list[dict]:
     two, three = (_count(batch) for batch in (2, 3))
     rows = []
     for i, (part, seconds) in enumerate((("operators", OPERATOR_SECONDS), ("waits", WAIT_SECONDS))):
         each = three[i] - two[i]
-        total = batches() * (two[i] - 2 * each) + matrices * each
+        total = calls * (two[i] - 2 * each) + matrices * each
         rows.append({"part": f"host: {total} {part}", "GB": "", "TFLOP": "", "seconds": total * seconds})
     return rows
 
