@@ -1,4 +1,4 @@
-"""``python -m bench [SUBJECT ...]``: run benchmarks, one file a subject; all that need no GPU by default."""
+"""``python -m bench [SUBJECT ...]``: run benchmarks, one file a subject; by default all that this machine can run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUBJECTS = ("quantize", "init", "init_quality")
+import torch
+
+GPU_SUBJECTS = ("small_matrix",)
+SUBJECTS = ("quantize", "init", "init_quality", "init_h200", *GPU_SUBJECTS)
 RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}; default: all")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}")
     parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions, to try it out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
     args = parser.parse_args(argv)
@@ -22,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS)}")
     args.output.mkdir(parents=True, exist_ok=True)
-    for subject in args.subjects or SUBJECTS:
+    here = [subject for subject in SUBJECTS if subject not in GPU_SUBJECTS or torch.cuda.is_available()]
+    for subject in args.subjects or here:
         importlib.import_module(f"bench.bench_{subject}").run(args.output, quick=args.quick)
     print(f"results in {args.output}")
     return 0

@@ -244,11 +244,28 @@ class TestBatch:
         """A GPU takes as many matrices at a time as its workspace holds, a CPU one after another."""
         weights = [gaussian(32, 64, seed=seed, device=device) for seed in range(5)]
         whole, told = lk.loftq_init_batch(weights, "nf2", 4, 2), []
-        monkeypatch.setattr(loftq, "WORKSPACE_BYTES", 2 * loftq._WORKSPACE_COPIES * 4 * 32 * 64)
+        monkeypatch.setattr(loftq, "workspace_bytes", lambda device: 2 * loftq._WORKSPACE_COPIES * 4 * 32 * 64)
         chunked = lk.loftq_init_batch(weights, "nf2", 4, 2, progress=told.append)
         assert told == ([1] * 5 if device == "cpu" else [2, 2, 1])
         for a, b in zip(whole, chunked, strict=True):
             assert a.errors == pytest.approx(b.errors, rel=1e-5)
+
+    @pytest.mark.parametrize("shape", [(256, 300), (300, 256)], ids=str)
+    @pytest.mark.parametrize("order", loftq.ORDERS)
+    @pytest.mark.parametrize("svd", ["exact", "fast"])
+    def test_together_on_a_cpu(self, svd, order, shape, monkeypatch):
+        """What a GPU runs: the driver with several matrices in one call, one of them zero, one in need of a unit."""
+        weights = [gaussian(*shape, seed=seed) * scale for seed, scale in enumerate((1.0, 0.0, 1e-12, 0.02))]
+        options = {"svd": svd, "order": order, "scale_dtype": torch.float32}
+        alone = lk.loftq_init_batch(weights, "nf2", 8, 3, **options)
+        monkeypatch.setattr(loftq, "chunk_size", lambda *_: 3)
+        told = []
+        together = lk.loftq_init_batch(weights, "nf2", 8, 3, **options, progress=told.append)
+        assert told == [3, 1]
+        for weight, a, b in zip(weights, alone, together, strict=True):
+            assert a.errors == pytest.approx(b.errors, rel=1e-5)
+            dense = b.packed.dequantize() + b.lora_B @ b.lora_A
+            assert (weight - dense).norm().item() == pytest.approx(b.error * weight.norm().item(), rel=1e-4)
 
     def test_empty(self):
         assert lk.loftq_init_batch([]) == []

@@ -40,6 +40,11 @@ def samples(name: str, device: str = "cpu") -> list[tuple]:
         sizes = [(2, 5, 130), (4, 3, 64), (8, 1, 1)]
         codes = [(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device=device), bits) for bits, n, k in sizes]
         return codes if name == "pack_codes" else [(OPS.pack_codes(c, bits), bits, c.shape[1]) for c, bits in codes]
+    if name == "jacobi_svd":
+        return [(gaussian(*shape, device=device),) for shape in [(3, 9, 5), (1, 4, 4), (2, 1, 1)]]
+    if name in ("jacobi_eigh", "cholesky_inverse_factor"):
+        roots = [gaussian(*shape, device=device) for shape in [(3, 9, 5), (1, 4, 4), (2, 1, 1)]]
+        return [(root.mT @ root,) for root in roots]
     cases = []
     for format, rows, columns, group_size, rank, leading in [
         ("nf4", 7, 130, 64, 3, (5,)),

@@ -80,7 +80,7 @@ QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebo
   p.k = weight.size(1);
 
   call.weight = p.k > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
-  call.codebook = codebook.cpu().contiguous();
+  call.codebook = codebook.to(weight.device()).contiguous();
   const int64_t groups = num_groups(p.k, group_size);
   call.codes = at::empty({p.n, row_bytes(p.k, p.bits)}, weight.options().dtype(at::kByte));
   call.scale = at::empty({p.n, groups}, weight.options().dtype(scale_dtype));
@@ -133,7 +133,7 @@ PackedWeight packed_weight(const at::Tensor& codes, const at::Tensor& scale, con
   check_shape(scale, {weight.n, num_groups(weight.k, group_size)}, "scale");
   own_codes = codes.contiguous();
   own_scale = scale.contiguous();
-  own_codebook = codebook.cpu().contiguous();
+  own_codebook = codebook.to(codes.device()).contiguous();
   if (offset) {
     check_device(*offset, codes, "offset");
     check_shape(*offset, scale.sizes(), "offset");
@@ -169,7 +169,7 @@ at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpa
     const int64_t width = p.group_size < 0 ? p.k : p.group_size;
     return groups.to(at::kDouble).repeat_interleave(width, 1).narrow(1, 0, p.k);
   };
-  const at::Tensor codebook = call.codebook.to(unpacked.device(), at::kDouble);
+  const at::Tensor codebook = call.codebook.to(at::kDouble);
   at::Tensor dense = codebook.index_select(0, unpacked.view(-1).to(at::kInt)).view({p.n, p.k});
   dense.mul_(columns(call.scale));
   return p.offset ? dense.add_(columns(call.offset)) : dense;

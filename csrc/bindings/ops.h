@@ -19,7 +19,7 @@ void raise_if(Status status);
 // A quantize call: its parameters, with the tensors that they point into.
 struct QuantizeCall {
   at::Tensor weight;    // [N, K], last stride 1
-  at::Tensor codebook;  // [2^bits] float32, on the CPU whatever the device of the rest
+  at::Tensor codebook;  // [2^bits] float32
   at::Tensor codes;     // [N, row_bytes] uint8
   at::Tensor scale;     // [N, G]
   at::Tensor offset;    // [N, G], or [0] where the rule has none
@@ -35,9 +35,8 @@ QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tenso
                                        bool scale_search, const at::Tensor& norms);
 
 struct DequantizeCall {
-  at::Tensor codes, scale, offset;
-  at::Tensor codebook;  // on the CPU
-  at::Tensor out;       // [N, in_features]
+  at::Tensor codes, scale, offset, codebook;
+  at::Tensor out;  // [N, in_features]
   DequantizeParams params;
 };
 

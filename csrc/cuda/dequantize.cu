@@ -1,5 +1,5 @@
 // launch_dequantize_cuda: out[n, k] = codebook[code] * scale[n, k / g] + offset[n, k / g], rounded once.
-#include "codebook.cuh"
+#include "launch.cuh"
 #include "loftq/cuda.h"
 #include "scale_rule.cuh"
 
@@ -8,21 +8,13 @@ namespace {
 
 constexpr int kDequantizeThreads = 256;
 
-template <int kBits>
-struct DequantizeArgs {
-  DequantizeParams p;
-  Codebook<kBits> book;
-  bool out_quads;
-};
-
 // A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, stored at once.
 template <int kBits>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    _dequantize_kernel(const __grid_constant__ DequantizeArgs<kBits> args) {
+    _dequantize_kernel(const __grid_constant__ DequantizeParams p, bool out_quads) {
   constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
-  const DequantizeParams& p = args.p;
   float* values = reinterpret_cast<float*>(dynamic_shared());
-  args.book.copy_to(values, nullptr);
+  for (int i = threadIdx.x; i < 1 << kBits; i += blockDim.x) values[i] = p.codebook[i];
   __syncthreads();
 
   const int64_t bytes = row_bytes(p.k, kBits);
@@ -46,7 +38,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
           out[i] = decode(values[code], scale, offset, p.offset != nullptr);
         }
         const int count = static_cast<int>(p.k - column < kQuad ? p.k - column : kQuad);
-        store_quad(p.out, p.out_dtype, row * p.k + column, count, args.out_quads, out);
+        store_quad(p.out, p.out_dtype, row * p.k + column, count, out_quads, out);
       }
     }
   }
@@ -54,13 +46,10 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 
 template <int kBits>
 cudaError_t launch_bits(const DequantizeParams& p, cudaStream_t stream) {
-  DequantizeArgs<kBits> args;
-  args.p = p;
-  args.book = Codebook<kBits>::from_host(p.codebook);
-  args.out_quads = quads_aligned(p.out, p.out_dtype, p.k);
+  const bool out_quads = quads_aligned(p.out, p.out_dtype, p.k);
   const int64_t warps = ceil_div(row_bytes(p.k, kBits), kWarpSize * kQuad);
   const int threads = kWarpSize * static_cast<int>(warps < 8 ? warps : kDequantizeThreads / kWarpSize);
-  return launch(_dequantize_kernel<kBits>, p.n, threads, sizeof(float) << kBits, stream, args);
+  return launch(_dequantize_kernel<kBits>, p.n, threads, sizeof(float) << kBits, stream, p, out_quads);
 }
 
 bool valid(const DequantizeParams& p) {

@@ -23,32 +23,31 @@ int block_threads(int64_t columns, int64_t columns_a_warp) {
 }
 
 template <int kBits, int kWidth>
-cudaError_t launch_groups(const QuantizeArgs<kBits>& args, cudaStream_t stream) {
+cudaError_t launch_groups(const QuantizeParams& p, cudaStream_t stream) {
   constexpr int kSpan = kWidth > 4 ? kWidth : 4;
-  const size_t shared = sizeof(QuantizeShared<kBits>) + RowNorm<kSpan>::kBytes;
-  const int threads = block_threads(args.p.k, Span<kSpan>::kColumns);
-  if (args.p.scale_search || args.p.scale_rule == ScaleRule::kMeanStd) {
-    return launch(_quantize_group_kernel<kBits, kWidth, true>, args.p.n, threads, shared, stream, args);
+  const size_t shared = sizeof(CodebookMemory<kBits>) + RowNorm<kSpan>::kBytes;
+  const int threads = block_threads(p.k, Span<kSpan>::kColumns);
+  if (p.scale_search || p.scale_rule == ScaleRule::kMeanStd) {
+    return launch(_quantize_group_kernel<kBits, kWidth, true>, p.n, threads, shared, stream, p);
   }
-  return launch(_quantize_group_kernel<kBits, kWidth, false>, args.p.n, threads, shared, stream, args);
+  return launch(_quantize_group_kernel<kBits, kWidth, false>, p.n, threads, shared, stream, p);
 }
 
 template <int kBits>
 cudaError_t launch_bits(const QuantizeParams& p, cudaStream_t stream) {
-  const QuantizeArgs<kBits> args = {p, Codebook<kBits>::from_host(p.codebook)};
   switch (p.group_size) {
     case 32:
-      return launch_groups<kBits, 1>(args, stream);
+      return launch_groups<kBits, 1>(p, stream);
     case 64:
-      return launch_groups<kBits, 2>(args, stream);
+      return launch_groups<kBits, 2>(p, stream);
     case 128:
-      return launch_groups<kBits, 4>(args, stream);
+      return launch_groups<kBits, 4>(p, stream);
     case 256:
-      return launch_groups<kBits, 8>(args, stream);
+      return launch_groups<kBits, 8>(p, stream);
     default: {
-      const size_t shared = sizeof(RowScratch) + sizeof(QuantizeShared<kBits>) + RowNorm<kRowSpan>::kBytes;
+      const size_t shared = sizeof(RowScratch) + sizeof(CodebookMemory<kBits>) + RowNorm<kRowSpan>::kBytes;
       const int threads = block_threads(p.k, Span<kRowSpan>::kColumns);
-      return launch(_quantize_row_kernel<kBits>, p.n, threads, shared, stream, args);
+      return launch(_quantize_row_kernel<kBits>, p.n, threads, shared, stream, p);
     }
   }
 }

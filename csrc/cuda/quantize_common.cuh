@@ -13,18 +13,6 @@ namespace loftq {
 constexpr int kQuantizeThreads = 256;
 constexpr int kQuantizeWarps = kQuantizeThreads / kWarpSize;
 
-template <int kBits>
-struct QuantizeArgs {
-  QuantizeParams p;
-  Codebook<kBits> book;
-};
-
-template <int kBits>
-struct QuantizeShared {
-  float value[1 << kBits];
-  float midpoint[1 << kBits];
-};
-
 // Columns column + 32 i + lane of one row, i = 0 .. kSpan-1.
 template <int kSpan>
 struct Span {
@@ -71,10 +59,9 @@ __device__ inline double squared(double x) { return __dmul_rn(x, x); }
 
 // What scale search minimises, for one weight.
 template <int kBits>
-__device__ double squared_error(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared, float target,
-                                const GroupScale& scale, bool affine) {
-  const int code = args.book.nearest(shared.midpoint, scale.scaled(target));
-  const float decoded = decode(shared.value[code], scale.scale, scale.offset, affine);
+__device__ double squared_error(const Codebook<kBits>& book, float target, const GroupScale& scale, bool affine) {
+  const int code = book.nearest(scale.scaled(target));
+  const float decoded = decode(book.value[code], scale.scale, scale.offset, affine);
   return squared(static_cast<double>(__fsub_rn(target, decoded)));
 }
 
@@ -110,9 +97,8 @@ __device__ void store_codes(const int (&code)[4], int tiles, uint8_t* bytes) {
 
 // Codes of a span, stored; its residual, stored if wanted and left unrounded in span.weight (0 beyond the row).
 template <int kBits, int kSpan, int kGroups>
-__device__ void finish_span(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared, int64_t row,
-                            Span<kSpan>& span, const GroupScale (&scales)[kGroups]) {
-  const QuantizeParams& p = args.p;
+__device__ void finish_span(const QuantizeParams& p, const Codebook<kBits>& book, int64_t row, Span<kSpan>& span,
+                            const GroupScale (&scales)[kGroups]) {
   uint8_t* bytes = p.codes + row * row_bytes(p.k, kBits) + span.column * kBits / 8;
   const int tiles = (span.left + static_cast<int>(kTile) - 1) / static_cast<int>(kTile);
   const int64_t dense_at = row * p.k + span.column + lane_index();
@@ -123,10 +109,9 @@ __device__ void finish_span(const QuantizeArgs<kBits>& args, const QuantizeShare
     for (int j = 0; j < 4; ++j) {
       const int i = first + j;
       const GroupScale& scale = scales[i * kGroups / kSpan];
-      code[j] = span.exists(i) ? args.book.nearest(shared.midpoint, scale.scaled(span.target[i])) : 0;
+      code[j] = span.exists(i) ? book.nearest(scale.scaled(span.target[i])) : 0;
       if (!span.exists(i)) continue;
-      span.weight[i] =
-          __fsub_rn(span.weight[i], decode(shared.value[code[j]], scale.scale, scale.offset, is_affine(p)));
+      span.weight[i] = __fsub_rn(span.weight[i], decode(book.value[code[j]], scale.scale, scale.offset, is_affine(p)));
       if (p.residual != nullptr) store_element(p.residual, p.residual_dtype, dense_at + i * kWarpSize, span.weight[i]);
     }
     store_codes<kBits>(code, tiles - first / 2, bytes + first * (kWarpSize * kBits / 8));

@@ -31,9 +31,8 @@ __device__ float group_mean_std_scale(const float* target, int count) {
 }
 
 template <int kBits, int kWidth, bool kFull>
-__device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared,
-                                  const float* target, int count) {
-  const QuantizeParams& p = args.p;
+__device__ GroupScale group_scale(const QuantizeParams& p, const Codebook<kBits>& book, const float* target,
+                                  int count) {
   const auto exists = [&](int i) { return i * kWarpSize + lane_index() < count; };
 
   GroupRange range;
@@ -42,7 +41,7 @@ __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const Quantiz
     if (exists(i)) range.include(target[i], is_affine(p));
   }
   range.reduce_over_warp(is_affine(p));
-  const float last = args.book.value[(1 << kBits) - 1];
+  const float last = book.last();
   if constexpr (!kFull) return scale_model(p, last, range, 0.0f).at(1.0f);
 
   float mean_scale = 0.0f;
@@ -57,7 +56,7 @@ __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const Quantiz
     double error = 0.0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if (exists(i)) error = __dadd_rn(error, squared_error(args, shared, target[i], candidate, model.affine));
+      if (exists(i)) error = __dadd_rn(error, squared_error(book, target[i], candidate, model.affine));
     }
     error = reduce_warp(error, Sum());
     if (error < least) {  // false for NaN
@@ -71,13 +70,11 @@ __device__ GroupScale group_scale(const QuantizeArgs<kBits>& args, const Quantiz
 // A row a block at a time; its warps take neighbouring spans. Whole blocks stay together: RowNorm needs them.
 template <int kBits, int kWidth, bool kFull>
 __global__ void __launch_bounds__(kQuantizeThreads, kGroupBlocks<kWidth, kFull>)
-    _quantize_group_kernel(const __grid_constant__ QuantizeArgs<kBits> args) {
+    _quantize_group_kernel(const __grid_constant__ QuantizeParams p) {
   constexpr int kSpan = kWidth > 4 ? kWidth : 4, kGroups = kSpan / kWidth, kGroupSize = kWidth * kWarpSize;
-  const QuantizeParams& p = args.p;
-  QuantizeShared<kBits>& shared = *reinterpret_cast<QuantizeShared<kBits>*>(dynamic_shared());
-  RowNorm<kSpan> norm = {reinterpret_cast<float*>(dynamic_shared() + sizeof(QuantizeShared<kBits>))};
-  args.book.copy_to(shared.value, shared.midpoint);
-  __syncthreads();
+  CodebookMemory<kBits>& memory = *reinterpret_cast<CodebookMemory<kBits>*>(dynamic_shared());
+  RowNorm<kSpan> norm = {reinterpret_cast<float*>(&memory + 1)};
+  const Codebook<kBits> book = Codebook<kBits>::load(p.codebook, memory);
 
   const int64_t groups = num_groups(p.k, kGroupSize);
   const int64_t step = static_cast<int64_t>(warp_count()) * Span<kSpan>::kColumns;
@@ -93,10 +90,10 @@ __global__ void __launch_bounds__(kQuantizeThreads, kGroupBlocks<kWidth, kFull>)
         for (int g = 0; g < kGroups; ++g) {
           const int left = span.left - g * kGroupSize, count = left < kGroupSize ? left : kGroupSize;
           if (count <= 0) continue;
-          scales[g] = group_scale<kBits, kWidth, kFull>(args, shared, span.target + g * kWidth, count);
+          scales[g] = group_scale<kBits, kWidth, kFull>(p, book, span.target + g * kWidth, count);
           if (lane_index() == 0) store_scale(p, row, column / kGroupSize + g, groups, scales[g]);
         }
-        finish_span(args, shared, row, span, scales);
+        finish_span(p, book, row, span, scales);
       }
       if (p.residual_norm2 != nullptr) norm.add(span, active, first, p.k);
     }

@@ -16,70 +16,66 @@ struct RowScratch {
 };
 
 // visit(span) for the spans first, first + step, ... of a row.
-template <int kBits, typename Visit>
-__device__ void for_each_span(const QuantizeArgs<kBits>& args, int64_t row, int64_t first, int64_t step, Visit visit) {
-  for (int64_t column = first * Span<kRowSpan>::kColumns; column < args.p.k;
-       column += step * Span<kRowSpan>::kColumns) {
+template <typename Visit>
+__device__ void for_each_span(const QuantizeParams& p, int64_t row, int64_t first, int64_t step, Visit visit) {
+  for (int64_t column = first * Span<kRowSpan>::kColumns; column < p.k; column += step * Span<kRowSpan>::kColumns) {
     Span<kRowSpan> span;
-    span.load(args.p, row, column);
+    span.load(p, row, column);
     visit(span);
   }
 }
 
 // By one warp: the partial sums of quantize.h go along the whole row.
-template <int kBits>
-__device__ float row_mean_std_scale(const QuantizeArgs<kBits>& args, int64_t row) {
+__device__ inline float row_mean_std_scale(const QuantizeParams& p, int64_t row) {
   double sum = 0.0, squares = 0.0;
-  for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
+  for_each_span(p, row, 0, 1, [&](const Span<kRowSpan>& span) {
 #pragma unroll
     for (int i = 0; i < kRowSpan; ++i) sum += span.exists(i) ? static_cast<double>(span.target[i]) : 0.0;
   });
-  const double mean = __ddiv_rn(reduce_warp(sum, Sum()), static_cast<double>(args.p.k));
-  for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
+  const double mean = __ddiv_rn(reduce_warp(sum, Sum()), static_cast<double>(p.k));
+  for_each_span(p, row, 0, 1, [&](const Span<kRowSpan>& span) {
 #pragma unroll
     for (int i = 0; i < kRowSpan; ++i) {
       if (span.exists(i)) squares = __dadd_rn(squares, squared(__dsub_rn(static_cast<double>(span.target[i]), mean)));
     }
   });
-  return mean_std_scale(mean, reduce_warp(squares, Sum()), args.p.k);
+  return mean_std_scale(mean, reduce_warp(squares, Sum()), p.k);
 }
 
-template <int kBits>
-__device__ ScaleModel row_scale_model(const QuantizeArgs<kBits>& args, RowScratch& scratch, int64_t row) {
-  const QuantizeParams& p = args.p;
+__device__ inline ScaleModel row_scale_model(const QuantizeParams& p, float last, RowScratch& scratch, int64_t row) {
   GroupRange range;
-  for_each_span(args, row, warp_index(), warp_count(), [&](const Span<kRowSpan>& span) {
+  for_each_span(p, row, warp_index(), warp_count(), [&](const Span<kRowSpan>& span) {
 #pragma unroll
     for (int i = 0; i < kRowSpan; ++i) {
       if (span.exists(i)) range.include(span.target[i], is_affine(p));
     }
   });
   if (p.scale_rule == ScaleRule::kMeanStd && warp_index() == 0) {
-    const float mean_scale = row_mean_std_scale(args, row);
+    const float mean_scale = row_mean_std_scale(p, row);
     if (lane_index() == 0) scratch.mean_scale = mean_scale;
   }
   range.magnitude = reduce_block(range.magnitude, scratch.range, Max());  // its barriers publish mean_scale as well
   range.low = ~reduce_block(~range.low, scratch.range, Max());
   range.high = reduce_block(range.high, scratch.range, Max());
   const float mean_scale = p.scale_rule == ScaleRule::kMeanStd ? scratch.mean_scale : 0.0f;
-  return scale_model(p, args.book.value[(1 << kBits) - 1], range, mean_scale);
+  return scale_model(p, last, range, mean_scale);
 }
 
 // A warp tries every warp_count()-th candidate, all of its candidates in one pass over the row.
 template <int kBits>
-__device__ int search_row_step(const QuantizeArgs<kBits>& args, const QuantizeShared<kBits>& shared,
-                               RowScratch& scratch, int64_t row, const ScaleModel& model) {
+__device__ int search_row_step(const QuantizeParams& p, const Codebook<kBits>& book, RowScratch& scratch, int64_t row,
+                               const ScaleModel& model) {
 #pragma unroll 1
   for (int first = warp_index(); first < kSearchSteps; first += warp_count() * kCandidatesAWarp) {
     double error[kCandidatesAWarp] = {};
-    for_each_span(args, row, 0, 1, [&](const Span<kRowSpan>& span) {
+    for_each_span(p, row, 0, 1, [&](const Span<kRowSpan>& span) {
 #pragma unroll
       for (int c = 0; c < kCandidatesAWarp; ++c) {
         const GroupScale candidate = model.at(search_factor(first + c * warp_count()));
 #pragma unroll
         for (int i = 0; i < kRowSpan; ++i) {
           if (!span.exists(i)) continue;
-          error[c] = __dadd_rn(error[c], squared_error(args, shared, span.target[i], candidate, model.affine));
+          error[c] = __dadd_rn(error[c], squared_error(book, span.target[i], candidate, model.affine));
         }
       }
     });
@@ -103,19 +99,16 @@ __device__ int search_row_step(const QuantizeArgs<kBits>& args, const QuantizeSh
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(kQuantizeThreads, 3)
-    _quantize_row_kernel(const __grid_constant__ QuantizeArgs<kBits> args) {
-  const QuantizeParams& p = args.p;
+__global__ void __launch_bounds__(kQuantizeThreads, 3) _quantize_row_kernel(const __grid_constant__ QuantizeParams p) {
   RowScratch& scratch = *reinterpret_cast<RowScratch*>(dynamic_shared());
-  QuantizeShared<kBits>& shared = *reinterpret_cast<QuantizeShared<kBits>*>(&scratch + 1);
-  RowNorm<kRowSpan> norm = {reinterpret_cast<float*>(&shared + 1)};
-  args.book.copy_to(shared.value, shared.midpoint);
-  __syncthreads();
+  CodebookMemory<kBits>& memory = *reinterpret_cast<CodebookMemory<kBits>*>(&scratch + 1);
+  RowNorm<kRowSpan> norm = {reinterpret_cast<float*>(&memory + 1)};
+  const Codebook<kBits> book = Codebook<kBits>::load(p.codebook, memory);
 
   const int64_t step = static_cast<int64_t>(warp_count()) * Span<kRowSpan>::kColumns;
   for (int64_t row = blockIdx.x; row < p.n; row += gridDim.x) {
-    const ScaleModel model = row_scale_model(args, scratch, row);
-    const int best_step = p.scale_search ? search_row_step(args, shared, scratch, row, model) : 0;
+    const ScaleModel model = row_scale_model(p, book.last(), scratch, row);
+    const int best_step = p.scale_search ? search_row_step(p, book, scratch, row, model) : 0;
     const GroupScale scales[1] = {model.at(search_factor(best_step))};
     if (threadIdx.x == 0) store_scale(p, row, 0, 1, scales[0]);
     for (int64_t first = 0; first < p.k; first += step) {
@@ -124,7 +117,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
       Span<kRowSpan> span;
       if (active) {
         span.load(p, row, column);
-        finish_span(args, shared, row, span, scales);
+        finish_span(p, book, row, span, scales);
       }
       if (p.residual_norm2 != nullptr) norm.add(span, active, first, p.k);
     }

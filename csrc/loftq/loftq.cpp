@@ -36,23 +36,35 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale, const at
   return op.call(codes, scale, affine, codebook, in_features, group_size, at::kFloat);
 }
 
-// In float64, a block of rows at a time: ATen's norm would cast the whole matrix, twice its float32 size.
-double frobenius_norm(const at::Tensor& matrix) {
+// ||matrix||^2 in float64. ATen's norm casts the whole matrix, twice its float32 size: few launches on a GPU, but on a
+// CPU a block of rows at a time takes less memory.
+at::Tensor squared_norm(const at::Tensor& matrix) {
+  if (!matrix.is_cpu())
+    return at::linalg_vector_norm(matrix, 2, at::OptionalIntArrayRef(), false, at::kDouble).square();
   constexpr int64_t kRows = 256;
   at::Tensor total = at::zeros({}, matrix.options().dtype(at::kDouble));
   for (int64_t row = 0; row < matrix.size(0); row += kRows) {
     const at::Tensor rows = matrix.narrow(0, row, std::min(kRows, matrix.size(0) - row)).to(at::kDouble);
     total += rows.square().sum();
   }
-  return std::sqrt(total.item<double>());
+  return total;
+}
+
+// Scalars in host memory. One wait for the device, where item() is one each.
+std::vector<double> host_values(const std::vector<at::Tensor>& scalars) {
+  const at::Tensor values = at::stack(scalars).to(at::kDouble).cpu();
+  return {values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel()};
 }
 
 // Residuals are divided by this power of two, which is exact, where the squares of the weights would leave float32.
-double residual_unit(const at::Tensor& weight) {
-  const auto [low, high] = at::aminmax(weight);
-  const double largest = std::max(-low.item<double>(), high.item<double>());
+double residual_unit(double largest) {
   if (!(largest > 0) || (largest > 1e-9 && largest < 1e9) || !std::isfinite(largest)) return 1.0;
   return std::exp2(std::floor(std::log2(largest)));
+}
+
+// [B, ..]; a batch of one as a view.
+at::Tensor stacked(const std::vector<at::Tensor>& tensors) {
+  return tensors.size() == 1 ? tensors[0].unsqueeze(0) : at::stack(tensors);
 }
 
 class Alternation {
@@ -66,10 +78,14 @@ class Alternation {
     residual_ = at::zeros({count, n, k}, weights[0].options().dtype(options.operand_dtype));
     current_.resize(weights.size());
     best_.resize(weights.size());
+    std::vector<at::Tensor> largest, norm2;
     for (const at::Tensor& weight : weights) {
-      unit_.push_back(residual_unit(weight));
-      norm_.push_back(frobenius_norm(weight));
+      const auto [low, high] = at::aminmax(weight);
+      largest.push_back(at::maximum(low.neg(), high));
+      norm2.push_back(squared_norm(weight));
     }
+    for (const double value : host_values(largest)) unit_.push_back(residual_unit(value));
+    for (const double value : host_values(norm2)) norm_.push_back(std::sqrt(value));
   }
 
   // One alternation; false when scales do not fit their dtype, so that there is nothing to go on with.
@@ -86,9 +102,30 @@ class Alternation {
     return true;
   }
 
+  // The best iterates with their factors and errors computed in float32 from the stored weights themselves.
   std::vector<LoftQResult> results() {
+    residual_.reset();
     std::vector<LoftQResult> results;
-    for (size_t i = 0; i < weights_.size(); ++i) results.push_back(result(i));
+    std::vector<size_t> done;  // those that have factors
+    std::vector<at::Tensor> residuals, bases, images;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      const Iterate& best = best_[i];
+      results.push_back({best.codes, best.scale, best.offset, {}, {}, best.error, best.errors});
+      if (!std::isfinite(best.error)) continue;
+      done.push_back(i);
+      residuals.push_back(stored_residual(i));
+      bases.push_back(best.basis);
+      images.push_back(options_.svd_first ? best.image : at::mm(tall(residuals.back()), best.basis));
+    }
+    if (done.empty()) return results;
+    const Factors factors = balanced_factors({stacked(bases), stacked(images)});  // eigenproblems all together
+    std::vector<at::Tensor> norm2;
+    for (size_t j = 0; j < done.size(); ++j) {
+      const at::Tensor left = factors.left[static_cast<int64_t>(j)], right = factors.right[static_cast<int64_t>(j)];
+      norm2.push_back(finish(done[j], left, right, residuals[j], results[done[j]]));
+    }
+    const std::vector<double> remaining2 = host_values(norm2);
+    for (size_t j = 0; j < done.size(); ++j) set_error(done[j], std::sqrt(remaining2[j]), results[done[j]]);
     return results;
   }
 
@@ -110,32 +147,35 @@ class Alternation {
     write_low_rank(low_rank);
     residual_.copy_(low_rank);
     if (!quantize()) return false;
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      const double remaining = frobenius_norm(residual_[i] - low_rank[i]) * unit_[i];
-      keep_if_best(i, remaining * remaining);
-    }
+    std::vector<at::Tensor> norm2;
+    for (size_t i = 0; i < weights_.size(); ++i) norm2.push_back(squared_norm(residual_[i] - low_rank[i]));
+    const std::vector<double> remaining2 = host_values(norm2);
+    for (size_t i = 0; i < weights_.size(); ++i) keep_if_best(i, remaining2[i] * unit_[i] * unit_[i]);
     return true;
   }
 
   // residual <- (W - quantize(W - low-rank term)) / unit
   bool quantize() {
-    bool finite = true;
+    std::vector<at::Tensor> norm2(weights_.size());
     for (size_t i = 0; i < weights_.size(); ++i) {
       at::Tensor residual = residual_[i];
       if (unit_[i] != 1.0) residual.mul_(unit_[i]);
-      at::Tensor norm2;
-      std::tie(current_[i].codes, current_[i].scale, current_[i].offset, norm2) =
+      std::tie(current_[i].codes, current_[i].scale, current_[i].offset, norm2[i]) =
           quantize_residual(weights_[i], residual, codebook_, options_);
       if (unit_[i] != 1.0) residual.div_(unit_[i]);
-      current_[i].norm2 = norm2.item<double>();
-      finite = finite && std::isfinite(current_[i].norm2);
+    }
+    bool finite = true;
+    const std::vector<double> values = host_values(norm2);
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      current_[i].norm2 = values[i];
+      finite = finite && std::isfinite(values[i]);
     }
     for (size_t i = 0; i < weights_.size() && !finite; ++i) keep_if_best(i, std::numeric_limits<double>::infinity());
     return finite;
   }
 
   void solve() {
-    const at::Tensor matrix = wide_ ? residual_.mT() : residual_;
+    const at::Tensor matrix = tall(residual_);
     if (options_.exact) {
       space_ = exact_space(matrix.to(at::kFloat), options_.rank);
       return;
@@ -151,9 +191,12 @@ class Alternation {
   // out <- E V V^T. It only decides which codes are chosen next, so the operands' precision is enough.
   void write_low_rank(at::Tensor& out) const {
     const at::Tensor image = space_.image.to(out.scalar_type()), basis = space_.basis.to(out.scalar_type());
-    for (int64_t i = 0; i < out.size(0); ++i) {
-      at::Tensor target = out[i];
-      at::mm_out(target, wide_ ? basis[i] : image[i], (wide_ ? image[i] : basis[i]).mT());
+    const at::Tensor left = wide_ ? basis : image, right = (wide_ ? image : basis).mT();
+    if (out.size(0) > 1) {
+      at::bmm_out(out, left, right);
+    } else {
+      at::Tensor target = out[0];
+      at::mm_out(target, left[0], right[0]);  // on CPUs faster than bmm
     }
   }
 
@@ -172,31 +215,36 @@ class Alternation {
     if (options_.svd_first) best.image = space_.image[static_cast<int64_t>(i)].clone();
   }
 
-  // The best iterate with its factors and error computed in float32 from the stored weight itself.
-  LoftQResult result(size_t i) {
-    Iterate& best = best_[i];
-    LoftQResult result{best.codes, best.scale, best.offset, {}, {}, best.error, best.errors};
-    if (!std::isfinite(best.error)) return result;
+  // The shorter side last.
+  at::Tensor tall(const at::Tensor& matrix) const { return wide_ ? matrix.mT() : matrix; }
+
+  // (W - Q) / unit of the best iterate, from its codes.
+  at::Tensor stored_residual(size_t i) const {
+    const Iterate& best = best_[i];
     const at::Tensor& weight = weights_[i];
     at::Tensor residual =
         dequantize(best.codes, best.scale, best.offset, codebook_, weight.size(1), options_.group_size);
-    residual.neg_().add_(weight).div_(unit_[i]);
-    const at::Tensor matrix = wide_ ? residual.mT() : residual;
-    const at::Tensor image = options_.svd_first ? best.image : at::mm(matrix, best.basis);
-    const Space space{best.basis.unsqueeze(0), image.unsqueeze(0)};
-    const Factors factors = balanced_factors(space);
+    at::sub_out(residual, weight, residual);
+    return unit_[i] == 1.0 ? residual : residual.div_(unit_[i]);
+  }
+
+  // Factors to the result; residual <- residual - left right^T, whose squared norm is returned.
+  at::Tensor finish(size_t i, const at::Tensor& left, const at::Tensor& right, at::Tensor& residual,
+                    LoftQResult& result) const {
     const double root = std::sqrt(unit_[i] / options_.scaling);
-    const at::Tensor left = factors.left[0], right = factors.right[0];
-    result.lora_A = (wide_ ? left : right).mT().mul(root).contiguous();
-    result.lora_B = (wide_ ? right : left).mul(root).contiguous();
-    residual.addmm_(wide_ ? right : left, (wide_ ? left : right).mT(), 1, -1);
-    const double norm = frobenius_norm(residual);
-    result.error = norm_[i] > 0 ? norm * unit_[i] / norm_[i] : 0.0;
+    const at::Tensor rows = wide_ ? right : left, columns = wide_ ? left : right;
+    result.lora_A = columns.mT().mul(root).contiguous();
+    result.lora_B = rows.mul(root).contiguous();
+    residual.addmm_(rows, columns.mT(), 1, -1);
+    return squared_norm(residual);
+  }
+
+  void set_error(size_t i, double remaining, LoftQResult& result) const {
+    result.error = norm_[i] > 0 ? remaining * unit_[i] / norm_[i] : 0.0;
     // ||E||^2 - ||E V||^2 cannot resolve an error far below ||E||: no estimate is better than the one measured.
     const auto kept = std::min_element(result.errors.begin(), result.errors.end());
     *kept = result.error;
     for (double& error : result.errors) error = std::max(error, result.error);
-    return result;
   }
 
   const std::vector<at::Tensor>& weights_;

@@ -4,8 +4,9 @@
 //
 // The low-rank term of a residual E = W - Q is held as V, an orthonormal basis on its shorter side, and E V; then
 // ||E - E V V^T||^2 = ||E||^2 - ||E V||^2, so an adapter never makes the error worse than none. The best iterate is
-// kept. Memory a matrix, beside the weight: one residual in the operand dtype, which also receives the low-rank term,
-// and the codes and factors of the best and the current iterate; nothing of size N x K x 2^bits.
+// kept. Memory a matrix, beside the weight: one residual in the operand dtype, which also receives the low-rank term
+// (at the end, one in float32 instead), and the codes and factors of the best and the current iterate; nothing of size
+// N x K x 2^bits. The host waits for the device a number of times that does not grow with the batch.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -53,7 +53,7 @@ void solve(const std::vector<Matrix>& matrices, bool symmetric, int max_sweeps, 
   Guarded<T> a(data.size());
   std::copy(data.begin(), data.end(), a.data());
   for (const int shared : kSharedBytes) {
-    emulation::device.max_shared_bytes = shared;
+    emulation::device.max_shared_bytes = std::max(shared, static_cast<int>(JacobiScratch<T>::bytes(n)));
     Solved<T> first(batch, m, n, !symmetric);
     for (const emulation::Order order : kOrders) {
       emulation::device.order = order;

@@ -16,7 +16,6 @@ from loftq_kernels.ops import checks, extension
 from loftq_kernels.ops.functional import check_finite, check_finite_scales, kernel_dtype, select_backend
 
 ORDERS = ("quantize_first", "svd_first")
-WORKSPACE_BYTES = 1 << 33  # on a GPU, matrices go through the driver in chunks whose working set stays below this
 _WORKSPACE_COPIES = 8  # of a matrix in float32: what the exact solver holds at most beside a square weight
 
 
@@ -123,8 +122,7 @@ def loftq_init_batch(
     checks.check_quantize(
         weights[0], options.format.codebook(source), group_size, options.format.scale_rule, scale_dtype, scale_search
     )
-    # A CPU gains nothing from a batch: one matrix at a time keeps memory low, progress fine and Ctrl-C prompt.
-    chunk = 1 if target.type == "cpu" else max(1, WORKSPACE_BYTES // (_WORKSPACE_COPIES * 4 * rows * columns))
+    chunk = chunk_size(rows, columns, target)
     results: list[AdapterInit] = []
     for first in range(0, len(weights), chunk):
         labels = names[first : first + chunk]
@@ -134,6 +132,20 @@ def loftq_init_batch(
         if progress is not None:
             progress(len(batch))
     return results
+
+
+def chunk_size(rows: int, columns: int, device: torch.device) -> int:
+    """Matrices that go through the driver together. A CPU gains nothing from a batch: one matrix at a time keeps memory
+    low, progress fine and Ctrl-C prompt. On a GPU their working set stays below `workspace_bytes`."""
+    if device.type == "cpu":
+        return 1
+    return max(1, workspace_bytes(device) // (_WORKSPACE_COPIES * 4 * rows * columns))
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """A quarter of a GPU's memory: batched eigh takes hardly longer for tens of matrices than for one. Not of what is
+    free at the moment, so that the same call is cut up the same way each time."""
+    return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 1 << 33
 
 
 def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend: str | None) -> list[AdapterInit]:

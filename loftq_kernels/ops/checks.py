@@ -153,3 +153,13 @@ def check_rank(rank: int, out_features: int, in_features: int) -> None:
             f"rank={rank} is outside 1..{min(out_features, in_features)} = min(out_features={out_features}, "
             f"in_features={in_features}); rank=None means no adapter"
         )
+
+
+def check_matrices(name: str, matrices: Tensor, *, square: bool) -> None:
+    """A batch for the ops on small matrices: [B, m, n] with m >= n, or [B, n, n], in float32 or float64."""
+    if matrices.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {matrices.dtype}")
+    expected = "[B, n, n]" if square else "[B, m, n] with m >= n"
+    fits = matrices.dim() == 3 and matrices.shape[1] >= matrices.shape[2]
+    if not fits or (square and matrices.shape[1] != matrices.shape[2]):
+        raise ValueError(f"{name} has shape {tuple(matrices.shape)}, expected {expected}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels import packing
-from loftq_kernels.ops import checks, extension, reference
+from loftq_kernels.ops import checks, extension, reference, small_matrix
 
 NAMESPACE = "loftq_kernels"
 
@@ -112,6 +112,30 @@ def _qlora_linear_grad_input_fake(
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
 
 
+@_define("jacobi_eigh", "(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)", small_matrix.jacobi_eigh)
+def _jacobi_eigh_fake(a):
+    checks.check_matrices("a", a, square=True)
+    return a.new_empty(a.shape[:2]), a.new_empty(a.shape), a.new_empty(a.shape[0], dtype=torch.int32)
+
+
+@_define("jacobi_svd", "(Tensor a) -> (Tensor u, Tensor values, Tensor v, Tensor info)", small_matrix.jacobi_svd)
+def _jacobi_svd_fake(a):
+    checks.check_matrices("a", a, square=False)
+    batch, _, columns = a.shape
+    values, v = a.new_empty(batch, columns), a.new_empty(batch, columns, columns)
+    return a.new_empty(a.shape), values, v, a.new_empty(batch, dtype=torch.int32)
+
+
+@_define(
+    "cholesky_inverse_factor",
+    "(Tensor gram) -> (Tensor r_inverse, Tensor info)",
+    small_matrix.cholesky_inverse_factor,
+)
+def _cholesky_inverse_factor_fake(gram):
+    checks.check_matrices("gram", gram, square=True)
+    return gram.new_empty(gram.shape, dtype=torch.float32), gram.new_empty(gram.shape[0], dtype=torch.int32)
+
+
 def names() -> tuple[str, ...]:
     """The ops defined above."""
     return (
@@ -122,4 +146,7 @@ def names() -> tuple[str, ...]:
         "unpack_codes",
         "qlora_linear",
         "qlora_linear_grad_input",
+        "jacobi_eigh",
+        "jacobi_svd",
+        "cholesky_inverse_factor",
     )

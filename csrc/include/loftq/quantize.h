@@ -29,7 +29,7 @@ struct QuantizeParams {
   const void* weight;  // [n, k] of weight_dtype, rows weight_stride elements apart
   DType weight_dtype;
   int64_t weight_stride;
-  const float* codebook;  // [2^bits], ascending; host memory for every backend
+  const float* codebook;  // [2^bits], ascending; on the device, as all that is pointed to
   int64_t n;
   int64_t k;
   int bits;            // 2, 4 or 8
@@ -53,7 +53,7 @@ struct DequantizeParams {
   const void* scale;     // [n, num_groups] of scale_dtype
   const void* offset;    // the same, or nullptr
   DType scale_dtype;
-  const float* codebook;  // [2^bits]; host memory for every backend
+  const float* codebook;  // [2^bits]
   int64_t n;
   int64_t k;
   int bits;

@@ -1,0 +1,104 @@
+"""Batches of small matrices on a CUDA device: our Jacobi eigensolver and Cholesky-inverse against ATen's.
+
+The sizes the LoftQ initializer has at rank 64 are among them: eigenproblems of 400 and 160, blocks of 80 columns. Times
+are of whole calls, host included, from idle to idle; every result is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import harness
+
+EIGH_SIZES = (16, 32, 64, 80, 160, 240, 320, 400, 480)
+BLOCK_WIDTHS = (16, 40, 64, 80, 128)  # what the Cholesky kernel holds on every GPU from 99 KiB of shared memory on
+BLOCK_ROWS = 4096
+BATCHES = (1, 4, 16, 64, 256)
+
+_ops = torch.ops.loftq_kernels
+
+
+def run(output: Path, *, quick: bool) -> None:
+    if not torch.cuda.is_available():
+        print("small_matrix: skipped, there is no CUDA device")
+        return
+    batches = BATCHES[:3] if quick else BATCHES
+    eigen = [eigh(batch, size, "cuda") for size in EIGH_SIZES[:: 3 if quick else 1] for batch in batches]
+    harness.print_table(eigen)
+    blocks = [orthonormal(batch, BLOCK_ROWS, width, "cuda") for width in BLOCK_WIDTHS for batch in batches]
+    harness.print_table(blocks)
+    harness.write_json(
+        output / "small_matrix.json", {"milliseconds": {"eigh, float32": eigen, "orthonormal columns": blocks}}
+    )
+
+
+def eigh(batch: int, size: int, device: str) -> dict[str, float]:
+    """Eigenvectors of Gram matrices with a flat spectrum, as of quantization residuals, in float32."""
+    root = torch.randn(batch, 4 * size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    gram = root.mT @ root
+    variants = {
+        "ours": lambda: _ops.jacobi_eigh(gram)[:2],
+        "torch.linalg.eigh": lambda: torch.linalg.eigh(gram),
+    }
+    for name, solve in variants.items():
+        values, vectors = solve()
+        _check(name, (gram @ vectors - vectors * values.unsqueeze(-2)).abs().max() / values.max(), size)
+    return {"n": size, "batch": batch, **_milliseconds(variants)}
+
+
+def orthonormal(batch: int, rows: int, width: int, device: str) -> dict[str, float]:
+    """Orthonormal columns of [batch, rows, width] float32: CholeskyQR2 with our R^-1, with ATen's as the initializer
+    has it (float64), and Householder QR. Then R^-1 alone."""
+    block = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0)).to(device)
+    gram = block.mT @ block
+    variants = {
+        "CholeskyQR2, ours": lambda: _cholesky_qr2(block, _inverse_ours),
+        "CholeskyQR2, ATen": lambda: _cholesky_qr2(block, _inverse_aten),
+        "torch.linalg.qr": lambda: torch.linalg.qr(block).Q,
+        "R^-1, ours": lambda: block @ _inverse_ours(gram),
+        "R^-1, ATen": lambda: block @ _inverse_aten(gram),
+    }
+    identity = torch.eye(width, device=device)
+    for name, solve in variants.items():
+        q = solve()
+        _check(name, (q.mT @ q - identity).abs().max(), width)
+    variants |= {"R^-1, ours": lambda: _inverse_ours(gram), "R^-1, ATen": lambda: _inverse_aten(gram)}
+    return {"columns": width, "batch": batch, **_milliseconds(variants)}
+
+
+def _cholesky_qr2(block: Tensor, inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    for _ in range(2):
+        block = block @ inverse(block.mT @ block)
+    return block
+
+
+def _inverse_ours(gram: Tensor) -> Tensor:
+    return _ops.cholesky_inverse_factor(gram)[0]
+
+
+def _inverse_aten(gram: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky_ex(gram.double(), upper=True).L
+    identity = torch.eye(gram.shape[-1], dtype=factor.dtype, device=gram.device).expand_as(factor)
+    return torch.linalg.solve_triangular(factor, identity, upper=True).float()
+
+
+def _check(name: str, error: Tensor, size: int) -> None:
+    limit = 32 * size**0.5 * torch.finfo(torch.float32).eps
+    if not error <= limit:
+        raise AssertionError(f"{name} at size {size}: error {error:.3g} is above {limit:.3g}")
+
+
+def _milliseconds(variants: dict[str, Callable]) -> dict[str, float]:
+    def timed(solve: Callable) -> Callable:
+        def call() -> None:
+            solve()
+            torch.cuda.synchronize()
+
+        return call
+
+    seconds = harness.interleaved({name: timed(solve) for name, solve in variants.items()}, repeats=10)
+    return {name: 1e3 * value for name, value in seconds.items()}
