@@ -103,7 +103,7 @@ def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
     from loftq_kernels.initializers import low_rank
 
     width = low_rank.block_width(rank)
-    passes = 2 * low_rank.COLD_STEPS + 2 + (num_iter - 1) * (2 * low_rank.warm_steps(size) + 1)
+    passes = 2 * low_rank.COLD_STEPS + 2 + (num_iter - 1) * (2 * low_rank.warm_steps(size, 4) + 1)
     flops = 2 * size * size * (passes * width + (num_iter - 1) * rank)
     a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 1024**3 / harness.interleaved({"bf16 1024^3": lambda: a @ b}, repeats=20)["bf16 1024^3"]

@@ -12,7 +12,7 @@ from loftq_kernels.formats import Format, PackedTensor
 
 @dataclass(frozen=True)
 class LoftQOptions:
-    """The arguments of `loftq_init` with "auto" resolved: ``mode`` is "exact" or "fast"."""
+    """The arguments of `loftq_init` with "auto" resolved: ``mode`` is "exact" or "fast", with so many ``warm_steps``."""
 
     format: Format
     rank: int
@@ -20,6 +20,7 @@ class LoftQOptions:
     group_size: int
     scaling: float
     mode: str
+    warm_steps: int
     order: str
     scale_dtype: torch.dtype
     scale_search: bool

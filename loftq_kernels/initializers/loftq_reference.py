@@ -105,7 +105,12 @@ class Alternation:
         """Basis and image from the residual."""
         matrix = self.residual.mT if self.wide else self.residual
         self.basis, image = low_rank.dominant_space(
-            matrix, self.options.rank, mode=self.options.mode, start=self.basis, seed=self.options.seed
+            matrix,
+            self.options.rank,
+            mode=self.options.mode,
+            start=self.basis,
+            seed=self.options.seed,
+            warm_steps=self.options.warm_steps,
         )
         self.image = image[..., : self.options.rank]
 
