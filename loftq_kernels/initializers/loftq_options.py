@@ -12,7 +12,7 @@ from loftq_kernels.formats import Format, PackedTensor
 
 @dataclass(frozen=True)
 class LoftQOptions:
-    """The arguments of `loftq_init` with "auto" resolved: ``mode`` is "exact" or "fast", with so many ``warm_steps``."""
+    """The arguments of `loftq_init`, and what "auto" means for these weights: ``mode`` "exact" or "fast"."""
 
     format: Format
     rank: int
