@@ -22,16 +22,16 @@ LIMIT = 1.002  # of the exact solver's final error
 
 def run(output: Path, *, quick: bool) -> None:
     """Every case once with T = 5 (the errors at T = 1 are the first of those). The exact solver takes minutes a case on
-    the large shapes, hours in all: rows are written as they come and cases already in the file are not run again."""
+    the large shapes, hours in all: rows are written as they come, and its errors are taken from the file if there."""
     path = output / ("init_quality_quick.json" if quick else "init_quality.json")
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    known = {_key(row) for row in rows}
+    rows = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
+    done: list[dict] = []
     for case, weight in cases(quick):
-        if _key(case) not in known:
-            rows.append(compare(case, weight()))
-            harness.write_json(path, {"summary": summarize(rows), "rows": rows})
-    print(json.dumps(summarize(rows), indent=1))
-    plot(rows, path.with_suffix(".png"))
+        done.append(compare(case, weight(), rows.get(_key(case), {})))
+        rows[_key(case)] = done[-1]
+        harness.write_json(path, {"summary": summarize(done), "rows": list(rows.values())})
+    print(json.dumps(summarize(done), indent=1))
+    plot(done, path.with_suffix(".png"))
 
 
 def cases(quick: bool) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
@@ -92,13 +92,17 @@ def minilm_layers() -> list[tuple[str, Tensor]]:
         return [(name, file.get_tensor(name)) for name in names if len(file.get_slice(name).get_shape()) == 2]
 
 
-def compare(case: dict, weight: Tensor) -> dict:
+def compare(case: dict, weight: Tensor, known: dict) -> dict:
     name, rank, order = case["format"], case["rank"], case["order"]
-    inits = {svd: lk.loftq_init(weight, name, rank, 5, svd=svd, order=order) for svd in ("exact", "fast", "auto")}
     rounded = (weight - lk.quantize(weight, name).dequantize()).norm() / weight.norm()
     row = {**case, "no adapter": rounded.item()}
-    for svd, init in inits.items():
-        row |= {f"{svd} T=1": init.errors[0], f"{svd} T=5": init.error}
+    for svd in ("exact", "fast", "auto"):
+        columns = f"{svd} T=1", f"{svd} T=5"
+        if svd == "exact" and all(column in known for column in columns):
+            row |= {column: known[column] for column in columns}
+        else:
+            init = lk.loftq_init(weight, name, rank, 5, svd=svd, order=order)
+            row |= dict(zip(columns, (init.errors[0], init.error), strict=True))
     for svd, steps in itertools.product(("auto", "fast"), ("T=1", "T=5")):
         row[f"{svd} / exact at {steps}"] = row[f"{svd} {steps}"] / row[f"exact {steps}"]
     return row
