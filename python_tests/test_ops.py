@@ -135,7 +135,7 @@ class TestDecode:
 
 
 def budget_case(packed, x, lora_A, lora_B, bias, scaling=0.5, backend=None):
-    """The largest error of the op and of plain torch in the same dtype, both against float64."""
+    """The largest error of the op and of plain torch in the same dtype, both against float64; the largest output."""
     ours = lk.qlora_linear(x, packed, lora_A, lora_B, scaling=scaling, bias=bias, backend=backend)
     assert ours.dtype == x.dtype and ours.shape == (*x.shape[:-1], packed.shape[0])
     exact = exact_qlora_linear(x, packed, lora_A, lora_B, scaling, bias)
@@ -143,12 +143,15 @@ def budget_case(packed, x, lora_A, lora_B, bias, scaling=0.5, backend=None):
     plain = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if lora_A is not None:
         plain = plain + scaling * (x @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
-    return tuple((y.double().cpu() - exact).abs().amax().item() if y.numel() else 0.0 for y in (ours, plain))
+    if ours.numel() == 0:
+        return 0.0, 0.0, 0.0
+    return *((y.double().cpu() - exact).abs().amax().item() for y in (ours, plain)), exact.abs().amax().item()
 
 
 def assert_within_budget(case, dtype):
-    ours, plain = case
-    assert ours <= 1.2 * plain + 8 * torch.finfo(dtype).eps, f"error {ours:.3g}, plain torch {plain:.3g}"
+    """The largest of a few dozen errors says little about a sum in another order: it may lie one rounding further."""
+    ours, plain, largest = case
+    assert ours <= 1.2 * plain + (8 + largest) * torch.finfo(dtype).eps, f"error {ours:.3g}, plain torch {plain:.3g}"
 
 
 class TestErrorBudget:

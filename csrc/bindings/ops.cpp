@@ -178,7 +178,9 @@ at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpa
 namespace {
 
 // As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
-at::Tensor readable(const at::Tensor& tensor) {
+at::Tensor readable(const at::Tensor& tensor, const char* what) {
+  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), what, " must be floating point, got ",
+                   tensor.scalar_type());
   const bool known =
       tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
   const at::Tensor typed = known ? tensor : tensor.to(at::kFloat);
@@ -210,7 +212,7 @@ LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at
   call.y = at::empty(shape, x.options());
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  call.x = readable(x.dim() == 2 ? x : x.reshape({m, from}));
+  call.x = readable(x.dim() == 2 ? x : x.reshape({m, from}), "x");
   p.x = matrix_of(call.x, "x");
   p.y = call.y.mutable_data_ptr();
   p.scaling = static_cast<float>(scaling);
@@ -220,15 +222,15 @@ LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at
     check_shape(*lora_B, {n, lora_A->size(0)}, "lora_B");
     check_device(*lora_A, codes, "lora_A");
     check_device(*lora_B, codes, "lora_B");
-    call.lora_A = readable(*lora_A);
-    call.lora_B = readable(*lora_B);
+    call.lora_A = readable(*lora_A, "lora_A");
+    call.lora_B = readable(*lora_B, "lora_B");
     p.lora_A = matrix_of(call.lora_A, "lora_A");
     p.lora_B = matrix_of(call.lora_B, "lora_B");
   }
   if (bias) {
     check_shape(*bias, {n}, "bias");
     check_device(*bias, codes, "bias");
-    call.bias = readable(*bias).contiguous();
+    call.bias = readable(*bias, "bias").contiguous();
     p.bias = call.bias.const_data_ptr();
     p.bias_dtype = dtype_of(call.bias.scalar_type(), "bias");
   }

@@ -23,6 +23,8 @@ struct BfloatOperand {
   static constexpr int rows(int vectors) { return 24 / vectors; }
   static constexpr int kPanelRows = 24;
 
+  static constexpr int kSumSteps = kPanelColumns<BfloatOperand> / kStep;  // float32 sums of rounded operands: no need
+
   static constexpr DType kType = DType::kBFloat16;
 
   struct Session {};

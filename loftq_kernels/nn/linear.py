@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loftq_kernels.config import QuantConfig, adapter_scaling
 from loftq_kernels.formats import PackedTensor, empty_packed, get_format
 from loftq_kernels.initializers import AdapterInit, initialize
-from loftq_kernels.ops import qlora_linear
+from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank
 
 PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
@@ -64,7 +64,8 @@ class QuantLoRALinear(nn.Module):
         def parameter(*shape: int, trained: bool) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=packed.device, dtype=dtype), requires_grad=trained)
 
-        self.lora_A = self.lora_B = self.bias = None
+        for name in ("lora_A", "lora_B", "bias"):
+            self.register_parameter(name, None)
         if rank is not None:
             self.lora_A = parameter(rank, in_features, trained=True)
             self.lora_B = parameter(out_features, rank, trained=True)
@@ -131,8 +132,21 @@ class QuantLoRALinear(nn.Module):
         return self.lora_A is not None and self.adapter_enabled
 
     def forward(self, x: Tensor) -> Tensor:
-        lora_A, lora_B = (self.lora_A, self.lora_B) if self.has_adapter else (None, None)
-        return qlora_linear(x, self.packed, lora_A, lora_B, scaling=self.scaling, bias=self.bias)
+        buffers, parameters = self._buffers, self._parameters  # nn.Module's attribute look-up takes longer, eight times
+        adapted = self.adapter_enabled
+        return linear_tensors(
+            x,
+            buffers["codes"],
+            buffers["scale"],
+            buffers["offset"],
+            buffers["codebook"],
+            self.group_size,
+            parameters["lora_A"] if adapted else None,
+            parameters["lora_B"] if adapted else None,
+            self.scaling,
+            parameters["bias"],
+            in_features=self.in_features,
+        )
 
     def enable_adapter(self) -> None:
         """Add the adapter's term again after `disable_adapter`."""

@@ -2,6 +2,12 @@
 
 from loftq_kernels.ops import autograd as autograd
 from loftq_kernels.ops import schemas as schemas
-from loftq_kernels.ops.functional import available_backends, dequantize_tensors, qlora_linear, quantize_tensors
+from loftq_kernels.ops.functional import (
+    available_backends,
+    dequantize_tensors,
+    linear_tensors,
+    qlora_linear,
+    quantize_tensors,
+)
 
-__all__ = ["available_backends", "dequantize_tensors", "qlora_linear", "quantize_tensors"]
+__all__ = ["available_backends", "dequantize_tensors", "linear_tensors", "qlora_linear", "quantize_tensors"]

@@ -167,32 +167,55 @@ def qlora_linear(
     Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
     Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree.
     """
-    checks.check_qlora_linear(
+    return linear_tensors(
         x,
         packed.codes,
         packed.scale,
         packed.offset,
         packed.codebook,
-        packed.shape[1],
         packed.group_size,
         lora_A,
         lora_B,
+        scaling,
         bias,
+        in_features=packed.shape[1],
+        backend=backend,
     )
+
+
+def linear_tensors(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    in_features: int,
+    backend: str | None = None,
+) -> Tensor:
+    """`qlora_linear` on the stored tensors. A decode step calls it hundreds of times: the kernels check what keeps them
+    from wild memory, and only when they refuse do the checks of this package look for the reason."""
+    checks.check_floating("x", x)
+    args = codes, scale, offset, codebook, group_size, lora_A, lora_B
+    if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
+        checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
+        return _kernels(backend, x.device).qlora_linear(_autocast(x), *args, float(scaling), bias)
+    try:
+        return torch.ops.loftq_kernels.qlora_linear(_autocast(x), *args, float(scaling), bias)
+    except Exception:
+        checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
+        raise
+
+
+def _autocast(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _kernels(backend, x.device).qlora_linear(
-        x,
-        packed.codes,
-        packed.scale,
-        packed.offset,
-        packed.codebook,
-        packed.group_size,
-        lora_A,
-        lora_B,
-        float(scaling),
-        bias,
-    )
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def dequantize_tensors(

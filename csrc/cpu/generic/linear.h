@@ -31,9 +31,13 @@ void multiply_panels(int64_t rows, int64_t blocks, const typename O::Element* le
     const int64_t begin = blocks * g / groups, end = blocks * (g + 1) / groups;
     const int vectors = static_cast<int>(end - begin), tile_rows = O::rows(vectors);
     for (int64_t r = 0; r < rows; r += tile_rows) {
-      O::multiply(static_cast<int>(std::min<int64_t>(tile_rows, rows - r)), vectors, left + r * kPanelStride<O>,
-                  right + begin * block_stride, block_stride, steps, c + r * c_stride + begin * O::kLanes, c_stride,
-                  accumulate);
+      const int count = static_cast<int>(std::min<int64_t>(tile_rows, rows - r));
+      for (int64_t step = 0; step < steps; step += O::kSumSteps) {
+        O::multiply(count, vectors, left + r * kPanelStride<O> + step * O::kStep,
+                    right + begin * block_stride + step * O::kWidth, block_stride,
+                    std::min<int64_t>(O::kSumSteps, steps - step), c + r * c_stride + begin * O::kLanes, c_stride,
+                    accumulate || step > 0);
+      }
     }
   }
 }
