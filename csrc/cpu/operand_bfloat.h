@@ -25,6 +25,8 @@ struct BfloatOperand {
 
   static constexpr int kSumSteps = kPanelColumns<BfloatOperand> / kStep;  // float32 sums of rounded operands: no need
 
+  static constexpr int kDepth = kStep;
+
   static constexpr DType kType = DType::kBFloat16;
 
   struct Session {};
@@ -46,6 +48,9 @@ struct BfloatOperand {
   }
   static Vector narrow(Floats low, Floats high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
+  static void store_result(DType, Floats v, void* out) {  // y is bfloat16, as x
+    _mm256_storeu_si256(static_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
   static void convert(DType type, const void* src, int64_t count, Element* out) {
     if (type == DType::kBFloat16) {
       if (count > 0) std::memcpy(out, src, count * sizeof(Element));

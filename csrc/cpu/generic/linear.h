@@ -42,19 +42,27 @@ void multiply_panels(int64_t rows, int64_t blocks, const typename O::Element* le
   }
 }
 
+// Steps that `columns` columns take, in whole units of what a register tile multiplies; panels are zero beyond.
+template <class O>
+constexpr int64_t steps_of(int64_t columns) {
+  return ceil_div(columns, O::kDepth) * (O::kDepth / O::kStep);
+}
+
 // c (+)= rows [row, row + rows) of `source` times a right panel that holds all of their columns.
 template <class O, class Rows>
-void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t tiles, int64_t blocks,
+void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t columns, int64_t blocks,
                    const typename O::Element* right, typename O::Element* left, float* c, int64_t c_stride,
                    bool accumulate) {
   constexpr int64_t kTiles = kPanelColumns<O> / kTile;
+  const int64_t tiles = ceil_div(columns, kTile);
   for (int64_t tile = 0; tile < tiles; tile += kTiles) {
     const int64_t count = std::min(kTiles, tiles - tile);
     const bool last = tile + count == tiles;
     source.prefetch(last ? row + rows : row, rows, last ? 0 : tile + count, std::min(kTiles, tiles));
     source.fill(row, rows, tile, count, left, kPanelStride<O>);
     multiply_panels<O>(rows, blocks, left, right + tile * kTile * O::kLanes, tiles * kTile * O::kLanes,
-                       count * kTile / O::kStep, c, c_stride, accumulate || tile > 0);
+                       steps_of<O>(std::min(count * kTile, columns - tile * kTile)), c, c_stride,
+                       accumulate || tile > 0);
   }
 }
 
@@ -130,7 +138,7 @@ class Linear {
     for (int64_t r = ranks.begin; r < ranks.end; r += O::kPanelRows) {
       const int64_t rows = std::min<int64_t>(O::kPanelRows, ranks.end - r);
       const int64_t real = std::max<int64_t>(0, std::min(rows, p_.lora_A.rows - r));
-      multiply_rows<O>(adapter, r, real, tiles_, count, x_ + blocks.begin * block_size, left, c, c_stride_, false);
+      multiply_rows<O>(adapter, r, real, p_.weight.k, count, x_ + blocks.begin * block_size, left, c, c_stride_, false);
       for (int64_t i = real; i < rows; ++i) std::fill(c + i * c_stride_, c + i * c_stride_ + count * O::kLanes, 0.0f);
       for (int64_t b = 0; b < count; ++b) {
         Element* const out = hidden_ + (blocks.begin + b) * rank_tiles_ * kTile * O::kLanes;
@@ -154,11 +162,11 @@ class Linear {
   // y[m .. m + rows) of `blocks`, columns [n, n + count)
   void panel(int64_t m, int64_t rows, int64_t n, int64_t count, Range blocks, Element* left, float* c) const {
     const int64_t block_count = blocks.end - blocks.begin;
-    multiply_rows<O>(weight_, n, count, tiles_, block_count, x_ + blocks.begin * tiles_ * kTile * O::kLanes, left, c,
-                     c_stride_, false);
+    multiply_rows<O>(weight_, n, count, p_.weight.k, block_count, x_ + blocks.begin * tiles_ * kTile * O::kLanes, left,
+                     c, c_stride_, false);
     if (rank_tiles_ > 0) {
       const DenseRows<O> adapter(p_.lora_B);
-      multiply_rows<O>(adapter, n, count, rank_tiles_, block_count,
+      multiply_rows<O>(adapter, n, count, p_.lora_A.rows, block_count,
                        hidden_ + blocks.begin * rank_tiles_ * kTile * O::kLanes, left, c, c_stride_, true);
     }
     alignas(64) float bias[kResultRows] = {};
@@ -169,9 +177,14 @@ class Linear {
         alignas(64) float values[O::kLanes][O::kLanes];  // transposed: a row of y each
         S::transpose(c + i * c_stride_ + b * O::kLanes, c_stride_, values[0], O::kLanes);
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          S::store(values[lane], S::add(S::load(values[lane]), S::load(bias + i)));
-          from_float<S>(p_.x.dtype, values[lane], std::min<int64_t>(O::kLanes, count - i),
-                        advance(p_.y, p_.x.dtype, (m + first + lane) * p_.weight.n + n + i));
+          const auto row = S::add(S::load(values[lane]), S::load(bias + i));
+          void* const out = advance(p_.y, p_.x.dtype, (m + first + lane) * p_.weight.n + n + i);
+          if (count - i >= O::kLanes) {
+            O::store_result(p_.x.dtype, row, out);
+          } else {
+            S::store(values[lane], row);
+            from_float<S>(p_.x.dtype, values[lane], count - i, out);
+          }
         }
       }
     }
@@ -248,9 +261,8 @@ class LinearGradInput {
     const Range own_rows = part_of(rows, kTileRows, thread % grid.second, grid.second);
     for (int64_t tile = tiles.begin; tile < tiles.end; tile += kRightTiles) {
       const int64_t count = std::min(kRightTiles, tiles.end - tile);
-      multiply(weight_, n_tiles_, grad_, own_rows, tile, count, right, c, false);
-      if (rank_tiles_ > 0)
-        multiply(DenseRows<O>(p_.lora_A), rank_tiles_, hidden_, own_rows, tile, count, right, c, true);
+      multiply(weight_, grad_, own_rows, tile, count, right, c, false);
+      if (rank_tiles_ > 0) multiply(DenseRows<O>(p_.lora_A), hidden_, own_rows, tile, count, right, c, true);
       const int64_t column = tile * kTile, columns = std::min(count * kTile, p_.weight.k - column);
       for (int64_t r = own_rows.begin; r < own_rows.end; ++r) {
         from_float<S>(p_.x.dtype, c + r * kCStride, columns, advance(p_.y, p_.x.dtype, (m + r) * p_.weight.k + column));
@@ -272,7 +284,7 @@ class LinearGradInput {
     const DenseRows<O> adapter(p_.lora_B);
     for (int64_t tile = 0; tile < rank_tiles_; tile += kRightTiles) {
       const int64_t count = std::min(kRightTiles, rank_tiles_ - tile);
-      multiply(adapter, n_tiles_, grad_, rows, tile, count, right, c, false);
+      multiply(adapter, grad_, rows, tile, count, right, c, false);
       for (int64_t r = rows.begin; r < rows.end; ++r) {
         float* const values = c + r * kCStride;
         for (int64_t i = 0; i < count * kTile; i += S::kLanes) {
@@ -288,15 +300,17 @@ class LinearGradInput {
 
   // c[rows][tiles * 64] (+)= left panels [.., source rows] x source [rows, tiles [tile, tile + tiles)]
   template <class Source>
-  void multiply(const Source& source, int64_t source_tiles, const Element* left, Range rows, int64_t tile,
-                int64_t tiles, Element* right, float* c, bool accumulate) const {
-    for (int64_t row = 0; row < source_tiles * kTile; row += kRightRows) {
-      const int64_t count = std::min(kRightRows, source_tiles * kTile - row);
+  void multiply(const Source& source, const Element* left, Range rows, int64_t tile, int64_t tiles, Element* right,
+                float* c, bool accumulate) const {
+    const int64_t source_rows = padded_k(source.rows());
+    for (int64_t row = 0; row < source_rows; row += kRightRows) {
+      const int64_t count = std::min(kRightRows, source_rows - row);
       fill_right<O>(source, row, count, tile, tiles, kRightStride, right);
       const int64_t panel = row / kPanelColumns<O>, column = row % kPanelColumns<O>;
       multiply_panels<O>(rows.end - rows.begin, tiles * kTile / O::kLanes,
                          left + (panel * rows_ + rows.begin) * kPanelStride<O> + column, right, kRightStride,
-                         count / O::kStep, c + rows.begin * kCStride, kCStride, accumulate || row > 0);
+                         steps_of<O>(std::min(count, source.rows() - row)), c + rows.begin * kCStride, kCStride,
+                         accumulate || row > 0);
     }
   }
 

@@ -32,6 +32,8 @@ struct FloatOperand {
   // times those of the BLAS that users compare with.
   static constexpr int kSumSteps = 64;
 
+  static constexpr int kDepth = kStep;  // elements that enter a register tile at a time
+
   static constexpr DType kType = DType::kFloat32;
 
   struct Session {};  // what a thread holds while it multiplies tiles
@@ -46,6 +48,12 @@ struct FloatOperand {
   static void store(Element* p, Vector v) { S::store(p, v); }
   static Vector broadcast(const Element* p) { return S::broadcast(*p); }  // kStep elements, kLanes times
   static Floats dot(Vector a, Vector b, Floats sum) { return S::fma(a, b, sum); }
+  // kLanes results, rounded to the type of y.
+  static void store_result(DType type, Floats v, void* out) {
+    if (type == DType::kFloat32) return S::store(static_cast<float*>(out), v);
+    if (type == DType::kFloat16) return S::store_half(static_cast<uint16_t*>(out), v);
+    S::store_bfloat(static_cast<uint16_t*>(out), v);
+  }
   static void convert(DType type, const void* src, int64_t count, Element* out) { to_float<S>(type, src, count, out); }
 
   // kStep rows of kLanes elements, `stride` apart, to kLanes groups of kStep: the elements that share a column.
