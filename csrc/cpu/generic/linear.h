@@ -48,11 +48,12 @@ constexpr int64_t steps_of(int64_t columns) {
   return ceil_div(columns, O::kDepth) * (O::kDepth / O::kStep);
 }
 
-// c (+)= rows [row, row + rows) of `source` times a right panel that holds all of their columns.
+// c = rows [row, row + rows) of `source`, `columns` wide, times a right panel whose blocks of kLanes outputs are
+// block_stride apart.
 template <class O, class Rows>
 void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t columns, int64_t blocks,
-                   const typename O::Element* right, typename O::Element* left, float* c, int64_t c_stride,
-                   bool accumulate) {
+                   const typename O::Element* right, int64_t block_stride, typename O::Element* left, float* c,
+                   int64_t c_stride) {
   constexpr int64_t kTiles = kPanelColumns<O> / kTile;
   const int64_t tiles = ceil_div(columns, kTile);
   for (int64_t tile = 0; tile < tiles; tile += kTiles) {
@@ -60,9 +61,8 @@ void multiply_rows(const Rows& source, int64_t row, int64_t rows, int64_t column
     const bool last = tile + count == tiles;
     source.prefetch(last ? row + rows : row, rows, last ? 0 : tile + count, std::min(kTiles, tiles));
     source.fill(row, rows, tile, count, left, kPanelStride<O>);
-    multiply_panels<O>(rows, blocks, left, right + tile * kTile * O::kLanes, tiles * kTile * O::kLanes,
-                       steps_of<O>(std::min(count * kTile, columns - tile * kTile)), c, c_stride,
-                       accumulate || tile > 0);
+    multiply_panels<O>(rows, blocks, left, right + tile * kTile * O::kLanes, block_stride,
+                       steps_of<O>(std::min(count * kTile, columns - tile * kTile)), c, c_stride, tile > 0);
   }
 }
 
@@ -79,18 +79,17 @@ class Linear {
         weight_(weight),
         tiles_(padded_k(p.weight.k) / kTile),
         rank_tiles_(p.lora_A.data ? padded_k(p.lora_A.rows) / kTile : 0),
+        block_stride_((tiles_ + rank_tiles_) * kTile * O::kLanes),
         blocks_(ceil_div(std::min(kChunkRows, p.x.rows), O::kLanes)),
         c_stride_(blocks_ * O::kLanes + 16) {}
 
   Status run(int threads) {
     const int64_t left_size = O::kPanelRows * kPanelStride<O>, c_size = kResultRows * c_stride_;
-    const Scratch<Element> x(blocks_ * tiles_ * kTile * O::kLanes);
-    const Scratch<Element> hidden(blocks_ * rank_tiles_ * kTile * O::kLanes + 1);
+    const Scratch<Element> x(blocks_ * block_stride_);
     const Scratch<Element> left(threads * left_size);
     const Scratch<float> c(threads * c_size);
-    if (!x.data() || !hidden.data() || !left.data() || !c.data()) return kOutOfMemory;
+    if (!x.data() || !left.data() || !c.data()) return kOutOfMemory;
     x_ = x.data();
-    hidden_ = hidden.data();
     parallel_team(threads, [&](int thread, int team) {
       Element* const own_left = left.data() + thread * left_size;
       float* const own_c = c.data() + thread * c_size;
@@ -111,7 +110,7 @@ class Linear {
     const int64_t blocks = ceil_div(rows, O::kLanes);
     const Range packed = part_of(blocks, 1, thread, team);
     for (int64_t b = packed.begin; b < packed.end; ++b) {
-      fill_right_transposed<O>(x, b * O::kLanes, tiles_, x_ + b * tiles_ * kTile * O::kLanes);
+      fill_right_transposed<O>(x, b * O::kLanes, tiles_, x_ + b * block_stride_);
     }
     team_barrier();
     if (rank_tiles_ > 0) {
@@ -131,19 +130,20 @@ class Linear {
     }
   }
 
-  // hidden = scaling x A^T, as a right panel; its rows beyond the rank are zero.
+  // Appends scaling x A^T to the right panel of x; zero beyond the rank.
   void project(Range blocks, Range ranks, Element* left, float* c) {
     const DenseRows<O> adapter(p_.lora_A);
-    const int64_t count = blocks.end - blocks.begin, block_size = tiles_ * kTile * O::kLanes;
+    const int64_t count = blocks.end - blocks.begin;
     for (int64_t r = ranks.begin; r < ranks.end; r += O::kPanelRows) {
       const int64_t rows = std::min<int64_t>(O::kPanelRows, ranks.end - r);
       const int64_t real = std::max<int64_t>(0, std::min(rows, p_.lora_A.rows - r));
-      multiply_rows<O>(adapter, r, real, p_.weight.k, count, x_ + blocks.begin * block_size, left, c, c_stride_, false);
+      multiply_rows<O>(adapter, r, real, p_.weight.k, count, x_ + blocks.begin * block_stride_, block_stride_, left, c,
+                       c_stride_);
       for (int64_t i = real; i < rows; ++i) std::fill(c + i * c_stride_, c + i * c_stride_ + count * O::kLanes, 0.0f);
       for (int64_t b = 0; b < count; ++b) {
-        Element* const out = hidden_ + (blocks.begin + b) * rank_tiles_ * kTile * O::kLanes;
+        Element* const out = x_ + (blocks.begin + b) * block_stride_ + (tiles_ * kTile + r) * O::kLanes;
         for (int64_t i = 0; i < rows; i += O::kStep) {
-          interleave_sums(c + i * c_stride_ + b * O::kLanes, out + (r + i) * O::kLanes);
+          interleave_sums(c + i * c_stride_ + b * O::kLanes, out + i * O::kLanes);
         }
       }
     }
@@ -162,12 +162,14 @@ class Linear {
   // y[m .. m + rows) of `blocks`, columns [n, n + count)
   void panel(int64_t m, int64_t rows, int64_t n, int64_t count, Range blocks, Element* left, float* c) const {
     const int64_t block_count = blocks.end - blocks.begin;
-    multiply_rows<O>(weight_, n, count, p_.weight.k, block_count, x_ + blocks.begin * tiles_ * kTile * O::kLanes, left,
-                     c, c_stride_, false);
-    if (rank_tiles_ > 0) {
+    const Element* const x = x_ + blocks.begin * block_stride_;
+    if (rank_tiles_ > 0) {  // [D | B] times [x | scaling x A^T]
       const DenseRows<O> adapter(p_.lora_B);
-      multiply_rows<O>(adapter, n, count, p_.lora_A.rows, block_count,
-                       hidden_ + blocks.begin * rank_tiles_ * kTile * O::kLanes, left, c, c_stride_, true);
+      const SideBySide<O, Rows, DenseRows<O>> weight(weight_, tiles_, adapter);
+      multiply_rows<O>(weight, n, count, tiles_ * kTile + p_.lora_A.rows, block_count, x, block_stride_, left, c,
+                       c_stride_);
+    } else {
+      multiply_rows<O>(weight_, n, count, p_.weight.k, block_count, x, block_stride_, left, c, c_stride_);
     }
     alignas(64) float bias[kResultRows] = {};
     if (p_.bias) to_float<S>(p_.bias_dtype, advance(p_.bias, p_.bias_dtype, n), count, bias);
@@ -194,11 +196,10 @@ class Linear {
 
   const LinearParams& p_;
   const Rows& weight_;
-  const int64_t tiles_, rank_tiles_;
-  const int64_t blocks_;       // of kLanes rows of x, in a chunk
-  const int64_t c_stride_;     // off a power of two, as kPanelStride
-  Element* x_ = nullptr;       // right panel [blocks_][k padded / kStep][kWidth]
-  Element* hidden_ = nullptr;  // right panel [blocks_][rank padded / kStep][kWidth]
+  const int64_t tiles_, rank_tiles_, block_stride_;
+  const int64_t blocks_;    // of kLanes rows of x, in a chunk
+  const int64_t c_stride_;  // off a power of two, as kPanelStride
+  Element* x_ = nullptr;    // right panel [blocks_][(k padded + rank padded) / kStep][kWidth]
 };
 
 // ---- grad_x = grad_y D + scaling (grad_y B) A

@@ -125,6 +125,30 @@ class DenseRows {
   const Matrix& matrix_;
 };
 
+// The rows of two sources side by side: those of `second` follow after `tiles` tiles of `first`.
+template <class O, class First, class Second>
+class SideBySide {
+ public:
+  SideBySide(const First& first, int64_t tiles, const Second& second) : first_(first), second_(second), tiles_(tiles) {}
+
+  void fill(int64_t row, int64_t rows, int64_t tile, int64_t tiles, typename O::Element* out, int64_t stride) const {
+    const int64_t of_first = std::max<int64_t>(0, std::min(tiles, tiles_ - tile));
+    if (of_first > 0) first_.fill(row, rows, tile, of_first, out, stride);
+    if (of_first == tiles) return;
+    const int64_t skip = tile + of_first - tiles_;
+    second_.fill(row, rows, skip, tiles - of_first, out + of_first * kTile, stride);
+  }
+
+  LOFTQ_INLINE void prefetch(int64_t row, int64_t rows, int64_t tile, int64_t tiles) const {
+    if (tile < tiles_) first_.prefetch(row, rows, tile, std::min(tiles, tiles_ - tile));
+  }
+
+ private:
+  const First& first_;
+  const Second& second_;
+  const int64_t tiles_;
+};
+
 // Right panel whose outputs are the columns of tiles [tile, tile + tiles); products run over rows [row, row + rows), a
 // multiple of kTile; rows that the source does not have are zero. out: a block of kLanes columns every block_stride
 // elements.
