@@ -154,6 +154,7 @@ def _count(batch: int) -> tuple[int, int]:
         group_size=64,
         scaling=1.0,
         mode="fast",
+        warm_steps=low_rank.warm_steps(4096, 4),
         order="quantize_first",
         scale_dtype=torch.float16,
         scale_search=False,

@@ -421,3 +421,34 @@ class TestBadInput:
     def test_scales_that_do_not_fit(self):
         with pytest.raises(ValueError, match="float16.*scale_dtype=torch.float32"):
             lk.loftq_init(gaussian(64, 96) * 1e6)
+
+
+def steep_matrices() -> dict[str, torch.Tensor]:
+    """Residuals of low rank, or with one direction far above the others: where the fast solver must not be trusted."""
+    single, row = torch.zeros(256, 256), torch.zeros(256, 256)
+    single[3, 5], row[3] = 0.7, gaussian(256)
+    matrices = {
+        "constant": torch.full((96, 160), 0.3),
+        "one entry": single,
+        "one row": row,
+        "equal columns": gaussian(256, 1).expand(256, 256).contiguous(),
+        "equal rows": gaussian(1, 256).expand(256, 256).contiguous(),
+    }
+    for factor in (1e3, 1e4, 1e5):
+        matrices[f"row times {factor:g}"] = 0.02 * gaussian(512, 512)
+        matrices[f"row times {factor:g}"][7] *= factor
+    return matrices
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", steep_matrices())
+def test_steep_residuals(name, backend):
+    """The fast solver ends where the exact one does, or hands over to it; never worse than no adapter."""
+    weight = steep_matrices()[name]
+    for format in ("nf4", "uniform2"):
+        options = {"scale_dtype": torch.float32, "backend": backend}
+        plain = (weight - lk.quantize(weight, format, scale_dtype=torch.float32).dequantize()).norm() / weight.norm()
+        for num_iter in (1, 5):
+            fast, exact = (lk.loftq_init(weight, format, 8, num_iter, svd=s, **options) for s in ("fast", "exact"))
+            assert fast.error <= 1.03 * exact.error + 1e-5
+            assert fast.error <= plain + 1e-6

@@ -110,7 +110,8 @@ class Alternation {
     std::vector<at::Tensor> residuals, bases, images;
     for (size_t i = 0; i < weights_.size(); ++i) {
       const Iterate& best = best_[i];
-      results.push_back({best.codes, best.scale, best.offset, {}, {}, best.error, best.errors});
+      const bool overflow = std::isinf(best.error);  // of the scales: no solver can help
+      results.push_back({best.codes, best.scale, best.offset, {}, {}, best.error, best.errors, overflow});
       if (!std::isfinite(best.error)) continue;
       done.push_back(i);
       residuals.push_back(stored_residual(i));
@@ -209,6 +210,7 @@ class Alternation {
     best.scale = current_[i].scale;
     best.offset = current_[i].offset;
     best.error = error;
+    best.norm2 = current_[i].norm2;
     if (!space_.basis.defined()) return;
     best.basis = space_.basis[static_cast<int64_t>(i)].clone();
     // With svd_first the factors belong to the residual before this quantization; otherwise `result` finds them anew.
@@ -236,7 +238,25 @@ class Alternation {
     result.lora_A = columns.mT().mul(root).contiguous();
     result.lora_B = rows.mul(root).contiguous();
     residual.addmm_(rows, columns.mT(), 1, -1);
-    return squared_norm(residual);
+    const at::Tensor rest = squared_norm(residual);
+    result.sound = options_.exact || options_.svd_first || is_sound(i, left, residual, rest);
+    return rest;
+  }
+
+  // Whether R = E - E V V^T lacks what V should hold: its norm may not exceed that of E, nor its largest singular value
+  // the smallest one that V holds. ||R R^T g|| / ||R^T g|| for a random g is a lower bound of the former, and a close
+  // one where a single direction stands out, as where E is of low rank and the Krylov blocks are mostly rounding noise.
+  // Where V holds nearly all of E, a low-rank term rounded to bfloat16 is no longer harmless either.
+  bool is_sound(size_t i, const at::Tensor& left, const at::Tensor& residual, const at::Tensor& rest) const {
+    const double whole = best_[i].norm2 / unit_[i] / unit_[i];
+    const at::Tensor tall_rest = tall(residual);
+    const at::Tensor once = at::mm(tall_rest.mT(), start_.narrow(1, 0, 1));
+    const std::vector<double> norms2 = host_values({rest, squared_norm(once), squared_norm(at::mm(tall_rest, once)),
+                                                    squared_norm(left.narrow(1, left.size(1) - 1, 1))});
+    const double largest = std::sqrt(norms2[2] / std::max(norms2[1], 1e-300));
+    const bool steep = norms2[0] < 0.05 * 0.05 * whole;
+    if (steep && options_.operand_dtype != at::kFloat) return false;
+    return norms2[0] <= whole * (1 + 1e-4) && largest <= 1.5 * norms2[3] + 1e-6 * std::sqrt(whole);
   }
 
   void set_error(size_t i, double remaining, LoftQResult& result) const {
@@ -275,6 +295,14 @@ void check(const std::vector<at::Tensor>& weights, const at::Tensor& start, cons
                     "start has shape ", start.sizes(), ", expected float32 [", longer, ", rank..", shorter, "]");
 }
 
+std::vector<LoftQResult> alternate(const std::vector<at::Tensor>& weights, const at::Tensor& codebook,
+                                   const at::Tensor& start, const LoftQOptions& options,
+                                   const std::function<void()>& poll) {
+  Alternation alternation(weights, codebook, start, options);
+  for (int64_t t = 0; t < options.num_iter && alternation.step(); ++t) poll();
+  return alternation.results();
+}
+
 }  // namespace
 
 std::vector<LoftQResult> loftq_batch(const std::vector<at::Tensor>& weights, const at::Tensor& codebook,
@@ -283,9 +311,19 @@ std::vector<LoftQResult> loftq_batch(const std::vector<at::Tensor>& weights, con
   if (weights.empty()) return {};
   check(weights, start, options);
   const at::NoGradGuard no_grad;
-  Alternation alternation(weights, codebook, start, options);
-  for (int64_t t = 0; t < options.num_iter && alternation.step(); ++t) poll();
-  return alternation.results();
+  std::vector<LoftQResult> results(weights.size());
+  try {
+    results = alternate(weights, codebook, start, options, poll);
+  } catch (const c10::LinAlgError&) {  // not even the small eigenproblems could be solved
+    if (options.exact) throw;
+  }
+  LoftQOptions exact = options;
+  exact.exact = true;
+  exact.operand_dtype = at::kFloat;
+  for (size_t i = 0; i < weights.size() && !options.exact; ++i) {
+    if (!results[i].sound) results[i] = alternate({weights[i]}, codebook, start, exact, poll)[0];
+  }
+  return results;
 }
 
 }  // namespace loftq

@@ -37,6 +37,7 @@ struct LoftQResult {
   at::Tensor lora_A, lora_B;        // [r, K], [N, r] float32
   double error;                     // ||W - Q - scaling B A||_F / ||W||_F of this, the best iterate
   std::vector<double> errors;       // the same after every alternation
+  bool sound = false;               // the factors hold the dominant part of W - Q, as far as a cheap test can tell
 };
 
 // weights: B of [N, K] on one device. start: [longer side, w] Gaussian, for the fast solver. poll is called after every

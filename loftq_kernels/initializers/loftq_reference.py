@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,11 +20,20 @@ def run(weights: list[Tensor], options: LoftQOptions) -> list[AdapterInit]:
 
     A scale that does not fit its dtype ends the alternation of the whole batch and shows as non-finite in the result.
     """
+    results, sound = _alternate(weights, options)
+    exact = replace(options, mode="exact")
+    for i, weight in enumerate(weights):
+        if not sound[i]:
+            results[i] = _alternate([weight], exact)[0][0]
+    return results
+
+
+def _alternate(weights: list[Tensor], options: LoftQOptions) -> tuple[list[AdapterInit], list[bool]]:
     alternation = Alternation(weights, options)
     for _ in range(options.num_iter):
         if not alternation.step():
             break
-    return alternation.results()
+    return alternation.results(), alternation.sound
 
 
 class Alternation:
@@ -51,6 +61,7 @@ class Alternation:
         self.basis: Tensor | None = None  # [B, short, >= r], the last right space
         self.image: Tensor | None = None  # [B, long, r], E V for the first r directions
         self.errors: list[list[float]] = [[] for _ in weights]
+        self.sound = [True] * len(weights)  # see `_is_sound`
         self.best: list[tuple[PackedTensor, Tensor, Tensor] | None] = [None] * len(weights)
 
     def step(self) -> bool:
@@ -128,6 +139,17 @@ class Alternation:
                 self.best[i] = (self.packed[i], self.image[i].clone(), self.basis[i, :, : self.options.rank].clone())
             self.errors[i].append(error)
 
+    def _is_sound(self, residual: Tensor, remaining: Tensor, long: Tensor, start: Tensor) -> bool:
+        """As `is_sound` in csrc/loftq/loftq.cpp."""
+        if self.options.mode == "exact" or self.options.order == "svd_first":
+            return True
+        whole, rest = (torch.linalg.vector_norm(m, dtype=torch.float64).item() for m in (residual, remaining))
+        tall = remaining.mT if self.wide else remaining
+        once = tall.mT @ start
+        largest = ((tall @ once).double().norm() / once.double().norm().clamp(min=1e-150)).item()
+        kept = long[:, -1].double().square().sum().item()
+        return rest <= whole * (1 + 1e-4) and largest <= 1.5 * kept + 1e-6 * whole
+
     def results(self) -> list[AdapterInit]:
         """The best iterates, their factors split evenly and divided by sqrt(scaling)."""
         scaling = self.options.scaling
@@ -141,11 +163,13 @@ class Alternation:
         long, short = low_rank.balanced_factors(images, bases)
         left, right = (short, long) if self.wide else (long, short)
         results = []
+        first = low_rank.gaussian(max(self.weights[0].shape), 1, self.options.seed, images.device)
         for i, (packed, _, _) in enumerate(self.best):
             root = math.sqrt(self.unit[i] / scaling)
             lora_A, lora_B = (right[i].mT * root).contiguous(), (left[i] * root).contiguous()
             residual = (self.weights[i] - packed.dequantize(backend="reference")).div_(self.unit[i])
             remaining = residual - left[i] @ right[i].mT
+            self.sound[i] = self._is_sound(residual, remaining, long[i], first)
             error = torch.linalg.vector_norm(remaining, dtype=torch.float64).item()
             error = error / self.norms[i] if self.norms[i] > 0 else 0.0
             # ||E||^2 - ||E V||^2 cannot resolve an error far below ||E||: no estimate is better than the one measured.
