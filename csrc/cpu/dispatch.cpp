@@ -18,14 +18,15 @@ namespace {
 // In order of preference: the first that the machine can run is used.
 const CpuKernels* const kImplementations[] = {
 #if LOFTQ_X86
-    &kAvx512Bf16Kernels,
-    &kAvx512Kernels,
-    &kAvx2Kernels,
+    &kAmxBf16Kernels, &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #endif
     &kScalarKernels,
 };
 
-bool runs_here(const CpuKernels& kernels) { return (kernels.required & ~cpu_features()) == 0; }
+bool runs_here(const CpuKernels& kernels) {
+  if ((kernels.required & ~cpu_features()) != 0) return false;
+  return (kernels.required & kAmxBf16) == 0 || tiles_permitted();
+}
 
 Status unknown_isa(const char* name) {
   thread_local std::string message;
@@ -40,7 +41,7 @@ Status select(const CpuKernels** chosen) {
   const char* forced = std::getenv("LOFTQ_CPU_ISA");
   const bool any = forced == nullptr || *forced == '\0';
   for (const CpuKernels* kernels : kImplementations) {
-    if (!runs_here(*kernels) || !(any || std::string(forced) == kernels->name)) continue;
+    if (!(any || std::string(forced) == kernels->name) || !runs_here(*kernels)) continue;
     *chosen = kernels;
     return nullptr;
   }

@@ -4,6 +4,10 @@
 
 #if LOFTQ_X86
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace loftq {
@@ -27,14 +31,17 @@ uint32_t detect() {
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
   const bool f16c = c & bit_F16C, fma = c & bit_FMA;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  constexpr uint64_t kYmm = 0x06;  // xmm, ymm
-  constexpr uint64_t kZmm = 0xe6;  // and the mask registers, the upper halves of zmm0-15, zmm16-31
+  constexpr uint64_t kYmm = 0x06;       // xmm, ymm
+  constexpr uint64_t kZmm = 0xe6;       // and the mask registers, the upper halves of zmm0-15, zmm16-31
+  constexpr uint64_t kTiles = 3 << 17;  // their configuration and their data
   const uint64_t saved = saved_registers();
   uint32_t features = 0;
   if (has_all(saved, kYmm) && f16c) features |= kF16c;
   if (has_all(saved, kYmm) && (b & bit_AVX2) && fma) features |= kAvx2;
   constexpr uint32_t kAvx512Bits = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if (has_all(saved, kZmm) && has_all(b, kAvx512Bits)) features |= kAvx512;
+  constexpr uint32_t kAmxBits = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16: GCC 10's cpuid.h does not name them
+  if (has_all(saved, kTiles) && has_all(d, kAmxBits)) features |= kAmxBf16;
   if ((features & kAvx512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16)) features |= kAvx512Bf16;
   return features;
 }
@@ -49,6 +56,21 @@ uint32_t cpu_features() {
 #else
 
 uint32_t cpu_features() { return 0; }
+
+#endif
+
+#if LOFTQ_X86 && defined(__linux__)
+
+bool tiles_permitted() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  // Refused where a seccomp filter forbids it, or the alternate signal stack of a thread has no room for the tiles.
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+}
+
+#else
+
+bool tiles_permitted() { return false; }  // other systems want to be asked in other ways
 
 #endif
 

@@ -27,6 +27,7 @@ extern const CpuKernels kScalarKernels;
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 extern const CpuKernels kAvx512Bf16Kernels;
+extern const CpuKernels kAmxBf16Kernels;
 
 // Columns handled together: whole groups and whole tiles.
 constexpr int64_t span_columns(int64_t k, int64_t group_size) {

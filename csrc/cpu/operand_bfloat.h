@@ -19,6 +19,8 @@ struct BfloatOperand {
   static constexpr int kStep = 2;
   static constexpr int kWidth = kLanes * kStep;
 
+  static constexpr bool kFewRows = true;
+
   static constexpr int kVectors = 4;
   static constexpr int rows(int vectors) { return 24 / vectors; }
   static constexpr int kPanelRows = 24;

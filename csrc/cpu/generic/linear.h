@@ -327,7 +327,9 @@ class LinearGradInput {
 
 template <class O, int kBits, bool kInteger>
 Status linear_as(const LinearParams& p, int threads) {
-  if (p.x.rows <= kMostSmallRows) return small_linear<O, kBits, kInteger>(p, threads);
+  if constexpr (O::kFewRows) {
+    if (p.x.rows <= kMostSmallRows) return small_linear<O, kBits, kInteger>(p, threads);
+  }
   const PackedRows<O, kBits, kInteger> weight(p.weight);
   return Linear<O, PackedRows<O, kBits, kInteger>>(p, weight).run(threads);
 }

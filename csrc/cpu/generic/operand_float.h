@@ -22,6 +22,8 @@ struct FloatOperand {
   static constexpr int kStep = 1;
   static constexpr int kWidth = kLanes * kStep;
 
+  static constexpr bool kFewRows = true;  // whether it serves linear_small.h
+
   // Shape of the register tile: rows(v) x v accumulators fit in the registers, v up to kVectors.
   static constexpr int kVectors = kLanes == 8 ? 2 : 4;
   static constexpr int rows(int vectors) { return kLanes == 1 ? 4 : (kLanes == 8 ? 12 : 24) / vectors; }
