@@ -24,6 +24,9 @@ class SmallLinear {
   // Scaling the sums of a group costs kM operations, scaling its table three and, with 2 bits, another table.
   static constexpr bool kMayScaleSums = kBits < 8 && kM <= 2;
   static constexpr int64_t kBlockRows = 16;
+  // A sum over all of a wide row would lose more to rounding than a matrix product of a library does: after this many
+  // tiles a lane's sum, of 128 products or so, is put aside.
+  static constexpr int64_t kSumTiles = S::kLanes == 1 ? 1 : 2 * S::kLanes;
 
  public:
   explicit SmallLinear(const LinearParams& p)
@@ -103,8 +106,9 @@ class SmallLinear {
   // hidden[m][r] = scaling * sum_k x[m, k] A[r, k]
   void hidden_row(int64_t r) {
     const DenseRows<O> rows(p_.lora_A);
-    Floats sums[kM];
+    Floats sums[kM], aside[kM];
     for (Floats& sum : sums) sum = S::broadcast(0.0f);
+    for (Floats& sum : aside) sum = S::broadcast(0.0f);
     alignas(64) Element values[kTile];
     for (int64_t t = 0; t < tiles_; ++t) {
       rows.fill(r, 1, t, 1, values, kTile);
@@ -113,8 +117,13 @@ class SmallLinear {
         LOFTQ_UNROLL
         for (int m = 0; m < kM; ++m) sums[m] = O::dot(a, O::load(x_at(m, t) + i), sums[m]);
       }
+      if ((t + 1) % kSumTiles != 0) continue;
+      for (int m = 0; m < kM; ++m) {
+        aside[m] = S::add(aside[m], sums[m]);
+        sums[m] = S::broadcast(0.0f);
+      }
     }
-    for (int m = 0; m < kM; ++m) hidden_[m * rank_ + r] = p_.scaling * S::sum(sums[m]);
+    for (int m = 0; m < kM; ++m) hidden_[m * rank_ + r] = p_.scaling * S::sum(S::add(aside[m], sums[m]));
   }
 
   // Rows of y, or with `partial` [kM][n] this part's sums of them. The first part adds what is not split.
@@ -172,6 +181,18 @@ class SmallLinear {
   // sums[r][m] = x[m] . D[n + r] over these tiles, spread over the lanes
   template <int kR>
   void dot_rows(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM]) const {
+    int64_t begin = tiles.begin;
+    do {
+      const int64_t end = std::min(begin + kSumTiles, tiles.end);
+      dot_some_tiles<kR>(n, {begin, end}, groups, sums, begin > tiles.begin);
+      begin = end;
+    } while (begin < tiles.end);
+  }
+
+  // sums[r][m] (+)= x[m] . D[n + r] over these tiles. Not inline: nothing else shall compete for its registers.
+  template <int kR>
+  __attribute__((noinline)) void dot_some_tiles(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM],
+                                                bool accumulate) const {
     Floats own[kR][kM];  // in registers
     LOFTQ_UNROLL
     for (int r = 0; r < kR; ++r) {
@@ -186,7 +207,7 @@ class SmallLinear {
     LOFTQ_UNROLL
     for (int r = 0; r < kR; ++r) {
       LOFTQ_UNROLL
-      for (int m = 0; m < kM; ++m) sums[r][m] = own[r][m];
+      for (int m = 0; m < kM; ++m) sums[r][m] = accumulate ? S::add(sums[r][m], own[r][m]) : own[r][m];
     }
   }
 
