@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/target.h"
 #include "loftq/cpu.h"
+#include "loftq/half.h"
 
 namespace loftq {
 
@@ -74,10 +75,33 @@ Status check(const LinearParams& p, int64_t columns_of_x) {
   if (Status error = check_layout(w.n, w.k, w.bits)) return error;
   if (Status error = check_groups(w.group_size)) return error;
   if (p.x.rows < 0 || p.x.columns != columns_of_x) return "x does not have as many columns as the product needs";
+  if (w.n == 0 || w.k == 0) return nullptr;  // pointers to nothing may be null
   if ((p.lora_A.data == nullptr) != (p.lora_B.data == nullptr)) return "lora_A and lora_B belong together";
   if (p.lora_A.data == nullptr) return nullptr;
   const bool adapts = p.lora_A.columns == w.k && p.lora_B.rows == w.n && p.lora_A.rows == p.lora_B.columns;
   return adapts && p.lora_A.rows > 0 ? nullptr : "lora_A must be [r, k] and lora_B [n, r]";
+}
+
+float value_of(DType type, const void* values, int64_t index) {
+  if (type == DType::kFloat32) return static_cast<const float*>(values)[index];
+  const uint16_t word = static_cast<const uint16_t*>(values)[index];
+  return type == DType::kFloat16 ? half_to_float(word) : bfloat_to_float(word);
+}
+
+void store(DType type, float value, void* values, int64_t index) {
+  if (type == DType::kFloat32) {
+    static_cast<float*>(values)[index] = value;
+  } else {
+    static_cast<uint16_t*>(values)[index] = type == DType::kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+  }
+}
+
+// The product where there are no terms to sum, whatever the adapter, half of which may then be null.
+Status bias_alone(const LinearParams& p, int64_t columns) {
+  for (int64_t i = 0; i < p.x.rows * columns; ++i) {
+    store(p.x.dtype, p.bias ? value_of(p.bias_dtype, p.bias, i % columns) : 0.0f, p.y, i);
+  }
+  return nullptr;
 }
 
 // Few enough that each has something to do.
@@ -129,6 +153,7 @@ Status launch_linear_cpu(const LinearParams& p, int num_threads) {
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.x.rows == 0 || p.weight.n == 0) return nullptr;
+  if (p.weight.k == 0) return bias_alone(p, p.weight.n);
   return kernels->linear(p, threads_for(p, num_threads));
 }
 
@@ -137,6 +162,7 @@ Status launch_linear_grad_input_cpu(const LinearParams& p, int num_threads) {
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.x.rows == 0 || p.weight.k == 0) return nullptr;
+  if (p.weight.n == 0) return bias_alone(p, p.weight.k);
   return kernels->linear_grad_input(p, threads_for(p, num_threads));
 }
 

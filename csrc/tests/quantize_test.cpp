@@ -6,6 +6,7 @@
 
 #include "loftq/cpu.h"
 #include "tests/check.h"
+#include "tests/isas.h"
 #include "tests/reference.h"
 
 using namespace loftq;
@@ -297,14 +298,12 @@ void check_threads(const std::string& isa) {
 }  // namespace
 
 int main() {
-  const char* names[8];
-  const int count = supported_isas(names, 8);
-  for (int i = 0; i < count; ++i) {
-    setenv("LOFTQ_CPU_ISA", names[i], 1);
-    check_all_formats(names[i]);
-    check_non_finite(names[i]);
-    check_ties(names[i]);
-    check_threads(names[i]);
+  for (const std::string& isa : isas_under_test()) {
+    setenv("LOFTQ_CPU_ISA", isa.c_str(), 1);
+    check_all_formats(isa);
+    check_non_finite(isa);
+    check_ties(isa);
+    check_threads(isa);
   }
   return test_result();
 }
