@@ -177,10 +177,19 @@ at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpa
 
 namespace {
 
-// As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
-at::Tensor readable(const at::Tensor& tensor, const char* what) {
+void check_floating(const at::Tensor& tensor, const char* what) {
   TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), what, " must be floating point, got ",
                    tensor.scalar_type());
+}
+
+void check_operand(const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& like, const char* what) {
+  check_floating(tensor, what);
+  check_shape(tensor, shape, what);
+  check_device(tensor, like, what);
+}
+
+// As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
+at::Tensor readable(const at::Tensor& tensor) {
   const bool known =
       tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
   const at::Tensor typed = known ? tensor : tensor.to(at::kFloat);
@@ -193,6 +202,17 @@ Matrix matrix_of(const at::Tensor& tensor, const char* what) {
 }
 
 }  // namespace
+
+void check_adapter_and_bias(int64_t n, int64_t k, const at::Tensor& like, const std::optional<at::Tensor>& lora_A,
+                            const std::optional<at::Tensor>& lora_B, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must be given together");
+  if (lora_A) {
+    TORCH_CHECK_VALUE(lora_A->dim() == 2, "lora_A has shape ", lora_A->sizes(), ", expected [rank, ", k, "]");
+    check_operand(*lora_A, {lora_A->size(0), k}, like, "lora_A");
+    check_operand(*lora_B, {n, lora_A->size(0)}, like, "lora_B");
+  }
+  if (bias) check_operand(*bias, {n}, like, "bias");
+}
 
 LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
                           const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
@@ -212,25 +232,19 @@ LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at
   call.y = at::empty(shape, x.options());
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  call.x = readable(x.dim() == 2 ? x : x.reshape({m, from}), "x");
-  p.x = matrix_of(call.x, "x");
+  check_floating(x, "x");
+  p.x = matrix_of(call.x = readable(x.dim() == 2 ? x : x.reshape({m, from})), "x");
+  TORCH_CHECK_VALUE(call.x.scalar_type() == x.scalar_type(), "x has dtype ", x.scalar_type(),
+                    "; expected float32, float16, bfloat16 or float64");  // y, which the kernel writes, has it too
   p.y = call.y.mutable_data_ptr();
   p.scaling = static_cast<float>(scaling);
-  TORCH_CHECK_VALUE(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must be given together");
-  if (lora_A && lora_A->dim() == 2 && lora_A->size(0) > 0) {
-    check_shape(*lora_A, {lora_A->size(0), k}, "lora_A");
-    check_shape(*lora_B, {n, lora_A->size(0)}, "lora_B");
-    check_device(*lora_A, codes, "lora_A");
-    check_device(*lora_B, codes, "lora_B");
-    call.lora_A = readable(*lora_A, "lora_A");
-    call.lora_B = readable(*lora_B, "lora_B");
-    p.lora_A = matrix_of(call.lora_A, "lora_A");
-    p.lora_B = matrix_of(call.lora_B, "lora_B");
+  check_adapter_and_bias(n, k, codes, lora_A, lora_B, bias);
+  if (lora_A && lora_A->size(0) > 0) {
+    p.lora_A = matrix_of(call.lora_A = readable(*lora_A), "lora_A");
+    p.lora_B = matrix_of(call.lora_B = readable(*lora_B), "lora_B");
   }
   if (bias) {
-    check_shape(*bias, {n}, "bias");
-    check_device(*bias, codes, "bias");
-    call.bias = readable(*bias, "bias").contiguous();
+    call.bias = readable(*bias).contiguous();
     p.bias = call.bias.const_data_ptr();
     p.bias_dtype = dtype_of(call.bias.scalar_type(), "bias");
   }

@@ -57,6 +57,10 @@ struct LinearCall {
   LinearParams params;
 };
 
+// Refuses an adapter or a bias that is not of a weight [n, k] on the device of `like`, or not floating point.
+void check_adapter_and_bias(int64_t n, int64_t k, const at::Tensor& like, const std::optional<at::Tensor>& lora_A,
+                            const std::optional<at::Tensor>& lora_B, const std::optional<at::Tensor>& bias);
+
 LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
                           const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
                           int64_t group_size, const std::optional<at::Tensor>& lora_A,

@@ -58,8 +58,10 @@ Tensor dequantize_cpu(const Tensor& codes, const Tensor& scale, const std::optio
 // Float64, for checking other results: the dense weight, by ATen.
 Tensor dense_float64(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
                      const Tensor& codebook, int64_t in_features, int64_t group_size,
-                     const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling) {
+                     const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling,
+                     const std::optional<Tensor>& bias) {
   Tensor dense = dequantize_cpu(codes, scale, offset, codebook, in_features, group_size, at::kDouble);
+  check_adapter_and_bias(dense.size(0), in_features, codes, lora_A, lora_B, bias);
   if (lora_A) dense.addmm_(lora_B->to(at::kDouble), lora_A->to(at::kDouble), 1, scaling);
   return dense;
 }
@@ -70,13 +72,12 @@ Tensor qlora_linear_cpu(const Tensor& x, const Tensor& codes, const Tensor& scal
   TORCH_CHECK_VALUE(x.dim() > 0, "x has no dimensions");
   const int64_t k = x.size(-1);
   if (x.scalar_type() == at::kDouble) {
-    const Tensor dense = dense_float64(codes, scale, offset, codebook, k, group_size, lora_A, lora_B, scaling);
+    const Tensor dense = dense_float64(codes, scale, offset, codebook, k, group_size, lora_A, lora_B, scaling, bias);
     const Tensor y = at::matmul(x, dense.mT());
     return bias ? y + bias->to(at::kDouble) : y;
   }
   const LinearCall call =
       prepare_linear(x, codes, scale, offset, codebook, k, group_size, lora_A, lora_B, scaling, bias, false);
-  if (k == 0) return bias ? call.y.copy_(*bias) : call.y.zero_();
   raise_if(launch_linear_cpu(call.params, at::get_num_threads()));
   return call.y;
 }
@@ -86,12 +87,11 @@ Tensor qlora_linear_grad_input_cpu(const Tensor& grad_y, const Tensor& codes, co
                                    int64_t group_size, const std::optional<Tensor>& lora_A,
                                    const std::optional<Tensor>& lora_B, double scaling) {
   if (grad_y.scalar_type() == at::kDouble) {
-    return at::matmul(grad_y,
-                      dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling));
+    return at::matmul(grad_y, dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B,
+                                            scaling, std::nullopt));
   }
   const LinearCall call = prepare_linear(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A,
                                          lora_B, scaling, std::nullopt, true);
-  if (codes.size(0) == 0) return call.y.zero_();
   raise_if(launch_linear_grad_input_cpu(call.params, at::get_num_threads()));
   return call.y;
 }
