@@ -312,5 +312,6 @@ class TestBadInput:
 def test_extension_serves_cpu_tensors():
     """The dispatcher's CPU kernels are the compiled ones, for the ops that have one."""
     compiled = {"quantize", "quantize_residual_", "dequantize", "pack_codes", "unpack_codes"}
+    compiled |= {"qlora_linear", "qlora_linear_grad_input"}
     for name in compiled:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"loftq_kernels::{name}", "CPU"), name
