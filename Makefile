@@ -11,12 +11,14 @@ SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp lint bench gpu-test build clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu-test build clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      quantize a real model, print and plot what that does to it"
 	@echo "make test      all tests: pytest, and the C++ tests by CTest"
+	@echo "make sanitize  the C++ tests with the address and undefined behaviour sanitizers"
+	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
 	@echo "make bench     measure (python -m bench)"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
@@ -40,6 +42,20 @@ test-cpp: $(VENV)/.dev
 	@$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(MAX_JOBS) -- --quiet
 	@echo "==> Running the C++ tests"
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+# What needs a result of undefined memory, or one element too many, to be wrong.
+sanitize: $(VENV)/.dev
+	@$(BIN)/cmake -S . -B $(CMAKE_BUILD)-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DLOFTQ_SANITIZE=ON -DLOFTQ_CUDA=OFF > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
+	@$(BIN)/cmake --build $(CMAKE_BUILD)-sanitize --parallel $(MAX_JOBS) -- --quiet
+	@$(BIN)/ctest --test-dir $(CMAKE_BUILD)-sanitize --output-on-failure
+
+# valgrind has no AVX-512; what the other instruction sets share with the scalar one is most of the kernels.
+memcheck: test-cpp
+	@for test in pack half quantize linear; do \
+		echo "==> valgrind $${test}_test"; \
+		LOFTQ_CPU_ISA=scalar valgrind --quiet --error-exitcode=1 $(CMAKE_BUILD)/csrc/tests/$${test}_test || exit 1; \
+	done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
