@@ -36,46 +36,51 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def speed(size: int, name: str = "nf4", rank: int = 64, num_iter: int = 5) -> dict:
-    """Seconds for one matrix: ours (median of 5), PEFT's loop (one alternation, multiplied), the svd_lowrank loop."""
+    """Seconds for one matrix, in turns, medians of 5: ours, one alternation of PEFT's loop, the svd_lowrank loop."""
     weight = matrix("gaussian", size, size)
-    ours = harness.interleaved({"ours": lambda: lk.loftq_init(weight, name, rank, num_iter)}, repeats=5)["ours"]
-    init = lk.loftq_init(weight, name, rank, num_iter)
-    low_rank_seconds, low_rank_error = _peer_loop(weight, rank, num_iter, _svd_lowrank)
-    full_seconds, _ = _peer_loop(weight, rank, 1, _full_svd)
+    seconds = harness.interleaved(
+        {
+            "ours": lambda: lk.loftq_init(weight, name, rank, num_iter),
+            "PEFT-style loop, one alternation": lambda: _peer_loop(weight, rank, 1, _full_svd),
+            "svd_lowrank loop": lambda: _peer_loop(weight, rank, num_iter, _svd_lowrank),
+        },
+        repeats=5,
+    )
+    ours, peft = seconds["ours"], seconds["PEFT-style loop, one alternation"] * num_iter
+    floor = _floor(size, rank, num_iter)
     result = {
         "shape": [size, size],
         "format": name,
         "rank": rank,
         "num_iter": num_iter,
         "seconds": ours,
-        "error": init.error,
-        "PEFT-style loop, seconds (one alternation x num_iter)": full_seconds * num_iter,
-        "svd_lowrank loop, seconds": low_rank_seconds,
-        "svd_lowrank loop, error": low_rank_error,
-        "times faster than PEFT's": full_seconds * num_iter / ours,
-        "times faster than svd_lowrank's": low_rank_seconds / ours,
+        "error": lk.loftq_init(weight, name, rank, num_iter).error,
+        "PEFT-style loop, seconds (one alternation x num_iter)": peft,
+        "svd_lowrank loop, seconds": seconds["svd_lowrank loop"],
+        "svd_lowrank loop, error": _peer_loop(weight, rank, num_iter, _svd_lowrank),
+        "times faster than PEFT's": peft / ours,
+        "times faster than svd_lowrank's": seconds["svd_lowrank loop"] / ours,
         "where the time goes": _profile(weight, name, rank, num_iter),
-        "floor": _floor(size, rank, num_iter),
+        "floor": floor,
+        "times the floor": ours / (floor["seconds by FLOPs"] + floor["seconds by bytes"]),
     }
     print(json.dumps(result, indent=1))
     return result
 
 
-def _peer_loop(weight: Tensor, rank: int, num_iter: int, factorize) -> tuple[float, float]:
-    """LoftQ as PEFT runs it, on bitsandbytes' NF4 quantizer. Seconds and final relative error."""
+def _peer_loop(weight: Tensor, rank: int, num_iter: int, factorize) -> float:
+    """LoftQ as PEFT runs it, on bitsandbytes' NF4 quantizer. The final relative error."""
     from bitsandbytes import functional
 
     def rounded(values: Tensor) -> Tensor:
         return functional.dequantize_4bit(*functional.quantize_4bit(values, quant_type="nf4", blocksize=64))
 
-    started = time.perf_counter()
     target = weight.clone()
     for _ in range(num_iter):
         dense = rounded(target)
         left, right = factorize(weight - dense, rank)
         target = weight - left @ right
-    seconds = time.perf_counter() - started
-    return seconds, ((weight - dense - left @ right).norm() / weight.norm()).item()
+    return ((weight - dense - left @ right).norm() / weight.norm()).item()
 
 
 def _full_svd(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ import torch
 from loftq_kernels import packing
 from loftq_kernels.formats import get_format
 from loftq_kernels.initializers.loftq import check_schedule
-from loftq_kernels.initializers.low_rank import resolve_mode
 from loftq_kernels.initializers.registry import initializer_names
 from loftq_kernels.ops.checks import check_scale_options
 
@@ -86,8 +85,7 @@ class QuantConfig:
         adapter_scaling(self.rank or 1, self.lora_alpha, self.use_rslora)
         if self.init not in initializer_names():
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
-        resolve_mode(self.svd, 1, 1)
-        check_schedule(self.num_iter, self.order, self.seed)
+        check_schedule(self.num_iter, self.order, self.svd, self.seed)
         check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import re
+import signal
+import threading
 
 import bitsandbytes.functional as bnb
 import oracle
@@ -18,18 +22,22 @@ RANKS = [8, 16, 64]
 SOLVERS = ["exact", "fast"]
 
 
-@pytest.fixture(autouse=True, params=BACKENDS)
-def driver(request, monkeypatch) -> str:
-    """Every test runs with the driver in plain torch and, where it is built, with the compiled one."""
+DRIVERS = [(backend, "cpu") for backend in BACKENDS] + [pytest.param((None, "cuda"), marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True, params=DRIVERS, ids=str)
+def driver(request, monkeypatch) -> str | None:
+    """Every test runs with the driver in plain torch, where it is built with the compiled one, and that on a GPU."""
+    backend, device = request.param
     for name in ("loftq_init", "loftq_init_batch"):
-        monkeypatch.setattr(lk, name, functools.partial(getattr(lk, name), backend=request.param))
-    return request.param
+        monkeypatch.setattr(lk, name, functools.partial(getattr(lk, name), backend=backend, device=device))
+    return backend
 
 
 def assert_solvers_agree(exact: lk.AdapterInit, fast: lk.AdapterInit) -> None:
-    """After one alternation and at the end, within 0.3% of each other (the fast one may be lucky, too)."""
-    assert fast.errors[0] <= 1.003 * exact.errors[0]
-    assert fast.error <= 1.003 * exact.error
+    """After one alternation and at the end, within 0.2% of each other (the fast one may be lucky, too)."""
+    assert fast.errors[0] <= 1.002 * exact.errors[0]
+    assert fast.error <= 1.002 * exact.error
     # At T = 1 nothing beats the truncated SVD. Errors on the way are estimates where the operands are bfloat16.
     assert exact.errors[0] <= fast.errors[0] * (1 + 1e-4)
 
@@ -379,9 +387,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"num_iter={num_iter!r}"):
             lk.loftq_init(gaussian(64, 96), "nf4", 8, num_iter)
 
-    @pytest.mark.parametrize("scaling", [0, -1.0, math.inf, math.nan, "1"])
+    @pytest.mark.parametrize("scaling", [0, -1.0, math.inf, math.nan, "1", 1e-300, 1e300])
     def test_scaling(self, scaling):
-        with pytest.raises(ValueError, match=f"scaling={scaling!r}"):
+        with pytest.raises(ValueError, match=re.escape(f"scaling={scaling!r}")):
             lk.loftq_init(gaussian(64, 96), scaling=scaling)
 
     @pytest.mark.parametrize(
@@ -392,11 +400,22 @@ class TestBadInput:
             ({"format": "nf7"}, "unknown format 'nf7'"),
             ({"group_size": 48}, "group_size=48"),
             ({"scale_dtype": torch.int8}, "scale_dtype=torch.int8"),
+            ({"seed": 2**70}, "seed=1180591620717411303424 is outside"),
         ],
     )
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             lk.loftq_init(gaussian(64, 96), **options)
+
+    @pytest.mark.parametrize("options", [{"svd": "gesdd"}, {"format": "nf7"}, {"scaling": 0}, {"num_iter": 0}], ids=str)
+    def test_options_of_an_empty_batch(self, options):
+        with pytest.raises(ValueError):
+            lk.loftq_init_batch([], **options)
+
+    @pytest.mark.parametrize("magnitude", [1e-36, 1e-44])
+    def test_magnitudes_without_scales(self, magnitude):
+        with pytest.raises(ValueError, match="too small for float32 scales"):
+            lk.loftq_init(gaussian(64, 96) * magnitude, scale_dtype=torch.float32)
 
     @pytest.mark.parametrize("order", loftq.ORDERS)
     @pytest.mark.parametrize("svd", SOLVERS)
@@ -421,6 +440,20 @@ class TestBadInput:
     def test_scales_that_do_not_fit(self):
         with pytest.raises(ValueError, match="float16.*scale_dtype=torch.float32"):
             lk.loftq_init(gaussian(64, 96) * 1e6)
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+def test_interrupt(svd):
+    """Ctrl-C ends it between alternations, of which these would take minutes; what comes after works."""
+    weight = gaussian(192, 160)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lk.loftq_init(weight, "nf2", 8, 100_000, svd=svd)
+    finally:
+        timer.cancel()
+    assert math.isfinite(lk.loftq_init(weight, "nf2", 8, 2, svd=svd).error)
 
 
 def steep_matrices() -> dict[str, torch.Tensor]:

@@ -117,5 +117,3 @@ def test_mode():
     assert low_rank.resolve_mode("fast", 8, 8) == "fast"
     assert low_rank.resolve_mode("auto", 16, 4096) == "fast"
     assert low_rank.resolve_mode("auto", 64, 128) == "exact"
-    with pytest.raises(ValueError, match="svd='full'"):
-        low_rank.resolve_mode("full", 1, 10)

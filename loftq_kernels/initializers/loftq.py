@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from loftq_kernels.ops import checks, extension
 from loftq_kernels.ops.functional import check_finite, check_finite_scales, kernel_dtype, select_backend
 
 ORDERS = ("quantize_first", "svd_first")
+SMALLEST = 2.0**-116  # of a weight: below it the scales of 8-bit integers, 1/255 of the range, lose digits in float32
 _WORKSPACE_COPIES = 8  # of a matrix in float32: what the exact solver holds at most beside a square weight
 
 
@@ -47,10 +47,10 @@ def loftq_init(
         rank: 1 .. min(N, K).
         num_iter: alternations T >= 1; T = 1 is the SVD of the plain quantization residual.
         scaling: what the module multiplies lora_B @ lora_A by, lora_alpha / r; > 0.
-        svd: "exact" (float64 Gram matrix and eigh), "fast" (block Krylov, then warm-started; final error within 0.3%
-            of exact on every matrix of the test suite) or "auto" (fast unless the matrix is small).
+        svd: "exact" (float64 Gram matrix and eigh), "fast" (block Krylov, then warm-started) or "auto": fast unless the
+            matrix is small. docs/initializer.md says how far the final error of "fast" lies from that of "exact".
         order: "quantize_first" as above, or "svd_first", which takes the SVD of W - Q_{t-1} first (Q_0 = 0).
-        seed: of the random start of "fast"; the same seed gives the same result.
+        seed: of the random start of "fast", -2^63 .. 2^64 - 1; the same seed gives the same result.
         device: where to compute; the result is on the device of weight.
         backend: "reference" forces the driver in plain torch; None takes the compiled one where there is one.
 
@@ -99,18 +99,21 @@ def loftq_init_batch(
     """
     weights = list(weights)
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
+    quantizer = get_format(format)
+    check_scaling(scaling)
+    check_schedule(num_iter, order, svd, seed)
+    _check_batch(weights, names, rank)
     if not weights:
         return []
-    _check_batch(weights, names, rank, num_iter, scaling, order, seed)
     rows, columns = weights[0].shape
     options = LoftQOptions(
-        format=get_format(format),
+        format=quantizer,
         rank=rank,
         num_iter=num_iter,
         group_size=group_size,
         scaling=float(scaling),
         mode=low_rank.resolve_mode(svd, rank, min(rows, columns)),
-        warm_steps=low_rank.warm_steps(min(rows, columns), get_format(format).bits),
+        warm_steps=low_rank.warm_steps(min(rows, columns), quantizer.bits),
         order=order,
         scale_dtype=scale_dtype,
         scale_search=scale_search,
@@ -156,6 +159,8 @@ def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend
     """
     for name, weight in zip(names, weights, strict=True):
         largest = check_finite(weight, name)
+        if 0 < largest < SMALLEST:
+            raise ValueError(f"{name} has magnitude {largest:.4g}, too small for float32 scales; rescale the weight")
         if largest > 0 and torch.tensor(largest, device="cpu").to(options.scale_dtype) == 0:
             raise ValueError(
                 f"{name} has magnitude {largest:.4g}: its scales do not fit {options.scale_dtype}; "
@@ -206,17 +211,15 @@ def _run_compiled(weights: list[Tensor], options: LoftQOptions) -> list[AdapterI
 
 
 def _operand_dtype(device: torch.device, options: LoftQOptions) -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it, float32 elsewhere. Rounding the residual to bfloat16 changes the final
-    error no more than another random start does (bench/bench_init.py)."""
+    """Bfloat16 where the hardware multiplies it, float32 elsewhere: rounding a flat residual to it adds noise far below
+    its smallest singular value; for steep ones the driver falls back on the exact solver."""
     if options.mode == "exact" or options.order == "svd_first":  # there the low-rank term is most of the weight
         return torch.float32
     native = device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
 
 
-def _check_batch(
-    weights: list[Tensor], names: list[str], rank: int, num_iter: int, scaling: float, order: str, seed: int
-) -> None:
+def _check_batch(weights: list[Tensor], names: list[str], rank: int) -> None:
     if len(names) != len(weights):
         raise ValueError(f"{len(names)} names for {len(weights)} weights")
     for name, weight in zip(names, weights, strict=True):
@@ -225,20 +228,24 @@ def _check_batch(
             mine, first = getattr(weight, what), getattr(weights[0], what)
             if mine != first:
                 raise ValueError(f"a batch must agree in {what}: {name} has {mine}, {names[0]} has {first}")
-    checks.check_rank(rank, *weights[0].shape)
-    check_scaling(scaling)
-    check_schedule(num_iter, order, seed)
+    if weights:
+        checks.check_rank(rank, *weights[0].shape)
 
 
 def check_scaling(scaling: float) -> None:
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not (0 < scaling < math.inf):
-        raise ValueError(f"scaling={scaling!r} must be a finite number > 0")
+    """Its root divides float32 factors."""
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not (1e-30 <= scaling <= 1e30):
+        raise ValueError(f"scaling={scaling!r} must be a number in 1e-30 .. 1e30")
 
 
-def check_schedule(num_iter: int, order: str, seed: int) -> None:
+def check_schedule(num_iter: int, order: str, svd: str, seed: int) -> None:
     if isinstance(num_iter, bool) or not isinstance(num_iter, int) or num_iter < 1:
         raise ValueError(f"num_iter={num_iter!r} must be an integer >= 1")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:  # what torch.Generator takes
+        raise ValueError(f"seed={seed} is outside -2^63 .. 2^64 - 1")
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not one of {ORDERS}")
+    if svd not in low_rank.SVD_MODES:
+        raise ValueError(f"svd={svd!r} is not one of {low_rank.SVD_MODES}")
