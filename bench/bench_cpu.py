@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import loftq_kernels as lk
-from bench import harness
+from bench import ggml, harness
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 ROTATED_BYTES = 300 << 20
 GROUP = 64
-QUANTIZED_PEERS = ("bitsandbytes nf4", "aten int4pack")
+QUANTIZED_PEERS = ("bitsandbytes nf4", "aten int4pack", *(f"llama.cpp {name}" for name in ggml.TYPES))
 DENSE_PEERS = ("bf16 linear", "fp32 linear")
 
 
@@ -79,11 +79,9 @@ def contenders(shape: tuple[int, int], rotated: int) -> dict[str, Product]:
         "bf16 linear": dense_contender(shape, torch.bfloat16, rotated),
         "fp32 linear": dense_contender(shape, torch.float32, rotated),
     }
+    if ggml.available():
+        peers |= {f"llama.cpp {name}": ggml.contender(name, shape, rotated) for name in ggml.TYPES}
     return ours | peers
-
-
-def _copies(nbytes: int, rotated: int) -> range:
-    return range(max(2, -(-rotated // nbytes)))
 
 
 def random_packed(name: str, shape: tuple[int, int]) -> lk.PackedTensor:
@@ -107,13 +105,13 @@ def packed_contender(name: str, shape: tuple[int, int], rotated: int, rank: int 
         return None if rank is None else torch.randn(size).to(torch.bfloat16)
 
     first = random_packed(name, shape)
-    weights = [first] + [random_packed(name, shape) for _ in _copies(first.nbytes, rotated)][1:]
+    weights = [first] + [random_packed(name, shape) for _ in harness.copies(first.nbytes, rotated)][1:]
     layers = cycle([(packed, adapter(rank, columns), adapter(rows, rank)) for packed in weights])
     return lambda x: lk.qlora_linear(x, *next(layers))
 
 
 def dense_contender(shape: tuple[int, int], dtype: torch.dtype, rotated: int) -> Product:
-    weights = cycle([torch.randn(shape).to(dtype) for _ in _copies(shape[0] * shape[1] * dtype.itemsize, rotated)])
+    weights = cycle([torch.randn(shape).to(dtype) for _ in harness.copies(shape[0] * shape[1] * dtype.itemsize, rotated)])
     return lambda x: linear(x.to(dtype), next(weights))
 
 
@@ -128,7 +126,7 @@ def bitsandbytes_contender(shape: tuple[int, int], rotated: int) -> Product:
         made(torch.zeros(1, columns, dtype=torch.bfloat16))
         return made
 
-    layers = cycle([layer() for _ in _copies(rows * columns // 2, rotated)])
+    layers = cycle([layer() for _ in harness.copies(rows * columns // 2, rotated)])
     return lambda x: next(layers)(x)
 
 
@@ -140,7 +138,7 @@ def int4pack_contender(shape: tuple[int, int], rotated: int) -> Product:
         scale_and_zero = torch.rand(columns // GROUP, rows, 2).to(torch.bfloat16)
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scale_and_zero
 
-    weights = cycle([weight() for _ in _copies(rows * columns // 2, rotated)])
+    weights = cycle([weight() for _ in harness.copies(rows * columns // 2, rotated)])
 
     def product(x: Tensor) -> Tensor:
         codes, scale_and_zero = next(weights)
@@ -169,8 +167,8 @@ def products(
 def backward(shape: tuple[int, int], rows: tuple[int, ...], rotated: int) -> list[dict]:
     """grad_x = grad_y W through the packed weight, a dense bf16 weight, and one dequantized at every call."""
     packed = random_packed("nf4", shape)
-    weights = cycle([packed] + [random_packed("nf4", shape) for _ in _copies(packed.nbytes, rotated)][1:])
-    dense = cycle([torch.randn(shape).to(torch.bfloat16) for _ in _copies(2 * shape[0] * shape[1], rotated)])
+    weights = cycle([packed] + [random_packed("nf4", shape) for _ in harness.copies(packed.nbytes, rotated)][1:])
+    dense = cycle([torch.randn(shape).to(torch.bfloat16) for _ in harness.copies(2 * shape[0] * shape[1], rotated)])
     op = torch.ops.loftq_kernels.qlora_linear_grad_input
 
     def ours(grad: Tensor) -> Tensor:
@@ -227,7 +225,9 @@ def targets(results: dict, bandwidth: float) -> list[dict]:
 
     for row in results["milliseconds"]:
         m, nf4 = row["M"], row["nf4"]
-        dense, quantized = (min(row[name] for name in names) for names in (DENSE_PEERS, QUANTIZED_PEERS))
+        dense, quantized = (
+            min(row[name] for name in names if name in row) for names in (DENSE_PEERS, QUANTIZED_PEERS)
+        )
         size = [int(n) for n in row["N x K"].split("x")]
         if m == 1:
             seconds = size[0] * size[1] * (0.5 + 2 / GROUP) / bandwidth

@@ -31,6 +31,11 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     return {name: median(values) for name, values in seconds.items()}
 
 
+def copies(nbytes: int, rotated: int) -> range:
+    """One index for each of the weights of nbytes that together exceed the caches: at least `rotated` bytes."""
+    return range(max(2, -(-rotated // nbytes)))
+
+
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
     """Bytes a second that this process reads from memory with all threads: a sum over a buffer beyond the caches."""
     buffer = torch.ones(megabytes << 18, dtype=torch.int32)
