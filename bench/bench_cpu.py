@@ -111,7 +111,9 @@ def packed_contender(name: str, shape: tuple[int, int], rotated: int, rank: int 
 
 
 def dense_contender(shape: tuple[int, int], dtype: torch.dtype, rotated: int) -> Product:
-    weights = cycle([torch.randn(shape).to(dtype) for _ in harness.copies(shape[0] * shape[1] * dtype.itemsize, rotated)])
+    weights = cycle(
+        [torch.randn(shape).to(dtype) for _ in harness.copies(shape[0] * shape[1] * dtype.itemsize, rotated)]
+    )
     return lambda x: linear(x.to(dtype), next(weights))
 
 
@@ -225,9 +227,7 @@ def targets(results: dict, bandwidth: float) -> list[dict]:
 
     for row in results["milliseconds"]:
         m, nf4 = row["M"], row["nf4"]
-        dense, quantized = (
-            min(row[name] for name in names if name in row) for names in (DENSE_PEERS, QUANTIZED_PEERS)
-        )
+        dense, quantized = (min(row[name] for name in names if name in row) for names in (DENSE_PEERS, QUANTIZED_PEERS))
         size = [int(n) for n in row["N x K"].split("x")]
         if m == 1:
             seconds = size[0] * size[1] * (0.5 + 2 / GROUP) / bandwidth

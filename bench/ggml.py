@@ -49,6 +49,7 @@ _SIGNATURES = {
     "ggml_get_data": (c_void_p, [c_void_p]),
     "ggml_graph_plan": (_Plan, [c_void_p, c_int, c_void_p]),
     "ggml_graph_compute": (c_int, [c_void_p, POINTER(_Plan)]),
+    "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_cpu_init": (None, []),
     "ggml_backend_cpu_reg": (c_void_p, []),
     "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
@@ -59,6 +60,9 @@ _SIGNATURES = {
     "ggml_backend_tensor_alloc": (c_int, [c_void_p, c_void_p, c_void_p]),
     "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
 }
+
+
+_SILENCE = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)(lambda *_: None)
 
 
 def available() -> bool:
@@ -75,6 +79,7 @@ def _library() -> dict[str, Callable]:
         function = getattr(parts[0], name, None) or getattr(parts[1], name)
         function.restype, function.argtypes = result, arguments
         functions[name] = function
+    functions["ggml_log_set"](_SILENCE, None)
     functions["ggml_cpu_init"]()
     return functions
 

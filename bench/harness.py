@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,12 +20,16 @@ from loftq_kernels.ops import extension
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant, taking turns, so that a slow minute of the machine hits all alike."""
+    """Median seconds of each variant. They take turns, so that a slow minute of the machine hits all alike, in another
+    order each time: what ran before (how it left caches and threads) may cost the next one half of its time."""
     for run in variants.values():
         run()  # first calls load libraries, allocate and compile
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    shuffle = random.Random(0).shuffle
+    order = list(variants.items())
     for _ in range(repeats):
-        for name, run in variants.items():
+        shuffle(order)
+        for name, run in order:
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
