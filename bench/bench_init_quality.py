@@ -21,8 +21,9 @@ LIMIT = 1.002  # of the exact solver's final error
 
 
 def run(output: Path, *, quick: bool) -> None:
-    """Every case once with T = 5 (the errors at T = 1 are the first of those). The exact solver takes minutes a case on
-    the large shapes, hours in all: rows are written as they come, and its errors are taken from the file if there."""
+    """Every case, T = 1 and T = 5. The exact solver takes minutes a case on the large shapes, hours in all: rows are
+    written as they come, and its errors are taken from the file where an earlier run has left them; those are not known
+    yet come last."""
     path = output / ("init_quality_quick.json" if quick else "init_quality.json")
     rows = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
     done: list[dict] = []
@@ -101,8 +102,8 @@ def compare(case: dict, weight: Tensor, known: dict) -> dict:
         if svd == "exact" and all(column in known for column in columns):
             row |= {column: known[column] for column in columns}
         else:
-            init = lk.loftq_init(weight, name, rank, 5, svd=svd, order=order)
-            row |= dict(zip(columns, (init.errors[0], init.error), strict=True))
+            one, five = (lk.loftq_init(weight, name, rank, num_iter, svd=svd, order=order) for num_iter in (1, 5))
+            row |= dict(zip(columns, (one.error, five.error), strict=True))
     for svd, steps in itertools.product(("auto", "fast"), ("T=1", "T=5")):
         row[f"{svd} / exact at {steps}"] = row[f"{svd} {steps}"] / row[f"exact {steps}"]
     return row

@@ -78,6 +78,7 @@ class Alternation {
     residual_ = at::zeros({count, n, k}, weights[0].options().dtype(options.operand_dtype));
     current_.resize(weights.size());
     best_.resize(weights.size());
+    frozen_.resize(weights.size());
     std::vector<at::Tensor> largest, norm2;
     for (const at::Tensor& weight : weights) {
       const auto [low, high] = at::aminmax(weight);
@@ -88,13 +89,13 @@ class Alternation {
     for (const double value : host_values(norm2)) norm_.push_back(std::sqrt(value));
   }
 
-  // One alternation; false when scales do not fit their dtype, so that there is nothing to go on with.
+  // One alternation; false when nothing is left to go on with.
   bool step() {
     if (options_.svd_first) return step_svd_first();
     if (space_.basis.defined()) write_low_rank(residual_);
     if (!quantize()) return false;
     solve();
-    const at::Tensor captured = space_.image.square().sum({1, 2}, false, at::kDouble).cpu();
+    const at::Tensor captured = captured_energy().cpu();
     for (size_t i = 0; i < weights_.size(); ++i) {
       const double unit = unit_[i];
       keep_if_best(i, current_[i].norm2 - captured[i].item<double>() * unit * unit);
@@ -120,13 +121,23 @@ class Alternation {
     }
     if (done.empty()) return results;
     const Factors factors = balanced_factors({stacked(bases), stacked(images)});  // eigenproblems all together
-    std::vector<at::Tensor> norm2;
+    std::vector<at::Tensor> rest, flaws, outside, inside;
+    const bool probed = !options_.exact && !options_.svd_first;
     for (size_t j = 0; j < done.size(); ++j) {
       const at::Tensor left = factors.left[static_cast<int64_t>(j)], right = factors.right[static_cast<int64_t>(j)];
-      norm2.push_back(finish(done[j], left, right, residuals[j], results[done[j]]));
+      rest.push_back(finish(done[j], left, right, residuals[j], results[done[j]]));
+      flaws.push_back(flaw_.defined() ? flaw_[static_cast<int64_t>(done[j])] : at::zeros({}, left.options()));
+      outside.push_back(probed ? largest_singular2(residuals[j]) : rest.back());
+      inside.push_back(squared_norm(left.narrow(1, left.size(1) - 1, 1)));  // a column of U sqrt(S)
     }
-    const std::vector<double> remaining2 = host_values(norm2);
-    for (size_t j = 0; j < done.size(); ++j) set_error(done[j], std::sqrt(remaining2[j]), results[done[j]]);
+    const std::vector<double> rest2 = host_values(rest), flaw = host_values(flaws);
+    const std::vector<double> largest2 = host_values(outside), smallest = host_values(inside);
+    for (size_t j = 0; j < done.size(); ++j) {
+      LoftQResult& result = results[done[j]];
+      set_error(done[j], std::sqrt(rest2[j]), result);
+      result.sound = options_.exact || flaw[j] < kMostFlaw;
+      if (probed) result.sound = result.sound && is_sound(done[j], rest2[j], largest2[j], smallest[j]);
+    }
     return results;
   }
 
@@ -143,13 +154,13 @@ class Alternation {
     if (!space_.basis.defined()) {
       for (size_t i = 0; i < weights_.size(); ++i) residual_[i].copy_(weights_[i]).div_(unit_[i]);
     }
+    const bool first = !warm_.defined();
     solve();
-    at::Tensor low_rank = at::empty_like(residual_);
-    write_low_rank(low_rank);
-    residual_.copy_(low_rank);
+    if (first && !options_.exact) note_steep_weights();
+    write_low_rank(residual_);
     if (!quantize()) return false;
     std::vector<at::Tensor> norm2;
-    for (size_t i = 0; i < weights_.size(); ++i) norm2.push_back(squared_norm(residual_[i] - low_rank[i]));
+    for (size_t i = 0; i < weights_.size(); ++i) norm2.push_back(remaining_norm2(static_cast<int64_t>(i)));
     const std::vector<double> remaining2 = host_values(norm2);
     for (size_t i = 0; i < weights_.size(); ++i) keep_if_best(i, remaining2[i] * unit_[i] * unit_[i]);
     return true;
@@ -165,14 +176,46 @@ class Alternation {
           quantize_residual(weights_[i], residual, codebook_, options_);
       if (unit_[i] != 1.0) residual.div_(unit_[i]);
     }
-    bool finite = true;
     const std::vector<double> values = host_values(norm2);
     for (size_t i = 0; i < weights_.size(); ++i) {
       current_[i].norm2 = values[i];
-      finite = finite && std::isfinite(values[i]);
+      if (!std::isfinite(values[i])) freeze(i);
     }
-    for (size_t i = 0; i < weights_.size() && !finite; ++i) keep_if_best(i, std::numeric_limits<double>::infinity());
-    return finite;
+    return !std::all_of(frozen_.begin(), frozen_.end(), [](bool frozen) { return frozen; });
+  }
+
+  // Scales of this matrix did not fit their dtype: it stays at its best iterate, and its neighbours go on.
+  void freeze(size_t i) {
+    if (!best_[i].codes.defined()) keep_if_best(i, std::numeric_limits<double>::infinity());
+    frozen_[i] = true;
+    residual_[static_cast<int64_t>(i)].zero_();
+  }
+
+  // ||E V||^2 of every matrix, in squares of its unit
+  at::Tensor captured_energy() const { return space_.image.square().sum({1, 2}, false, at::kDouble); }
+
+  // Where hardly anything of W is left beside its low-rank part, that part needs more digits than the fast solver has.
+  void note_steep_weights() {
+    std::vector<double> whole2;
+    for (size_t i = 0; i < weights_.size(); ++i) whole2.push_back(std::pow(norm_[i] / unit_[i], 2));
+    const at::Tensor whole = at::tensor(whole2, at::kDouble).to(residual_.device());
+    note_flaw(captured_energy().ge(whole * (1 - kSteep * kSteep)).logical_and(whole.gt(0)).to(at::kFloat));
+  }
+
+  void note_flaw(const at::Tensor& flaw) { flaw_ = flaw_.defined() ? at::maximum(flaw_, flaw) : flaw; }
+
+  // ||E - E' V V^T||^2 for the residual E after, and E' before this quantization; by blocks of rows, for the memory.
+  at::Tensor remaining_norm2(int64_t i) const {
+    constexpr int64_t kRows = 256;
+    const at::Tensor rows = wide_ ? space_.basis[i] : space_.image[i],
+                     columns = wide_ ? space_.image[i] : space_.basis[i];
+    at::Tensor total = at::zeros({}, rows.options().dtype(at::kDouble));
+    for (int64_t row = 0; row < rows.size(0); row += kRows) {
+      const int64_t count = std::min(kRows, rows.size(0) - row);
+      const at::Tensor low_rank = at::mm(rows.narrow(0, row, count), columns.mT());
+      total += (residual_[i].narrow(0, row, count) - low_rank).to(at::kDouble).square().sum();
+    }
+    return total;
   }
 
   void solve() {
@@ -186,6 +229,8 @@ class Alternation {
     const int64_t most = matrix.size(2) / start.size(2) - 1;
     const Space space = krylov_space(matrix, start, std::min(cold ? options_.cold_steps : options_.warm_steps, most));
     warm_ = space.basis;
+    const at::Tensor gram = batched_product(warm_.mT(), warm_), identity = at::eye(gram.size(2), gram.options());
+    note_flaw((gram * (gram - identity)).abs().amax({1, 2}));  // columns may be zero
     space_ = {space.basis.narrow(2, 0, options_.rank), space.image.narrow(2, 0, options_.rank)};
   }
 
@@ -202,6 +247,7 @@ class Alternation {
   }
 
   void keep_if_best(size_t i, double remaining2) {
+    if (frozen_[i]) return;
     const double error = norm_[i] > 0 ? std::sqrt(std::max(remaining2, 0.0)) / norm_[i] : 0.0;
     Iterate& best = best_[i];
     best.errors.push_back(error);
@@ -238,25 +284,23 @@ class Alternation {
     result.lora_A = columns.mT().mul(root).contiguous();
     result.lora_B = rows.mul(root).contiguous();
     residual.addmm_(rows, columns.mT(), 1, -1);
-    const at::Tensor rest = squared_norm(residual);
-    result.sound = options_.exact || options_.svd_first || is_sound(i, left, residual, rest);
-    return rest;
+    return squared_norm(residual);
+  }
+
+  // A lower bound of the largest squared singular value of R: (||R R^T g|| / ||R^T g||)^2 for a random g, and a close
+  // one where a single direction stands out, as where E is of low rank and the Krylov blocks are mostly rounding noise.
+  at::Tensor largest_singular2(const at::Tensor& residual) const {
+    const at::Tensor rest = tall(residual), once = at::mm(rest.mT(), start_.narrow(1, 0, 1));
+    return squared_norm(at::mm(rest, once)) / squared_norm(once).clamp_min(1e-300);
   }
 
   // Whether R = E - E V V^T lacks what V should hold: its norm may not exceed that of E, nor its largest singular value
-  // the smallest one that V holds. ||R R^T g|| / ||R^T g|| for a random g is a lower bound of the former, and a close
-  // one where a single direction stands out, as where E is of low rank and the Krylov blocks are mostly rounding noise.
-  // Where V holds nearly all of E, a low-rank term rounded to bfloat16 is no longer harmless either.
-  bool is_sound(size_t i, const at::Tensor& left, const at::Tensor& residual, const at::Tensor& rest) const {
+  // the smallest one that V holds. Where V holds nearly all of E, a low-rank term rounded to bfloat16 is no longer
+  // harmless either.
+  bool is_sound(size_t i, double rest2, double largest2, double smallest) const {
     const double whole = best_[i].norm2 / unit_[i] / unit_[i];
-    const at::Tensor tall_rest = tall(residual);
-    const at::Tensor once = at::mm(tall_rest.mT(), start_.narrow(1, 0, 1));
-    const std::vector<double> norms2 = host_values({rest, squared_norm(once), squared_norm(at::mm(tall_rest, once)),
-                                                    squared_norm(left.narrow(1, left.size(1) - 1, 1))});
-    const double largest = std::sqrt(norms2[2] / std::max(norms2[1], 1e-300));
-    const bool steep = norms2[0] < 0.05 * 0.05 * whole;
-    if (steep && options_.operand_dtype != at::kFloat) return false;
-    return norms2[0] <= whole * (1 + 1e-4) && largest <= 1.5 * norms2[3] + 1e-6 * std::sqrt(whole);
+    if (rest2 < kSteep * kSteep * whole && options_.operand_dtype != at::kFloat) return false;
+    return rest2 <= whole * (1 + 1e-4) && std::sqrt(largest2) <= 1.5 * smallest + 1e-6 * std::sqrt(whole);
   }
 
   void set_error(size_t i, double remaining, LoftQResult& result) const {
@@ -267,6 +311,9 @@ class Alternation {
     for (double& error : result.errors) error = std::max(error, result.error);
   }
 
+  static constexpr double kSteep = 0.05;     // of the norm: what may be left before a matrix counts as steep
+  static constexpr double kMostFlaw = 1e-3;  // rounding leaves some 1e-6
+
   const std::vector<at::Tensor>& weights_;
   const at::Tensor& codebook_;
   const at::Tensor& start_;
@@ -275,7 +322,9 @@ class Alternation {
   at::Tensor residual_;  // [B, N, K] in the operand dtype; receives the low-rank term before each quantization
   at::Tensor warm_;      // [B, s, w]: the last Ritz vectors, the surplus ones included
   Space space_;          // their first r
+  at::Tensor flaw_;      // [B]: how far the fast solver's columns were from orthonormal or zero; 1: do not trust it
   std::vector<double> unit_, norm_;
+  std::vector<bool> frozen_;  // matrices that are done: scales of a later iterate did not fit their dtype
   std::vector<Iterate> current_, best_;
 };
 

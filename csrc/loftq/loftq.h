@@ -6,7 +6,8 @@
 // ||E - E V V^T||^2 = ||E||^2 - ||E V||^2, so an adapter never makes the error worse than none. The best iterate is
 // kept. Memory a matrix, beside the weight: one residual in the operand dtype, which also receives the low-rank term
 // (at the end, one in float32 instead), and the codes and factors of the best and the current iterate; nothing of size
-// N x K x 2^bits. The host waits for the device a number of times that does not grow with the batch.
+// N x K x 2^bits. The host waits for the device a number of times that does not grow with the batch, as long as the
+// fast solver can be trusted: matrices for which it cannot (see `sound`) go through the exact one, one by one.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -41,8 +42,8 @@ struct LoftQResult {
 };
 
 // weights: B of [N, K] on one device. start: [longer side, w] Gaussian, for the fast solver. poll is called after every
-// alternation and may throw to interrupt. A scale that does not fit scale_dtype ends the alternation of the whole
-// batch; it shows as a non-finite scale in the result.
+// alternation and may throw to interrupt. Where a scale does not fit scale_dtype, that matrix stays at the best of its
+// iterates before; if there is none, it shows as a non-finite scale in the result.
 std::vector<LoftQResult> loftq_batch(const std::vector<at::Tensor>& weights, const at::Tensor& codebook,
                                      const at::Tensor& start, const LoftQOptions& options,
                                      const std::function<void()>& poll);

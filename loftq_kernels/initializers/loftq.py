@@ -167,7 +167,8 @@ def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend
                 "use scale_dtype=torch.float32"
             )
     compiled = select_backend(backend, weights[0].device) != "reference"
-    # Whatever modes the caller is in: products run in the dtypes chosen here, and the results can be trained.
+    # Neither autocast nor inference mode of the caller reaches in: products run in the dtypes chosen here (float32 ones
+    # as precisely as torch.set_float32_matmul_precision says), and the results can be trained.
     with torch.autocast(weights[0].device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         inits = _run_compiled(weights, options) if compiled else loftq_reference.run(weights, options)
     for name, weight, init in zip(names, weights, inits, strict=True):
@@ -239,8 +240,8 @@ def check_scaling(scaling: float) -> None:
 
 
 def check_schedule(num_iter: int, order: str, svd: str, seed: int) -> None:
-    if isinstance(num_iter, bool) or not isinstance(num_iter, int) or num_iter < 1:
-        raise ValueError(f"num_iter={num_iter!r} must be an integer >= 1")
+    if isinstance(num_iter, bool) or not isinstance(num_iter, int) or not 1 <= num_iter < 2**31:
+        raise ValueError(f"num_iter={num_iter!r} must be an integer in 1 .. 2^31 - 1")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r}")
     if not -(2**63) <= seed < 2**64:  # what torch.Generator takes

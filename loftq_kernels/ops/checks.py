@@ -22,6 +22,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_weight(name: str, weight: Tensor) -> None:
     """A dense weight that can be quantized: a floating-point matrix with values."""
     check_floating(name, weight)
+    if weight.dtype.itemsize < 2:
+        raise TypeError(f"{name} is {weight.dtype}: quantize from a wider type")
     if weight.layout != torch.strided:
         raise ValueError(f"{name} has layout {weight.layout}, expected a dense tensor")
     if weight.dim() != 2:
