@@ -27,7 +27,7 @@ def run(output: Path, *, quick: bool) -> None:
     path = output / ("init_quality_quick.json" if quick else "init_quality.json")
     rows = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
     done: list[dict] = []
-    for case, weight in cases(quick):
+    for case, weight in sorted(cases(quick), key=lambda pair: _key(pair[0]) not in rows):
         done.append(compare(case, weight(), rows.get(_key(case), {})))
         rows[_key(case)] = done[-1]
         harness.write_json(path, {"summary": summarize(done), "rows": list(rows.values())})

@@ -261,7 +261,7 @@ class TestBatch:
             assert a.errors == pytest.approx(b.errors, rel=1e-5)
 
     def test_scales_that_overflow_on_the_way(self, monkeypatch):
-        """A matrix of which a later iterate's scales do not fit stays at its best; its neighbour knows nothing of it."""
+        """A matrix of which a later iterate's scales do not fit stays at its best, and its neighbour does not know."""
         weights = [gaussian(128, 128) * 20, gaussian(128, 128, seed=1).clamp(-1, 1) * 65500]
         alone = [lk.loftq_init(weight, "nf2", 8, 5) for weight in weights]
         monkeypatch.setattr(loftq, "chunk_size", lambda *_: 2)
