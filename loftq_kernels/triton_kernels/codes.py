@@ -22,14 +22,67 @@ def decode(packed, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.co
     """
     if ASM == "":
         return _decode_portable(packed, codebook, TABLE, BITS, DTYPE)
-    elif BITS == 2:
-        return tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(DTYPE, DTYPE, DTYPE, DTYPE), is_pure=True, pack=4
-        )
-    elif BITS == 4 or DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [packed], dtype=(DTYPE, DTYPE), is_pure=True, pack=4)
+    elif DTYPE == tl.bfloat16:
+        return _decode_bfloat16(packed, ASM, BITS)
     else:
-        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=DTYPE, is_pure=True, pack=4),)
+        return _decode_float16(packed, ASM, BITS)
+
+
+@triton.constexpr_function
+def _line(text, i):
+    return text.split("\n")[i]
+
+
+@triton.jit
+def constant_like(packed, ASMS: tl.constexpr, I: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """VALUE in the shape of packed, by line I of ASMS and formally out of packed, so that Triton wants x in the same order
+    of registers as for decoded values."""
+    ASM: tl.constexpr = _line(ASMS, I)
+    if ASM == "":
+        return tl.full(packed.shape, VALUE, DTYPE)
+    elif DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+
+
+# The types of asm results have to be literals. int8 in bfloat16 comes in two planes (see `Decoder`).
+
+
+@triton.jit
+def _decode_bfloat16(packed, ASM: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def _decode_float16(packed, ASM: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4),)
 
 
 @triton.jit
