@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
 
+from loftq_kernels.triton_kernels import configs
+from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
+from loftq_kernels.triton_kernels.configs import DecodeConfig, decode_config
 
 # Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns of
 # one instruction, and x comes out of shared memory in its order of registers; 32 columns cost two moves an instruction.
@@ -135,7 +143,7 @@ def _multiply(
 ):  # fmt: skip
     """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
-    LOADS: tl.constexpr = 64 * BITS // 8 // SLICE  # of bytes, a tile
+    LOADS: tl.constexpr = BITS // 2  # slices of bytes, a tile
     CORRECT: tl.constexpr = len(CONSTANTS) > 0
     SUMS: tl.constexpr = CENTER != 0.0 or offset is not None
     HALVES: tl.constexpr = GROUP == 32  # two groups a tile
@@ -277,7 +285,7 @@ def _decode_tile(
     PLANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The tile of 64 columns in packed[FIRST] and following: 4 * PLANES [BLOCK_N, SLICE], in the order of the columns."""
-    LOADS: tl.constexpr = 64 * BITS // 8 // SLICE
+    LOADS: tl.constexpr = BITS // 2
     loads = ()
     for i in tl.static_range(LOADS):
         loads = loads + (decode(packed[FIRST + i], codebook, ASM, TABLE, BITS, DTYPE),)
@@ -433,7 +441,7 @@ def _lora_up(
 @triton.jit
 def _up_product(up, x, down_at, lora_B, used, n, N, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if DTYPE == tl.float32 else "tf32"
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"
     m = tl.arange(0, BLOCK_M)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
@@ -444,3 +452,127 @@ def _up_product(up, x, down_at, lora_B, used, n, N, R, BLOCK_M: tl.constexpr, BL
         down = tl.load(down_at + r[:, None] * BLOCK_M + m[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         up = tl.dot(b, down.to(DTYPE), up, input_precision=PRECISION)
     return up
+
+
+# ---- launcher
+
+CHUNK = 512  # columns of x A^T a program
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # zeros, by device and stream
+
+
+def decode_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    config: DecodeConfig | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
+
+    Args:
+        x: [M, K] contiguous, float16, bfloat16 or float32; meant for M <= 16, right for any.
+        codes, scale, offset, codebook, group_size: the stored weight [N, K].
+        lora_A, lora_B: [R, K] and [N, R], or [S, R, K] and [S, N, R]; contiguous, of x's dtype. Both or neither.
+        adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id of S or more
+            becomes NaN. None: all rows have the first.
+        bias: [N], contiguous.
+        config, splits: in place of the table's.
+
+    Calls on one stream share counters, so two CUDA graphs captured on the same stream must not run at the same time.
+    """
+    rows, columns = x.shape
+    out_features = codes.shape[0]
+    y = x.new_empty(rows, out_features)
+    if rows == 0 or out_features == 0:
+        return y
+    if columns == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(rows, -1))
+    capability, multiprocessors = _device(x.device)
+    bits = codebook.numel().bit_length() - 1
+    block_m, chosen = decode_config(capability, bits, rows, out_features, multiprocessors, x.dtype == torch.float32)
+    config = (config or chosen).for_group(group_size)
+    if splits is None:
+        splits = configs.splits(config, out_features, columns, multiprocessors)
+    decoder = make_decoder(codebook_values(codebook), x.dtype, asm=not knobs.runtime.interpret, sums=offset is not None)
+    rank = 0 if lora_A is None else lora_A.shape[-2]
+    if rank == 0:
+        lora_A = lora_B = None
+    chunks = 0 if lora_A is None else triton.cdiv(columns, CHUNK)
+    row_blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(out_features, config.block_n)
+    parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
+    needed = parts + row_blocks * (chunks + 1) * rank * block_m
+    workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
+    counters = _zeros(x.device, row_blocks * (3 + tiles)) if needed else None
+    steps = triton.cdiv(triton.cdiv(columns, 64 * config.tiles), splits)
+    _decode_linear_kernel[(chunks + tiles * splits, row_blocks)](
+        x,
+        codes,
+        scale,
+        offset,
+        codebook,
+        lora_A,
+        lora_B,
+        adapter_ids if lora_A is not None else None,
+        bias,
+        y,
+        workspace,
+        counters,
+        rows,
+        out_features,
+        columns,
+        codes.shape[1] // 8,
+        scale.shape[1],
+        rank,
+        lora_A.shape[0] if lora_A is not None and lora_A.dim() == 3 else 1,
+        scaling,
+        chunks,
+        steps * config.tiles,
+        BITS=bits,
+        SETUP=decoder.setup,
+        ASM=decoder.asm,
+        TABLE=decoder.table,
+        PLANES=decoder.planes,
+        CONSTANTS=decoder.constants,
+        CONSTANT_ASM=decoder.constant_asm,
+        UNIT=decoder.unit,
+        CENTER=decoder.center,
+        GROUP=max(group_size, 0),
+        EVEN=columns % (64 * config.tiles) == 0,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        TILES=config.tiles,
+        BLOCK_R=16 if rank <= 16 else 32,
+        CHUNK=CHUNK,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Compute capability (10 * major + minor) and multiprocessors; in the interpreter those of a small sm_80."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """At least `count` counters of the current stream, which every launch leaves at zero."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _counters.get((device, stream))
+    if known is None or known.numel() < count:
+        known = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        _counters[device, stream] = known
+    return known
