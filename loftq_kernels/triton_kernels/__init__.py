@@ -1,0 +1,1 @@
+"""Triton kernels on raw tensors and integers: one kernel a file, its launcher below it. Imported on first use only."""
