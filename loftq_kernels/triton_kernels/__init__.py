@@ -1,1 +1,1 @@
-"""Triton kernels on raw tensors and integers: one kernel a file, its launcher below it. Imported on first use only."""
+"""Triton kernels on raw tensors and ints; one kernel a file with its launcher below. Importing this imports no triton."""

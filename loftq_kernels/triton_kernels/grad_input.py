@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels._tmp_codes import decode
+from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
 from loftq_kernels.triton_kernels.tile_configs import TileConfig
-from loftq_kernels.triton_kernels.tiles import spread, tile_of_program
+from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of_program
 
 
 @triton.jit
@@ -45,6 +45,11 @@ def _grad_input_kernel(
     stride_ak,
     stride_ar,
     BITS: tl.constexpr,
+    SETUP: tl.constexpr,
+    ASM: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,
@@ -56,6 +61,7 @@ def _grad_input_kernel(
     """A program makes BLOCK_M rows of TILES 64-wide tiles of grad_x: one accumulator for each field of the bytes."""
     pid_m, pid_k = tile_of_program(M, K, BLOCK_M, 64 * TILES, SWIZZLE)
     dtype: tl.constexpr = grad_y.dtype.element_ty
+    setup_decode(M >> 31, SETUP)
     FIELDS: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = 8 * BITS  # bytes of a tile, and columns of one of its fields
     RUN: tl.constexpr = WIDTH if GROUP < 0 or GROUP > WIDTH else GROUP  # bytes of a field that share a scale
@@ -82,14 +88,12 @@ def _grad_input_kernel(
         packed = tl.load(codes + rows_in[:, None] * stride_codes + byte[None, :], mask=column[None, :] < K, other=0)
         s, o = _load_groups(scale, offset, rows_in * stride_scale, group)
         s, o = spread(s, RUN), spread(o, RUN)
+        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
         for i in tl.static_range(FIELDS):
             if SPLIT_FIELDS and 2 * i == FIELDS:
                 s, o = _load_groups(scale, offset, rows_in * stride_scale, upper)
                 s, o = spread(s, RUN), spread(o, RUN)
-            w = decode(packed, codebook, BITS, i) * s
-            if offset is not None:
-                w += o
-            w = w.to(dtype)
+            w = scaled(fields[i], s, o, offset is not None, UNIT, SHIFT, dtype)
             if i == 0:
                 acc0 = tl.dot(g, w, acc0)
             elif i == 1:
@@ -115,6 +119,7 @@ def launch_grad_input(
     offset: Tensor | None,
     codebook: Tensor,
     group_size: int,
+    decoding: dict[str, object],
     h: Tensor | None,
     lora_A: Tensor | None,
     grad_x: Tensor,
@@ -144,7 +149,7 @@ def launch_grad_input(
         scale.stride(0),
         grad_x.stride(0),
         *((0, 0) if lora_A is None else lora_A.T.stride()),
-        BITS=codebook.numel().bit_length() - 1,
+        **decoding,
         GROUP=group_size,
         BLOCK_M=tile.block_m,
         TILES=tile.block_n // 64,
@@ -153,5 +158,6 @@ def launch_grad_input(
         SWIZZLE=8,
         STAGES=tile.stages,
         num_warps=tile.warps,
+        enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )
     return grad_x

@@ -147,9 +147,7 @@ def _lora_expand_kernel(
     mask = (m[:, None] < M) & (n[None, :] < N)
     acc = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = y.dtype.element_ty
-    acc = add_lora(
-        acc, h, lora_B, ids, m, n, M, N, R, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True
-    )
+    acc = add_lora(acc, h, lora_B, ids, m, n, M, N, R, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True)
     tl.store(place, acc.to(dtype), mask=mask)
 
 

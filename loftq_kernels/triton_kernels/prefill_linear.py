@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels._tmp_codes import decode
+from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
 from loftq_kernels.triton_kernels.tile_configs import TileConfig
-from loftq_kernels.triton_kernels.tiles import tile_of_program
+from loftq_kernels.triton_kernels.tiles import scaled, tile_of_program
 
 
 @triton.jit
@@ -53,6 +53,11 @@ def _prefill_linear_kernel(
     stride_bn,
     stride_br,
     BITS: tl.constexpr,
+    SETUP: tl.constexpr,
+    ASM: tl.constexpr,
+    TABLE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,10 +73,11 @@ def _prefill_linear_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
 
     # ---- main loop: a step is one packed run of bytes, whose fields are FIELDS slices of WIDTH columns
+    setup_decode(M >> 31, SETUP)
     FIELDS: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = 32 if BITS == 8 else 8 * BITS  # at 8 bits half a tile, lest a step have two groups of 32
     STEP: tl.constexpr = WIDTH * FIELDS
-    PARTS: tl.constexpr = 2 if 0 < GROUP and GROUP < STEP else 1
+    PARTS: tl.constexpr = 2 if GROUP == 32 and STEP > 32 else 1
     k = tl.arange(0, WIDTH)
     code_tile = codes + n_in[:, None] * stride_codes + k[None, :]
     x_tile = x + m_in[None, :] * stride_x + k[:, None]
@@ -83,12 +89,12 @@ def _prefill_linear_kernel(
         packed = tl.load(code_tile + step * WIDTH)
         # All fields are decoded before the first product: on Hopper only the last product of a step runs
         # asynchronously, beside the decoding of the next.
+        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
         ws = ()
         for i in tl.static_range(FIELDS):
-            w = decode(packed, codebook, BITS, i) * (s0 if i * PARTS < FIELDS else s1)[:, None]
-            if offset is not None:
-                w += (o0 if i * PARTS < FIELDS else o1)[:, None]
-            ws = ws + (w.to(dtype),)
+            s = s0 if i * PARTS < FIELDS else s1
+            o = o0 if i * PARTS < FIELDS else o1
+            ws = ws + (scaled(fields[i], s[:, None], o[:, None], offset is not None, UNIT, SHIFT, dtype),)
         s0, s1, o0, o1 = _load_groups(scale, offset, rows, (step + 1) * STEP, num_groups, GROUP, PARTS)
         for i in tl.static_range(FIELDS):
             column = step * STEP + i * WIDTH
@@ -97,9 +103,7 @@ def _prefill_linear_kernel(
 
     # ---- adapter, bias, store
     if h is not None:
-        acc = add_lora(
-            acc, h, lora_B, None, m, n, M, N, R, 0, stride_bn, stride_br, dtype, BLOCK_R, False
-        )
+        acc = add_lora(acc, h, lora_B, None, m, n, M, N, R, 0, stride_bn, stride_br, dtype, BLOCK_R, False)
     if bias is not None:
         acc += tl.load(bias + n_in).to(tl.float32)[:, None]
     place = y + m.to(tl.int64)[None, :] * stride_y + n[:, None]
@@ -113,6 +117,7 @@ def launch_prefill_linear(
     offset: Tensor | None,
     codebook: Tensor,
     group_size: int,
+    decoding: dict[str, object],
     h: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -146,7 +151,7 @@ def launch_prefill_linear(
         scale.stride(0),
         y.stride(0),
         *((0, 0) if lora_B is None else lora_B.stride()),
-        BITS=codebook.numel().bit_length() - 1,
+        **decoding,
         GROUP=group_size,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -154,5 +159,6 @@ def launch_prefill_linear(
         SWIZZLE=8,
         STAGES=tile.stages,
         num_warps=tile.warps,
+        enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )
     return y
