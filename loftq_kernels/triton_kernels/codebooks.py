@@ -39,11 +39,14 @@ class Decoder:
 
 
 @lru_cache(maxsize=256)
-def make_decoder(values: tuple[float, ...], dtype: torch.dtype, *, asm: bool = True, exact: bool = False) -> Decoder:
+def make_decoder(
+    values: tuple[float, ...], dtype: torch.dtype, *, asm: bool = True, exact: bool = False, sums: bool = False
+) -> Decoder:
     """The `Decoder` of a code book's `values`, 2^bits of them, for operands of `dtype`.
 
     asm=False, or a dtype that is not of 16 bits: plain Triton. exact=True: ``decoded`` is the entry itself, rounded to
-    dtype, even where arithmetic would be cheaper (for kernels that want one operand and no corrections).
+    dtype, even where arithmetic would be cheaper (for kernels that want one operand and no corrections). sums=True: the
+    kernel has sums of x at hand anyhow, so one constant for all fields may as well be part of `center`.
     """
     bits = len(values).bit_length() - 1
     if 1 << bits != len(values) or bits not in (2, 4, 8):
@@ -60,7 +63,9 @@ def make_decoder(values: tuple[float, ...], dtype: torch.dtype, *, asm: bool = T
     center = 0.0
     if planes > 1:  # the start belongs to the sum of the planes: let the first carry it
         constants = (constants[0], *(-bias for bias in biases[1:]))
-    if not all(_is_exact(constant, dtype) for constant in constants):
+    if sums and planes == 1 and len(set(biases)) == 1:
+        constants, center = (), start / step - biases[0]
+    elif not all(_is_exact(constant, dtype) for constant in constants):
         constants, center = tuple(-bias for bias in biases), start / step
     if not any(constants):
         constants = ()

@@ -22,14 +22,49 @@ def decode(packed, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.co
     """
     if ASM == "":
         return _decode_portable(packed, codebook, TABLE, BITS, DTYPE)
-    elif BITS == 2:
-        return tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(DTYPE, DTYPE, DTYPE, DTYPE), is_pure=True, pack=4
-        )
-    elif BITS == 4 or tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [packed], dtype=(DTYPE, DTYPE), is_pure=True, pack=4)
+    elif DTYPE == tl.bfloat16:
+        return _decode_bfloat16(packed, ASM, BITS)
     else:
-        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=DTYPE, is_pure=True, pack=4),)
+        return _decode_float16(packed, ASM, BITS)
+
+
+# The types of asm results have to be literals. int8 in bfloat16 comes in two planes (see `Decoder`).
+
+
+@triton.jit
+def _decode_bfloat16(packed, ASM: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def _decode_float16(packed, ASM: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4),)
 
 
 @triton.jit
