@@ -74,6 +74,8 @@ def quantize_tensors(
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
+    if backend == "triton":
+        raise ValueError("backend='triton' has kernels for products and dequantize; quantize has none there")
     weight = kernel_dtype(weight.detach(), name)
     with torch.inference_mode(False):  # what is made under inference mode could not be saved for a backward
         codes, scale, offset = _kernels(backend, weight.device).quantize(

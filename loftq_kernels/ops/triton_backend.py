@@ -175,6 +175,7 @@ def _linear(
         y.zero_() if bias is None else y.copy_(bias.expand_as(y))
         return y.view(*x.shape[:-1], out_features)
     weight = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in weight)
+    bias = None if bias is None else bias.contiguous()
     half = x.dtype != torch.float32
     path = path or launch.configs.choose_path(rows.shape[0], device.architecture, half_precision=half)
     with _on(x.device):

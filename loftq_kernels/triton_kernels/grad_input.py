@@ -108,7 +108,7 @@ def _grad_input_kernel(
         acc = acc0 if i == 0 else acc1 if i == 1 else acc2 if i == 2 else acc3
         k = column + i * WIDTH
         if h is not None:
-            acc = add_lora(acc, h, lora_A, None, m, k, M, K, R, 0, stride_ak, stride_ar, dtype, BLOCK_R, True)
+            acc = add_lora(acc, h, lora_A, None, m, k, M, K, R, 1, 0, stride_ak, stride_ar, dtype, BLOCK_R, True)
         tl.store(grad_x_rows + k[None, :], acc.to(dtype), mask=(m[:, None] < M) & (k[None, :] < K))
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 @triton.jit
-def adapters_of(ids, row, M):
-    """The adapter of each row (-1 for none), the least of them and the greatest plus one."""
+def adapters_of(ids, row, M, adapters):
+    """The adapter of each row (-1 for none), the least of them and the greatest plus one; those out of range as none."""
     if ids is not None:
-        own = tl.load(ids + row, mask=row < M, other=-1).to(tl.int32)
+        own = tl.load(ids + row, mask=row < M, other=-1)
+        own = tl.where(own < adapters, own, -1).to(tl.int32)
         return own, tl.min(tl.where(own >= 0, own, 2147483647), 0), tl.max(own, 0) + 1
     else:
         return tl.where(row < M, 0, -1), 0, 1
@@ -31,6 +32,7 @@ def _lora_shrink_kernel(
     M,
     K,
     R,
+    adapters,
     scaling,
     columns_a_split,
     stride_x,
@@ -47,7 +49,7 @@ def _lora_shrink_kernel(
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
-    own, first, last = adapters_of(ids, row, M)
+    own, first, last = adapters_of(ids, row, M, adapters)
     start = split * columns_a_split
     end = tl.minimum(start + columns_a_split, K)
     x_tile = x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_x + k[None, :]
@@ -90,6 +92,7 @@ def add_lora(
     M,
     N,
     R,
+    adapters,
     stride_bs,
     stride_bn,
     stride_br,
@@ -98,7 +101,7 @@ def add_lora(
     ROWS_FIRST: tl.constexpr,
 ):
     """acc + h @ lora_B[ids].T"""
-    own, first, last = adapters_of(ids, m, M)
+    own, first, last = adapters_of(ids, m, M, adapters)
     n_in, m_in = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     for adapter in range(first, last):
         mine = own == adapter
@@ -132,6 +135,7 @@ def _lora_expand_kernel(
     M,
     N,
     R,
+    adapters,
     stride_y,
     stride_bs,
     stride_bn,
@@ -146,8 +150,13 @@ def _lora_expand_kernel(
     place = y + m.to(tl.int64)[:, None] * stride_y + n[None, :]
     mask = (m[:, None] < M) & (n[None, :] < N)
     acc = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    if ids is not None:  # an adapter that is not there shows in its row, not in a neighbour's memory
+        own = tl.load(ids + m, mask=m < M, other=-1)
+        acc += tl.where(own < adapters, 0.0, float("nan"))[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
-    acc = add_lora(acc, h, lora_B, ids, m, n, M, N, R, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True)
+    acc = add_lora(
+        acc, h, lora_B, ids, m, n, M, N, R, adapters, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True
+    )
     tl.store(place, acc.to(dtype), mask=mask)
 
 
@@ -161,7 +170,7 @@ def launch_lora_shrink(
 ) -> Tensor:
     """h [M, R] = scaling * x @ lora_A[adapter_ids].T in the dtype of x, summed in float32.
 
-    x [M, K] of last stride 1; lora_A [S, R, K] of any strides and dtype; adapter_ids [M] integers below S, -1 for none.
+    x [M, K] of last stride 1; lora_A [S, R, K] of any strides and dtype; adapter_ids [M] integers, -1 for none; out of range: 0.
     """
     rows, columns = x.shape
     rank = lora_A.shape[1]
@@ -182,6 +191,7 @@ def launch_lora_shrink(
         rows,
         columns,
         rank,
+        lora_A.shape[0],
         scaling,
         columns_a_split,
         x.stride(0),
@@ -210,6 +220,7 @@ def launch_lora_expand(y: Tensor, h: Tensor, lora_B: Tensor, adapter_ids: Tensor
         rows,
         columns,
         rank,
+        lora_B.shape[0],
         y.stride(0),
         *lora_B.stride(),
         BLOCK_M=block_m,

@@ -103,7 +103,7 @@ def _prefill_linear_kernel(
 
     # ---- adapter, bias, store
     if h is not None:
-        acc = add_lora(acc, h, lora_B, None, m, n, M, N, R, 0, stride_bn, stride_br, dtype, BLOCK_R, False)
+        acc = add_lora(acc, h, lora_B, None, m, n, M, N, R, 1, 0, stride_bn, stride_br, dtype, BLOCK_R, False)
     if bias is not None:
         acc += tl.load(bias + n_in).to(tl.float32)[:, None]
     place = y + m.to(tl.int64)[None, :] * stride_y + n[:, None]
