@@ -47,7 +47,9 @@ def samples(name: str, device: str = "cpu") -> list[tuple]:
         return [(root.mT @ root,) for root in roots]
     if name == "qlora_linear_multi":
         p, x = packed("nf4", 7, 130), gaussian(4, 130, seed=3, device=device)
-        lora = [torch.stack(pair) for pair in zip(*(adapter(7, 130, 3, seed=s, device=device) for s in (1, 5)))]
+        lora = [
+            torch.stack(pair) for pair in zip(*(adapter(7, 130, 3, seed=s, device=device) for s in (1, 5)), strict=True)
+        ]
         ids = torch.tensor([1, -1, 0, 1], device=device)
         return [(x, *op_arguments(p), 64, *lora, ids, 0.5, None)]
     cases = []

@@ -43,7 +43,9 @@ def assert_close(ours, exact, plain, dtype):
     """No further from float64 than 1.2 times plain torch, or a few roundings of the largest value."""
     error, limit = ((t.double().cpu() - exact).abs().amax().item() for t in (ours, plain))
     largest = exact.abs().amax().item()
-    assert error <= 1.2 * limit + (8 + 3 * largest) * torch.finfo(dtype).eps, f"error {error:.3g}, plain torch {limit:.3g}"
+    assert error <= 1.2 * limit + (8 + 3 * largest) * torch.finfo(dtype).eps, (
+        f"error {error:.3g}, plain torch {limit:.3g}"
+    )
 
 
 def fuzzed(count: int, seed: int) -> list[tuple]:

@@ -21,7 +21,8 @@ class TileConfig:
     block_k: int = 64
 
 
-# Largest first; `choose_tile` takes the first that fills the device. Shared memory: sm_89 and sm_120 have 99 KB a block.
+# Largest first; `choose_tile` takes the first that fills the device.
+# sm_89 and sm_120 have 99 KB of shared memory a block.
 PREFILL_TILES = {
     80: (TileConfig(128, 128, 8, 3), TileConfig(64, 64, 4, 4), TileConfig(32, 64, 4, 4)),
     90: (
