@@ -55,7 +55,8 @@ def _device(device: torch.device) -> SimpleNamespace:
 
 @functools.cache
 def _launchers() -> SimpleNamespace:
-    from loftq_kernels.triton_kernels import chunked, codebooks, dequantize, grad_input, lora, prefill_linear, tiles
+    from loftq_kernels.triton_kernels import chunked, codebooks, decode_linear, dequantize, grad_input, lora
+    from loftq_kernels.triton_kernels import prefill_linear, tiles
     from loftq_kernels.triton_kernels import tile_configs as configs
 
     return SimpleNamespace(
@@ -63,6 +64,7 @@ def _launchers() -> SimpleNamespace:
             (chunked, "chunked_linear"),
             (chunked, "chunked_grad_input"),
             (codebooks, "codebook_values"),
+            (decode_linear, "decode_linear"),
             (dequantize, "launch_dequantize"),
             (grad_input, "launch_grad_input"),
             (lora, "launch_lora_shrink"),
@@ -168,17 +170,19 @@ def _linear(
     rows, out_features = _rows(x), weight[0].shape[0]
     if lora_A is not None and (lora_A.shape[1] == 0 or lora_A.shape[0] == 0 or rows.shape[1] == 0):
         lora_A = lora_B = None  # an adapter of nothing
-    y = x.new_empty(rows.shape[0], out_features)
-    if y.numel() == 0:
-        return y.view(*x.shape[:-1], out_features)
-    if rows.shape[1] == 0:
-        y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-        return y.view(*x.shape[:-1], out_features)
+    if rows.shape[0] == 0 or out_features == 0 or rows.shape[1] == 0:
+        y = x.new_zeros(*x.shape[:-1], out_features)
+        return y if bias is None else y + bias.to(y.dtype)
     weight = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in weight)
     bias = None if bias is None else bias.contiguous()
     half = x.dtype != torch.float32
     path = path or launch.configs.choose_path(rows.shape[0], device.architecture, half_precision=half)
     with _on(x.device):
+        if path == "decode":
+            lora_A, lora_B = (None if t is None else t.to(x.dtype).contiguous() for t in (lora_A, lora_B))
+            y = launch.decode_linear(rows.contiguous(), *weight, lora_A, lora_B, adapter_ids, scaling, bias)
+            return y.view(*x.shape[:-1], out_features)
+        y = x.new_empty(rows.shape[0], out_features)
         h = None
         if lora_A is not None:
             h = launch.launch_lora_shrink(rows, lora_A, adapter_ids, scaling, device.multiprocessors)

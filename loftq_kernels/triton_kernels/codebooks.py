@@ -17,6 +17,7 @@ MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 EXPONENT_BIAS = {torch.bfloat16: 127, torch.float16: 15}
 PAIR_SELECTORS = (0x6240, 0x7351)  # of bytes l0 l1 l2 l3, h0 h1 h2 h3: the pairs (h0 l0, h2 l2) and (h1 l1, h3 l3)
 LOP3_AND_OR = 0xEA  # (a & b) | c
+LOP3_ANDN_OR = 0xAE  # (~a & b) | c
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Decoder:
     asm: str
     planes: int
     constants: tuple[float, ...]  # one a field, () where all are zero
+    constant_asm: str  # PTX that yields constants[f] in place of a field, one a line, and last what yields 1.0
     unit: float
     center: float
 
@@ -54,9 +56,10 @@ def make_decoder(
     asm = asm and dtype in MANTISSA_BITS
     affine = None if exact else affine_map(values)
     if affine is None:
-        setup, text = _table_asm(values, dtype) if asm and bits < 8 else ("", "")
-        return Decoder(bits, True, setup, text, 1, (), 1.0, 0.0)
-    setup, text, biases = _affine_asm(bits, dtype) if asm else ("", "", (0.0,) * (8 // bits))
+        words, text = _table_asm(values, dtype) if asm and bits < 8 else ((), "")
+        setup, constant_asm = _constants(words, (), dtype) if text else ("", "")
+        return Decoder(bits, True, setup, text, 1, (), constant_asm, 1.0, 0.0)
+    words, text, biases = _affine_asm(bits, dtype) if asm else ((), "", (0.0,) * (8 // bits))
     start, step = affine
     constants = tuple(start / step - bias for bias in biases)
     planes = len(biases) * bits // 8
@@ -69,7 +72,8 @@ def make_decoder(
         constants, center = tuple(-bias for bias in biases), start / step
     if not any(constants):
         constants = ()
-    return Decoder(bits, False, setup, text, planes, constants, step, center)
+    setup, constant_asm = _constants(words, constants, dtype) if text else ("", "")
+    return Decoder(bits, False, setup, text, planes, constants, constant_asm, step, center)
 
 
 def affine_map(values: tuple[float, ...]) -> tuple[float, float] | None:
@@ -114,6 +118,23 @@ def _setup(words: tuple[int, ...]) -> str:
     return "\n".join([declare, *lines, "mov.b32 $0, $1;"])
 
 
+def _constants(words: tuple[int, ...], constants: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
+    """The setup for words, constants and 1.0, and what yields the latter.
+
+    The two registers are (packed & 0) | constant and (~packed & 0) | constant. An instruction takes four of them, and those
+    that ptxas knows to be equal it would copy together anew every time.
+    """
+    patterns = torch.tensor([*constants, 1.0], dtype=torch.float64).to(dtype).view(torch.int16).tolist()
+    pairs = [(pattern & 0xFFFF) * 0x10001 for pattern in patterns]
+    words = (*words, *sorted(set(pairs)))
+    registers = [f"loftq_w{len(words) - len(set(pairs)) + sorted(set(pairs)).index(pair)}" for pair in pairs]
+    lines = [
+        f"lop3.b32 $0, $2, loftq_zero, {name}, {LOP3_AND_OR:#x}; lop3.b32 $1, $2, loftq_zero, {name}, {LOP3_ANDN_OR:#x};"
+        for name in registers
+    ]
+    return _setup(words), "\n".join(lines)
+
+
 def _word(byte_values: list[int]) -> int:
     return sum(byte << 8 * i for i, byte in enumerate(byte_values))
 
@@ -124,16 +145,16 @@ def _table_bytes(values: tuple[float, ...], dtype: torch.dtype) -> tuple[list[in
     return [entry & 0xFF for entry in bits], [entry >> 8 for entry in bits]
 
 
-def _table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
+def _table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
     low, high = _table_bytes(values, dtype)
     return _table4_asm(low, high) if len(values) == 16 else _table2_asm(low, high)
 
 
-def _table4_asm(low: list[int], high: list[int]) -> tuple[str, str]:
+def _table4_asm(low: list[int], high: list[int]) -> tuple[tuple[int, ...], str]:
     """PRMT takes 4 codes at a time to bytes, of 8 entries by their low three bits; their high bits choose between the
     two halves of the table by a third PRMT. 2.6 instructions a weight."""
     halves = [[_word(part[i : i + 4]) for i in range(0, 16, 4)] for part in (low, high)]
-    setup = _setup((halves[0][0], halves[0][2], halves[1][0], halves[1][2], 0x32103210))
+    words = halves[0][0], halves[0][2], halves[1][0], halves[1][2], 0x32103210
     lines = [
         "{ .reg .b32 index, half, l, h, t;",
         "and.b32 index, $4, 0x77777777;",
@@ -150,12 +171,11 @@ def _table4_asm(low: list[int], high: list[int]) -> tuple[str, str]:
                 f"prmt.b32 {name}, {name}, t, half;",
             ]
         lines += [f"prmt.b32 ${2 * field + pair}, l, h, {PAIR_SELECTORS[field]:#x};" for field in (0, 1)]
-    return setup, "\n".join([*lines, "}"])
+    return words, "\n".join([*lines, "}"])
 
 
-def _table2_asm(low: list[int], high: list[int]) -> tuple[str, str]:
+def _table2_asm(low: list[int], high: list[int]) -> tuple[tuple[int, ...], str]:
     """Two fields at a time lie in nibbles that select of a table's four low and four high bytes. 1.3 a weight."""
-    setup = _setup((_word(low), _word(high)))
     lines = ["{ .reg .b32 index, l, h;"]
     for first in (0, 1):  # fields first and first + 2
         if first:
@@ -169,11 +189,11 @@ def _table2_asm(low: list[int], high: list[int]) -> tuple[str, str]:
             lines += [
                 f"prmt.b32 ${2 * (first + 2 * second) + pair}, l, h, {PAIR_SELECTORS[second]:#x};" for second in (0, 1)
             ]
-    return setup, "\n".join([*lines, "}"])
+    return (_word(low), _word(high)), "\n".join([*lines, "}"])
 
 
-def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[str, str, tuple[float, ...]]:
-    """Codes become the low bits of the mantissa of a power of two: bias + code. Returns setup, asm, biases a field."""
+def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], str, tuple[float, ...]]:
+    """Codes become the low bits of the mantissa of a power of two: bias + code. Returns words, asm, biases a field."""
     mantissa, width = MANTISSA_BITS[dtype], bits
     fields = [(bits * i, 0) for i in range(8 // bits)]  # (first bit in the byte, power of two it counts)
     if bits > mantissa:  # int8 in bfloat16: a plane for each nibble
@@ -195,5 +215,5 @@ def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[str, str, tuple[float, .
             mask = ((1 << width) - 1) << place
             magic = f"loftq_w{words.index(magics[i])}"
             lines.append(f"lop3.b32 ${2 * i + pair}, {source}, {mask * 0x10001:#x}, {magic}, {LOP3_AND_OR:#x};")
-    setup = _setup(tuple(word * 0x10001 for word in words))
-    return setup, "\n".join([*lines, "}"]), tuple(2.0**exponent for exponent in exponents)
+    pairs = tuple(word * 0x10001 for word in words)
+    return pairs, "\n".join([*lines, "}"]), tuple(2.0**exponent for exponent in exponents)

@@ -22,10 +22,28 @@ def decode(packed, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.co
     """
     if ASM == "":
         return _decode_portable(packed, codebook, TABLE, BITS, DTYPE)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         return _decode_bfloat16(packed, ASM, BITS)
     else:
         return _decode_float16(packed, ASM, BITS)
+
+
+@triton.constexpr_function
+def _line(text, i):
+    return text.split("\n")[i] if text else ""
+
+
+@triton.jit
+def constant_like(packed, ASMS: tl.constexpr, I: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """VALUE in the shape of packed, by line I of ASMS and formally out of packed, so that Triton wants x in the same order
+    of registers as for decoded values."""
+    ASM: tl.constexpr = _line(ASMS, I)
+    if ASM == "":
+        return tl.full(packed.shape, VALUE, tl.float32).to(DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
 
 
 # The types of asm results have to be literals. int8 in bfloat16 comes in two planes (see `Decoder`).
