@@ -55,8 +55,16 @@ def _device(device: torch.device) -> SimpleNamespace:
 
 @functools.cache
 def _launchers() -> SimpleNamespace:
-    from loftq_kernels.triton_kernels import chunked, codebooks, decode_linear, dequantize, grad_input, lora
-    from loftq_kernels.triton_kernels import prefill_linear, tiles
+    from loftq_kernels.triton_kernels import (
+        chunked,
+        codebooks,
+        decode_linear,
+        dequantize,
+        grad_input,
+        lora,
+        prefill_linear,
+        tiles,
+    )
     from loftq_kernels.triton_kernels import tile_configs as configs
 
     return SimpleNamespace(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.tile_configs import cdiv
 
 # Chunks end where groups and tiles do; 256 is also a whole number of the library's own tiles.
 ALIGNMENT = 256
@@ -14,9 +15,8 @@ ALIGNMENT = 256
 def _chunks(size: int, other: int, itemsize: int, chunk_bytes: int) -> range:
     """Starts of chunks of `size` rows (or columns) of `other` elements, of equal sizes as near as alignment allows."""
     most = max(chunk_bytes // max(other * itemsize, 1) // ALIGNMENT, 1) * ALIGNMENT
-    count = -(-size // most)
-    step = -(-size // max(count, 1))
-    return range(0, size, max(-(-step // ALIGNMENT) * ALIGNMENT, ALIGNMENT))
+    step = cdiv(size, max(cdiv(size, most), 1))
+    return range(0, size, max(cdiv(step, ALIGNMENT), 1) * ALIGNMENT)
 
 
 def chunked_linear(

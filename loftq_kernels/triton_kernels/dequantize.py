@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loftq_kernels.triton_kernels.tile_configs import cdiv
 from loftq_kernels.triton_kernels.tiles import spread
 
 
@@ -70,7 +71,7 @@ def launch_dequantize(
         return out
     tiles = {2: 16, 4: 8, 8: 4}[bits]  # 256 bytes a row
     block_n = 8
-    grid = (triton.cdiv(columns, 64 * tiles), triton.cdiv(rows, block_n))
+    grid = (cdiv(columns, 64 * tiles), cdiv(rows, block_n))
     _dequantize_kernel[grid](
         codes,
         scale,

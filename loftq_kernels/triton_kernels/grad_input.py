@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tile_configs import TileConfig
+from loftq_kernels.triton_kernels.tile_configs import TileConfig, cdiv
 from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of_program
 
 
@@ -129,7 +129,7 @@ def launch_grad_input(
     stride 1. h and lora_A are both given or neither; lora_A of any dtype and strides."""
     rows, in_features = grad_x.shape
     rank = 0 if h is None else h.shape[1]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(in_features, tile.block_n),)
+    grid = (cdiv(rows, tile.block_m) * cdiv(in_features, tile.block_n),)
     _grad_input_kernel[grid](
         grad_y,
         codes,

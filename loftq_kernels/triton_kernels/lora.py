@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loftq_kernels.triton_kernels.tile_configs import cdiv
+
 
 @triton.jit
 def adapters_of(ids, row, M, adapters):
-    """The adapter of each row (-1 for none), the least of them and the greatest plus one; those out of range as none."""
+    """The adapter of each row (-1 for none or out of range), the least of them and the greatest plus one."""
     if ids is not None:
         own = tl.load(ids + row, mask=row < M, other=-1)
         own = tl.where(own < adapters, own, -1).to(tl.int32)
@@ -170,17 +172,17 @@ def launch_lora_shrink(
 ) -> Tensor:
     """h [M, R] = scaling * x @ lora_A[adapter_ids].T in the dtype of x, summed in float32.
 
-    x [M, K] of last stride 1; lora_A [S, R, K] of any strides and dtype; adapter_ids [M] integers, -1 for none; out of range: 0.
+    x [M, K] of last stride 1; lora_A [S, R, K] of any strides and dtype; adapter_ids [M], -1 or out of range: zeros.
     """
     rows, columns = x.shape
     rank = lora_A.shape[1]
     block_m = 16 if rows <= 16 else 64
     block_rank = 16 if rank <= 16 else 32 if rank <= 32 else 64
-    grid = triton.cdiv(rows, block_m), triton.cdiv(rank, block_rank)
+    grid = cdiv(rows, block_m), cdiv(rank, block_rank)
     # Few rows fill the device only when columns are split.
-    splits = max(1, min(32, multiprocessors // (grid[0] * grid[1]), triton.cdiv(columns, 256)))
-    columns_a_split = triton.cdiv(triton.cdiv(columns, splits), 64) * 64
-    splits = triton.cdiv(columns, columns_a_split)
+    splits = max(1, min(32, multiprocessors // (grid[0] * grid[1]), cdiv(columns, 256)))
+    columns_a_split = cdiv(cdiv(columns, splits), 64) * 64
+    splits = cdiv(columns, columns_a_split)
     h = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     partial = h if splits == 1 else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
     _lora_shrink_kernel[(grid[0], splits, grid[1])](
@@ -203,7 +205,7 @@ def launch_lora_shrink(
         num_warps=4,
     )
     if splits > 1:
-        _lora_reduce_kernel[(triton.cdiv(h.numel(), 256),)](partial, h, h.numel(), splits, BLOCK=256, num_warps=2)
+        _lora_reduce_kernel[(cdiv(h.numel(), 256),)](partial, h, h.numel(), splits, BLOCK=256, num_warps=2)
     return h
 
 
@@ -212,7 +214,7 @@ def launch_lora_expand(y: Tensor, h: Tensor, lora_B: Tensor, adapter_ids: Tensor
     rows, columns = y.shape
     rank = h.shape[1]
     block_m = 16 if rows <= 16 else 64
-    _lora_expand_kernel[(triton.cdiv(columns, 128), triton.cdiv(rows, block_m))](
+    _lora_expand_kernel[(cdiv(columns, 128), cdiv(rows, block_m))](
         y,
         h,
         lora_B,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tile_configs import TileConfig
+from loftq_kernels.triton_kernels.tile_configs import TileConfig, cdiv
 from loftq_kernels.triton_kernels.tiles import scaled, tile_of_program
 
 
@@ -130,7 +130,7 @@ def launch_prefill_linear(
     """
     (rows, in_features), out_features = x.shape, codes.shape[0]
     rank = 0 if h is None else h.shape[1]
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(out_features, tile.block_n),)
+    grid = (cdiv(rows, tile.block_m) * cdiv(out_features, tile.block_n),)
     _prefill_linear_kernel[grid](
         x,
         codes,
