@@ -124,9 +124,7 @@ def ours(name: str, shape: tuple[int, int], rank: int | None = None, path: str |
         if path is None:
             calls.append(lambda x, packed=packed, lora=lora: lk.qlora_linear(x, packed, *lora))
         else:
-            calls.append(
-                lambda x, s=stored, lora=lora: triton_backend.qlora_linear(x, *s, *lora, 1.0, None, path=path)
-            )
+            calls.append(lambda x, s=stored, lora=lora: triton_backend.qlora_linear(x, *s, *lora, 1.0, None, path=path))
     return calls
 
 
