@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-GPU_SUBJECTS = ("small_matrix",)
+GPU_SUBJECTS = ("small_matrix", "gpu")
 SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", *GPU_SUBJECTS)
 RESULTS = Path(__file__).parent / "results"
 
