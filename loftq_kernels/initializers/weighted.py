@@ -254,7 +254,7 @@ class WeightedAlternation:
         return [self._result(i) for i in range(len(self.best))]
 
     def _result(self, i: int) -> AdapterInit:
-        """The best iterate as float32 factors, split evenly and divided by sqrt(scaling), and what errors these have."""
+        """The best iterate as float32 factors, split evenly and divided by sqrt(scaling), and the errors of these."""
         packed, left, right = self.best[i]
         scaling = self.options.scaling
         init = AdapterInit(packed, None, None, scaling, math.inf, self.errors[i], smoothing=self.smoothing[i])
