@@ -181,7 +181,8 @@ def collect_activations(
             collector.start(number, keywords.get("attention_mask"))
             model(*arguments, **keywords)
             collector.finish()
-    return collector.results()
+    with torch.inference_mode(False), torch.no_grad():
+        return collector.results()
 
 
 def _is_selected(name: str, module: nn.Module, cfg: QuantConfig) -> bool:

@@ -69,7 +69,7 @@ def weighted_low_rank(
     for name, tensor in (("residual", residual), ("gram", gram)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or Inf")
-    with torch.autocast(residual.device.type, enabled=False), torch.no_grad():
+    with torch.autocast(residual.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         matrix = residual.double()[None]
         left = low_rank.dominant_left_space(matrix @ gram_factor(gram), rank, mode=resolve_mode(svd), seed=seed)
         right, left = low_rank.balanced_factors(matrix.mT @ left, left)
