@@ -31,7 +31,7 @@ def main() -> None:
     ]
     statistics = lk.collect_activations(model, batches)
     expected = demo.embed(model, tokenizer, test)
-    print("| format | adapter | statistics | weight error | output error | cosine | s |\n|---|---|---|---|---|---|---|")
+    print("| format | adapter | statistics | weight error | output error | cosine |\n|---|---|---|---|---|---|")
     for format in sys.argv[1:] or ("nf2", "int2"):
         for init, aware in METHODS:
             quantized = copy.deepcopy(model)
@@ -43,11 +43,8 @@ def main() -> None:
             report = lk.quantize_model(quantized, cfg, statistics=statistics if aware else None, progress=False)
             cosine = cosine_similarity(demo.embed(quantized, tokenizer, test), expected, -1).mean().item()
             output = f"{report.weighted_error:.3f}" if aware else ""
-            print(
-                f"| {format} | {init} | {'yes' if aware else ''} | {report.error:.3f} | {output} | {cosine:.3f} | "
-                f"{report.seconds:.0f} |",
-                flush=True,
-            )
+            aware_text = "yes" if aware else ""
+            print(f"| {format} | {init} | {aware_text} | {report.error:.3f} | {output} | {cosine:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
