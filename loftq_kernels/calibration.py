@@ -165,6 +165,8 @@ def collect_activations(
     layer's input (naming layer and batch); TypeError for a batch of another kind.
     """
     cfg = cfg or QuantConfig()
+    if not isinstance(cfg, QuantConfig):
+        raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
     if isinstance(batches, Tensor | Mapping | str):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}")
     collector = _Collector(share_inputs, device)

@@ -146,6 +146,8 @@ def quantize_model(
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
         raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
     started = time.perf_counter()
     report = QuantizationReport()
     candidates = list(_candidates(model, cfg, report.skipped))

@@ -124,6 +124,12 @@ class TestStreaming:
         own = collect(tiny_gpt2(), [TOKENS] * 11, lk.QuantConfig())
         assert own["transformer.h.0.mlp.c_proj"].channels == 256 and "lm_head" not in own
 
+    def test_fused_paths_of_torch(self):
+        """Without gradients `nn.TransformerEncoderLayer` would read its weights without calling its layers."""
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        own = collect(layer, [gaussian(4, 30, 16)])
+        assert list(own) == ["linear1", "linear2"] and own["linear2"].tokens == 120
+
     def test_selection(self):
         cfg = lk.QuantConfig(include="layers.*", exclude="*.1.*", overrides={"*.down": None})
         assert list(collect(tiny_model(), [gaussian(99, 64)], cfg)) == ["layers.0.up"]
@@ -354,6 +360,12 @@ class TestBadData:
     def test_other_kinds(self, batches, message):
         with pytest.raises(TypeError, match=message):
             collect(tiny_model(), batches)
+
+    def test_arguments(self):
+        with pytest.raises(TypeError, match="cfg must be a QuantConfig, got 'nf4'"):
+            collect(tiny_model(), [gaussian(9, 64)], "nf4")
+        with pytest.raises(TypeError, match="statistics must map layer names to InputStatistics, got str"):
+            lk.quantize_model(tiny_model(), statistics="file.safetensors", progress=False)
 
     def test_no_layer(self):
         with pytest.raises(ValueError, match="no linear layer to observe"):

@@ -62,6 +62,7 @@ def weighted_low_rank(
     """
     checks.check_weight("residual", residual)
     checks.check_floating("gram", gram)
+    checks.check_same_device("gram", gram, "residual", residual)
     rows, columns = residual.shape
     checks.check_rank(rank, rows, columns)
     if gram.shape != (columns, columns):
