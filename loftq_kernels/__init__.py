@@ -3,24 +3,40 @@
 y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
+from loftq_kernels.calibration import ActivationStatistics, collect_activations
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
 from loftq_kernels.formats import PackedTensor, format_names, quantize
-from loftq_kernels.initializers import AdapterInit, initializer_names, loftq_init, loftq_init_batch, qlora_init
+from loftq_kernels.initializers import (
+    AdapterInit,
+    InputStatistics,
+    aser_init,
+    eora_init,
+    initializer_names,
+    loftq_init,
+    loftq_init_batch,
+    qlora_init,
+    weighted_low_rank,
+)
 from loftq_kernels.nn import QuantLoRALinear, QuantLoRALinearGroup
 from loftq_kernels.ops import available_backends, qlora_linear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationStatistics",
     "AdapterInit",
+    "InputStatistics",
     "PackedTensor",
     "QuantConfig",
     "QuantLoRALinear",
     "QuantLoRALinearGroup",
     "QuantizationReport",
+    "aser_init",
     "available_backends",
+    "collect_activations",
+    "eora_init",
     "format_names",
     "initializer_names",
     "load_quantized",
@@ -32,4 +48,5 @@ __all__ = [
     "quantize_model",
     "save_quantized",
     "train_only_adapters",
+    "weighted_low_rank",
 ]

@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
     quantize.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
     quantize.add_argument("--init", default="loftq", choices=lk.initializer_names())
+    quantize.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs (lk.collect_activations)"
+    )
+    quantize.add_argument("--rank-energy", type=float, help="aser: least rank with this share of singular values")
+    quantize.add_argument("--outlier-channels", type=int, default=32, help="aser: columns left to the adapter")
     quantize.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
     quantize.add_argument("--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES_BY_NAME))
     quantize.add_argument("--scale-search", action="store_true", help="search each group's scale of least error")
@@ -105,14 +110,17 @@ def _quantize(args: argparse.Namespace) -> None:
         use_rslora=args.use_rslora,
         init=args.init,
         num_iter=args.num_iter,
+        rank_energy=args.rank_energy,
+        outlier_channels=args.outlier_channels,
         scale_dtype=SCALE_DTYPES_BY_NAME[args.scale_dtype],
         scale_search=args.scale_search,
         include=tuple(args.include or ("*",)),
         exclude=tuple(exclude),
         overrides=dict(_override(text) for text in args.override),
     )
+    statistics = None if args.calibration is None else lk.ActivationStatistics.load(args.calibration)
     model = pretrained.load_dense(args.model_dir)
-    report = lk.quantize_model(model, cfg, device=args.device)
+    report = lk.quantize_model(model, cfg, statistics=statistics, device=args.device)
     lk.save_quantized(model, args.output_dir)
     _copy_tokenizer(args.model_dir, args.output_dir)
     print(report)

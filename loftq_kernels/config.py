@@ -14,6 +14,7 @@ import torch
 
 from loftq_kernels import packing
 from loftq_kernels.formats import get_format
+from loftq_kernels.initializers.aser import OUTLIER_CHANNELS, check_aser
 from loftq_kernels.initializers.loftq import check_schedule
 from loftq_kernels.initializers.registry import initializer_names
 from loftq_kernels.ops.checks import check_scale_options
@@ -53,6 +54,8 @@ class QuantConfig:
         lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
         init: one of `initializer_names()`.
         num_iter, svd, order, seed: as for `loftq_init`.
+        rank_energy, outlier_channels: as for `aser_init`; with rank_energy, ``rank`` is the most that a layer may have,
+            and scaling is still that of ``rank``.
         include, exclude: patterns of layer names (`nn.Module.named_modules`): a glob matched against the whole name, in
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
             quantized when it matches some of ``include`` and none of ``exclude``.
@@ -70,6 +73,8 @@ class QuantConfig:
     num_iter: int = 5
     svd: str = "auto"
     order: str = "quantize_first"
+    rank_energy: float | None = None
+    outlier_channels: int = OUTLIER_CHANNELS
     scale_dtype: torch.dtype = torch.float16
     scale_search: bool = False
     seed: int = 0
@@ -86,6 +91,7 @@ class QuantConfig:
         if self.init not in initializer_names():
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
         check_schedule(self.num_iter, self.order, self.svd, self.seed)
+        check_aser(self.rank_energy, self.outlier_channels)
         check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
-from loftq_kernels.initializers import initialize
+from loftq_kernels.initializers import InputStatistics, initialize, needs_statistics, takes_statistics
+from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.nn import QuantLoRALinear
 from loftq_kernels.ops.functional import check_finite
 
@@ -22,7 +23,10 @@ _LAYERS_A_BATCH = 16  # initialized before they are swapped in: bounds the memor
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer: its error ||W - Q - s B A||_F / ||W||_F and the bytes it took and takes."""
+    """One quantized layer: its error ||W - Q - s B A||_F / ||W||_F and the bytes it took and takes.
+
+    ``weighted_error`` is that of the layer's output on calibration data, where the initializer was given statistics.
+    """
 
     name: str
     out_features: int
@@ -33,6 +37,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     packed_bytes: int
+    weighted_error: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,6 +72,12 @@ class QuantizationReport:
         """Mean of the layers' relative errors."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
 
+    @property
+    def weighted_error(self) -> float | None:
+        """Mean of the layers' weighted errors; None where no layer has one."""
+        known = [layer.weighted_error for layer in self.layers if layer.weighted_error is not None]
+        return sum(known) / len(known) if known else None
+
     def __str__(self) -> str:
         lines = [f"{'layer':<44} {'shape':>13} {'format':>8} {'rank':>5} {'bits/w':>7} {'error':>7}"]
         for layer in self.layers:
@@ -77,8 +88,9 @@ class QuantizationReport:
                 f"{layer.bits_per_weight:>7.3f} {layer.error:>7.4f}"
             )
         lines += [f"{name:<44} skipped: {reason}" for name, reason in self.skipped.items()]
+        output = "" if self.weighted_error is None else f" (of outputs: {self.weighted_error:.4f})"
         lines.append(
-            f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight, mean error {self.error:.4f}, "
+            f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight, mean error {self.error:.4f}{output}, "
             f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB, {self.seconds:.1f} s"
         )
         return "\n".join(lines)
@@ -107,6 +119,7 @@ def quantize_model(
     model: nn.Module,
     cfg: QuantConfig | None = None,
     *,
+    statistics: Mapping[str, InputStatistics] | None = None,
     progress: bool = True,
     freeze: bool = True,
     device: torch.device | str | None = None,
@@ -121,16 +134,20 @@ def quantize_model(
     Args:
         model: changed in place; its modules keep their device and training mode.
         cfg: default `QuantConfig()`: LoftQ, NF4, rank 16.
+        statistics: by layer name, from `collect_activations` on the dense model: init "eora" and "aser" need them,
+            "loftq" takes them.
         progress: show a bar on standard error.
         freeze: also set requires_grad=False on every parameter that is not an adapter's.
         device: where to compute, if not where the weights are.
 
     Raises ValueError, before anything is changed, for a weight with NaN or Inf (naming layer and row), for a model that
-    is itself an nn.Linear, and when no layer matches.
+    is itself an nn.Linear, when no layer matches, and for statistics that lack a layer or are of another width.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
         raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
     started = time.perf_counter()
     report = QuantizationReport()
     candidates = list(_candidates(model, cfg, report.skipped))
@@ -141,10 +158,11 @@ def quantize_model(
         )
     for candidate in candidates:
         check_finite(candidate.weight, f"{candidate.names[0]}.weight")
+        _check_statistics(candidate, statistics)
     try:
         with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
             for batch in _batches(candidates):
-                report.layers += _replace(model, batch, device, bar)
+                report.layers += _replace(model, batch, statistics, device, bar)
     finally:  # layers that were swapped before an interruption are as they would be after a whole run
         if freeze:
             train_only_adapters(model)
@@ -226,13 +244,38 @@ def _batches(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
             yield batch
 
 
+def _check_statistics(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> None:
+    """Raise ValueError unless there are, where they are needed, statistics of the layer, and they fit it."""
+    name, cfg = candidate.names[0], candidate.cfg
+    if statistics is None:
+        if needs_statistics(cfg):
+            raise ValueError(f"init={cfg.init!r} of layer {name!r} needs statistics=: see collect_activations")
+        return
+    if not takes_statistics(cfg):
+        return
+    if name not in statistics:
+        known = ", ".join(itertools.islice(statistics, 3))
+        raise ValueError(
+            f"the statistics lack layer {name!r} (they hold {len(statistics)} layers: {known}, ...): they are another "
+            "model's, or no token reached it; exclude it, or give it init='qlora' by an override"
+        )
+    check_statistics(statistics[name], f"layer {name!r}", candidate.weight.shape[1])
+
+
 def _replace(
-    model: nn.Module, batch: list[_Candidate], device: torch.device | str | None, bar: tqdm
+    model: nn.Module,
+    batch: list[_Candidate],
+    statistics: Mapping[str, InputStatistics] | None,
+    device: torch.device | str | None,
+    bar: tqdm,
 ) -> Iterator[LayerReport]:
     """Initialize the layers of a batch together, then swap each in."""
     cfg = batch[0].cfg
     names = [f"{candidate.names[0]}.weight" for candidate in batch]
-    inits = initialize([c.weight for c in batch], cfg, device=device, progress=bar.update, names=names)
+    own = None
+    if statistics is not None and takes_statistics(cfg):
+        own = [statistics[candidate.names[0]] for candidate in batch]
+    inits = initialize([c.weight for c in batch], cfg, statistics=own, device=device, progress=bar.update, names=names)
     for candidate, init in zip(batch, inits, strict=True):
         old = candidate.module
         layer = QuantLoRALinear.from_init(init, old.bias, dtype=old.weight.dtype).train(old.training)
@@ -249,6 +292,7 @@ def _replace(
             bytes_before=_module_bytes(old),
             bytes_after=_module_bytes(layer),
             packed_bytes=layer.packed.nbytes,
+            weighted_error=init.weighted_error,
         )
 
 

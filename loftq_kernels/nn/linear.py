@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loftq_kernels.config import QuantConfig, adapter_scaling
 from loftq_kernels.formats import PackedTensor, empty_packed, get_format
-from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
 from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank
 
@@ -74,12 +74,18 @@ class QuantLoRALinear(nn.Module):
             self.bias = parameter(out_features, trained=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, cfg: QuantConfig | None = None) -> QuantLoRALinear:
-        """Quantize the weight of an `nn.Linear` as cfg says (default: LoftQ, NF4, rank 16); it is not changed."""
+    def from_linear(
+        cls, linear: nn.Linear, cfg: QuantConfig | None = None, statistics: InputStatistics | None = None
+    ) -> QuantLoRALinear:
+        """Quantize the weight of an `nn.Linear` as cfg says (default: LoftQ, NF4, rank 16); it is not changed.
+
+        ``statistics`` of its input are for the initializers that take them.
+        """
         cfg = cfg or QuantConfig()
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear takes a torch.nn.Linear, got {type(linear).__name__}")
-        init = initialize([linear.weight.detach()], cfg)[0]
+        calibration = None if statistics is None else [statistics]
+        init = initialize([linear.weight.detach()], cfg, statistics=calibration)[0]
         return cls.from_init(init, linear.bias, dtype=linear.weight.dtype).train(linear.training)
 
     @classmethod
