@@ -8,7 +8,7 @@ from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
 from loftq_kernels.formats import PackedTensor, format_names, quantize
 from loftq_kernels.initializers import AdapterInit, initializer_names, loftq_init, loftq_init_batch, qlora_init
-from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear
 from loftq_kernels.ops import available_backends, qlora_linear
 
 __version__ = "0.1.0"
@@ -17,6 +17,9 @@ __all__ = [
     "AdapterInit",
     "PackedTensor",
     "QuantConfig",
+    "QuantLoRAConv1d",
+    "QuantLoRAConv2d",
+    "QuantLoRAEmbedding",
     "QuantLoRALinear",
     "QuantizationReport",
     "available_backends",
