@@ -3,6 +3,7 @@
 y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
+from loftq_kernels.allocate import plan_bits
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
@@ -10,11 +11,13 @@ from loftq_kernels.formats import PackedTensor, format_names, quantize
 from loftq_kernels.initializers import AdapterInit, initializer_names, loftq_init, loftq_init_batch, qlora_init
 from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear
 from loftq_kernels.ops import available_backends, qlora_linear
+from loftq_kernels.plan import BitPlan, first_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterInit",
+    "BitPlan",
     "PackedTensor",
     "QuantConfig",
     "QuantLoRAConv1d",
@@ -23,11 +26,13 @@ __all__ = [
     "QuantLoRALinear",
     "QuantizationReport",
     "available_backends",
+    "first_layers",
     "format_names",
     "initializer_names",
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
+    "plan_bits",
     "qlora_init",
     "qlora_linear",
     "quantize",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from loftq_kernels.initializers import AdapterInit, initialize
 from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear, QuantLoRAModule
 from loftq_kernels.nn.embedding import unsupported
 from loftq_kernels.ops.functional import check_finite
+from loftq_kernels.plan import BitPlan
 
 _LAYERS_A_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers
 
@@ -140,6 +142,7 @@ def quantize_model(
     model: nn.Module,
     cfg: QuantConfig | None = None,
     *,
+    plan: BitPlan | str | Path | None = None,
     progress: bool = True,
     freeze: bool = True,
     device: torch.device | str | None = None,
@@ -156,19 +159,26 @@ def quantize_model(
     Args:
         model: changed in place; its modules keep their device and training mode.
         cfg: default `QuantConfig()`: LoftQ, NF4, rank 16.
+        plan: a `BitPlan` or its file: chooses format, group size, rank and scales of the layers that it names; cfg says
+            the rest, and all of layers that the plan does not name.
         progress: show a bar on standard error.
         freeze: also set requires_grad=False on every parameter that is not an adapter's.
         device: where to compute, if not where the weights are.
 
     Raises ValueError, before anything is changed, for a weight with NaN or Inf (naming layer and row), for a model that
-    is itself such a layer, and when no layer matches.
+    is itself such a layer, for a plan of another model, and when no layer matches.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
         raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
     started = time.perf_counter()
     report = QuantizationReport()
+    if plan is not None:
+        plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+        cfg = plan.config(cfg)
     candidates = list(_candidates(model, cfg, report.skipped))
+    if plan is not None:
+        plan.check_model(_planned_shapes(model, candidates, report.skipped))
     already = any(isinstance(module, QuantLoRAModule) for module in model.modules())
     if not candidates and not already:
         raise ValueError(
@@ -187,6 +197,19 @@ def quantize_model(
     report.layers.sort(key=lambda layer: order[layer.name])
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _planned_shapes(
+    model: nn.Module, candidates: list[_Candidate], skipped: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Matrix shapes of the layers that a plan may name: to be quantized, skipped with a reason, or done before."""
+    shapes = {c.names[0]: tuple(c.weight.shape) for c in candidates}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLoRAModule):
+            shapes[name] = tuple(module.packed.shape)
+        elif name in skipped:
+            shapes[name] = tuple(weight_matrix(module).shape)
+    return shapes
 
 
 def train_only_adapters(model: nn.Module) -> None:
