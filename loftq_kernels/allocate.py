@@ -39,14 +39,14 @@ def plan_bits(
     *,
     statistics: Any = None,
     count: str = "packed",
-    relative: bool = False,
+    relative: bool = True,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> BitPlan:
     """Quantize every layer under every candidate, and choose one a layer: least total error within the budget.
 
-    The error of a layer is ||W - Q - s B A||_F^2, or with statistics tr(E G E^T) of E = W - Q - s B A: the squared
-    error of the layer's output over the calibration tokens. The model is not changed.
+    The error of a layer, E = W - Q - s B A, is ||E||_F^2 / ||W||_F^2, or with statistics tr(E G E^T) / tr(W G W^T):
+    the squared relative error of its output over the calibration tokens. The model is not changed.
 
     Args:
         model: a dense model, as for `quantize_model`.
@@ -58,7 +58,8 @@ def plan_bits(
         statistics: layer name -> Gram matrix X^T X [K, K] of the layer's inputs: a mapping, or an object with a method
             ``gram(name)``.
         count: "codes", "packed" or "total", see `BitPlan`; candidates of different ranks need "total".
-        relative: divide a layer's error by ||W||_F^2, or tr(W G W^T): every layer counts the same, however large.
+        relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.
+            docs/mixed_precision.md compares the two: relative errors gave the better models.
         device: where to compute, if not where the weights are.
         progress: show a bar on standard error.
 

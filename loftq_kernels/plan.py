@@ -117,11 +117,13 @@ class BitPlan:
             "budget": self.budget,
             "count": self.count,
             "average_bits": round(self.average_bits, 6),  # for the reader: computed anew when the file is loaded
-            "candidates": self.candidates,
-            "layers": {name: dataclasses.asdict(layer) for name, layer in self.layers.items()},
         }
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        lines.append(f' "candidates": {_one_a_line(self.candidates)}')
+        layers = {name: dataclasses.asdict(layer) for name, layer in self.layers.items()}
+        lines.append(f' "layers": {_one_a_line(layers)}')
         with storage.replacing(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> BitPlan:
@@ -168,6 +170,11 @@ def counted_bits(candidate: Mapping[str, Any], layer: PlannedLayer, count: str) 
 def settings(candidate: Mapping[str, Any]) -> dict[str, Any]:
     """A candidate's JSON values as `QuantConfig` takes them."""
     return {**candidate, "scale_dtype": SCALE_DTYPES_BY_NAME[candidate["scale_dtype"]]}
+
+
+def _one_a_line(values: Mapping[str, Any]) -> str:
+    """A JSON object with an entry a line, for editing by hand."""
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()) + "\n }"
 
 
 def _check_budget(budget: float) -> None:
