@@ -52,7 +52,7 @@ def minilm_plan() -> lk.BitPlan:
         linear.weight = nn.Parameter(weight)
         owner.add_module(last, linear)
     candidates = [{"format": f, "group_size": g} for f in ("nf2", "nf4") for g in (32, 64, 128)]
-    return plan_of(model, 2.5, candidates, lk.QuantConfig(rank=None))
+    return plan_of(model, 2.5, candidates, cfg=lk.QuantConfig(rank=None))
 
 
 def with_choices(plan: lk.BitPlan, choose) -> lk.BitPlan:
@@ -254,7 +254,7 @@ class TestCandidates:
         overrides = {"head": None, "layers.0.*": {"format": "int8", "init": "qlora"}}
         cfg = dataclasses.replace(CFG, exclude="*.1.down", overrides=overrides)
         model = tiny_model()
-        plan = plan_of(model, 3, ["nf2", "nf4"], cfg)
+        plan = plan_of(model, 3, ["nf2", "nf4"], cfg=cfg)
         assert plan.layers.keys() == {"layers.0.up", "layers.0.down", "layers.1.up"}
         lk.quantize_model(model, cfg, plan=plan, progress=False)
         assert type(model.head) is nn.Linear and model.layers[0]["up"].format.name in ("nf2", "nf4")
