@@ -14,7 +14,7 @@ import torch
 
 import loftq_kernels as lk
 from loftq_kernels import pretrained
-from loftq_kernels.allocate import DEFAULT_CANDIDATES, solve
+from loftq_kernels.allocate import DEFAULT_CANDIDATES, solve_plan
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
 from loftq_kernels.config import LAYER_TYPES
 from loftq_kernels.ops import extension
@@ -139,7 +139,7 @@ def _quantize(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     _check_device(args.device)
     if args.source is not None:
-        plan = solve(lk.BitPlan.load(args.source), args.budget)
+        plan = solve_plan(lk.BitPlan.load(args.source), args.budget)
     else:
         plan = lk.plan_bits(
             pretrained.load_dense(args.model_dir),

@@ -18,6 +18,7 @@ from loftq_kernels.initializers.loftq import check_schedule
 from loftq_kernels.initializers.registry import initializer_names
 from loftq_kernels.ops.checks import check_scale_options
 
+_WILDCARDS = re.compile(r"[*?[]")
 LAYER_TYPES = ("linear", "conv", "embedding")
 
 
@@ -35,6 +36,8 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a layer name matches a glob ("*" crosses dots), or wholly matches the regular expression after "re:"."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
+    if not _WILDCARDS.search(pattern):  # a plan has one such pattern a layer, and asks for every layer
+        return name == pattern
     return fnmatch.fnmatchcase(name, pattern)
 
 
