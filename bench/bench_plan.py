@@ -67,7 +67,7 @@ def variants(model: nn.Module, cfg: lk.QuantConfig, grams: dict[str, Tensor]) ->
         rule = dataclasses.replace(cfg, overrides=lk.first_layers(model, n))
         bits = {name: 4.25 if rule.for_layer(name).format == "nf4" else 2.25 for name in grams}
         weights = {name: model.get_submodule(name).weight.numel() for name in grams}
-        budgets.append(sum(bits[name] * weights[name] for name in grams) / sum(weights.values()) + 0.001)  # code books
+        budgets.append(sum(bits[name] * weights[name] for name in grams) / sum(weights.values()) + 0.002)  # code books
         yield f"first {n} of 6 blocks nf4", rule, None
     for what, statistics in (("weights", None), ("outputs", grams)):
         relative = lk.plan_bits(model, budgets[0], CANDIDATES, cfg, statistics=statistics, progress=False)

@@ -87,12 +87,15 @@ def plan_bits(
 def solve_plan(plan: BitPlan, budget: float | None = None) -> BitPlan:
     """The plan with the best choice of each layer for a budget (default: its own), from the errors that it holds.
 
-    Nothing is measured again. Raises as `plan_bits`, and ValueError for a layer without measured errors.
+    Nothing is measured again. Raises as `plan_bits`, and ValueError for a plan without layers, or a layer without
+    measured errors.
     """
     _milp()
     from scipy.sparse import csr_array
 
     plan = plan if budget is None else dataclasses.replace(plan, budget=budget)
+    if not plan.layers:
+        raise ValueError("the plan has no layers to choose for")
     options = []  # (layer's number, name, candidate, bits, error)
     for number, (name, layer) in enumerate(plan.layers.items()):
         measured = [c for c in plan.candidates if c in layer.errors]

@@ -411,6 +411,8 @@ class TestFile:
         layers = {n: dataclasses.replace(layer, errors={}) for n, layer in plan.layers.items()}
         with pytest.raises(ValueError, match="layer 'layers.0.up' has no measured error"):
             solve_plan(dataclasses.replace(plan, layers=layers))
+        with pytest.raises(ValueError, match="no layers"):
+            solve_plan(dataclasses.replace(plan, layers={}))
 
 
 class TestFirstLayers:
