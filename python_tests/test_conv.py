@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
+from loftq_kernels.checkpoint_config import CONFIG_NAME
 
 SMALL = {"rank": 4, "num_iter": 2}
 # Each option alone, then together; an even kernel with "same" pads one more on one side; depthwise has one row a group.
@@ -371,6 +373,36 @@ class TestModels:
         other.stem = nn.Linear(27, 32)
         with pytest.raises(ValueError, match="'stem' is a Linear, the checkpoint holds a layer of kind conv2d"):
             lk.load_quantized(tmp_path, other)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"kind": "conv3d"},
+            {"kind": ["conv2d"]},
+            {"kind": "conv1d"},
+            {"kind": "linear"},
+            {"geometry": None},
+            {"geometry": {}},
+            {"geometry": {"stride": [1, 1]}},
+            {"groups": 2},
+            {"in_channels": 10**18},
+            {"kernel_size": [3, 3, 3]},
+            {"padding": "full"},
+            {"rank": 28},
+        ],
+        ids=str,
+    )
+    def test_edited_checkpoints(self, changes, tmp_path):
+        """Nothing is built of a description that is not the model's."""
+        model, _ = self.quantized(include="stem")
+        lk.save_quantized(model, tmp_path)
+        values = json.loads((tmp_path / CONFIG_NAME).read_text())
+        stem = values["layers"]["stem"]
+        for name, value in changes.items():
+            (stem if name in stem else stem["geometry"])[name] = value
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="stem"):
+            lk.load_quantized(tmp_path, resnet())
 
     def test_no_dense_kernel_is_built_by_loading(self, tmp_path):
         model = nn.Sequential(nn.Conv2d(64, 64, 3))
