@@ -4,6 +4,7 @@ y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora
 """
 
 from loftq_kernels.calibration import ActivationStatistics, collect_activations
+from loftq_kernels.allocate import plan_bits, solve_plan
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
@@ -19,8 +20,15 @@ from loftq_kernels.initializers import (
     qlora_init,
     weighted_low_rank,
 )
-from loftq_kernels.nn import QuantLoRALinear, QuantLoRALinearGroup
+from loftq_kernels.nn import (
+    QuantLoRAConv1d,
+    QuantLoRAConv2d,
+    QuantLoRAEmbedding,
+    QuantLoRALinear,
+    QuantLoRALinearGroup,
+)
 from loftq_kernels.ops import available_backends, qlora_linear
+from loftq_kernels.plan import BitPlan, first_layers
 
 __version__ = "0.1.0"
 
@@ -28,8 +36,12 @@ __all__ = [
     "ActivationStatistics",
     "AdapterInit",
     "InputStatistics",
+    "BitPlan",
     "PackedTensor",
     "QuantConfig",
+    "QuantLoRAConv1d",
+    "QuantLoRAConv2d",
+    "QuantLoRAEmbedding",
     "QuantLoRALinear",
     "QuantLoRALinearGroup",
     "QuantizationReport",
@@ -37,16 +49,19 @@ __all__ = [
     "available_backends",
     "collect_activations",
     "eora_init",
+    "first_layers",
     "format_names",
     "initializer_names",
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
+    "plan_bits",
     "qlora_init",
     "qlora_linear",
     "quantize",
     "quantize_model",
     "save_quantized",
+    "solve_plan",
     "train_only_adapters",
     "weighted_low_rank",
 ]

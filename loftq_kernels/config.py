@@ -19,6 +19,9 @@ from loftq_kernels.initializers.loftq import check_schedule
 from loftq_kernels.initializers.registry import initializer_names
 from loftq_kernels.ops.checks import check_scale_options
 
+_WILDCARDS = re.compile(r"[*?[]")
+LAYER_TYPES = ("linear", "conv", "embedding")
+
 
 def adapter_scaling(rank: int | None, lora_alpha: float | None, use_rslora: bool = False) -> float:
     """lora_alpha / rank, or lora_alpha / sqrt(rank) for rsLoRA; 1 when lora_alpha is None or there is no adapter."""
@@ -34,6 +37,8 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a layer name matches a glob ("*" crosses dots), or wholly matches the regular expression after "re:"."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
+    if not _WILDCARDS.search(pattern):  # a plan has one such pattern a layer, and asks for every layer
+        return name == pattern
     return fnmatch.fnmatchcase(name, pattern)
 
 
@@ -60,6 +65,9 @@ class QuantConfig:
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
             quantized when it matches some of ``include`` and none of ``exclude``.
         overrides: pattern -> changed fields (a dict), or None to leave the layers dense. The first match wins.
+        layer_types: which kinds of layers are quantized, of `LAYER_TYPES`. Linear layers alone by default, as LoftQ,
+            QLoRA and bitsandbytes do: embeddings are read a few rows at a time and often tied to the head, and
+            convolutions are a small part of most language models.
 
     Raises ValueError or TypeError, with the value, for fields out of range.
     """
@@ -81,6 +89,7 @@ class QuantConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("lm_head", "*.lm_head")
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    layer_types: tuple[str, ...] = ("linear",)
 
     def __post_init__(self):
         get_format(self.format)
@@ -101,6 +110,10 @@ class QuantConfig:
                 if not isinstance(pattern, str):
                     raise TypeError(f"{name} must hold strings, got {pattern!r}")
             object.__setattr__(self, name, tuple(patterns))
+        kinds = (self.layer_types,) if isinstance(self.layer_types, str) else tuple(self.layer_types)
+        if not kinds or set(kinds) - set(LAYER_TYPES):
+            raise ValueError(f"layer_types={self.layer_types!r} must hold some of {LAYER_TYPES}")
+        object.__setattr__(self, "layer_types", kinds)
         for pattern in (*self.include, *self.exclude, *self.overrides):
             _check_pattern(pattern)
         for pattern, changes in self.overrides.items():
@@ -112,7 +125,7 @@ class QuantConfig:
         return adapter_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
     def _overridden(self, pattern: str, changes: Mapping[str, Any]) -> QuantConfig:
-        fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides"}
+        fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides", "layer_types"}
         unknown = sorted(set(changes) - fields)
         if unknown:
             raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(fields))}")

@@ -252,15 +252,15 @@ def linear_tensors(
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
-        return _kernels(backend, x.device).qlora_linear(_autocast(x), *args, float(scaling), bias)
+        return _kernels(backend, x.device).qlora_linear(autocast(x), *args, float(scaling), bias)
     try:
-        return torch.ops.loftq_kernels.qlora_linear(_autocast(x), *args, float(scaling), bias)
+        return torch.ops.loftq_kernels.qlora_linear(autocast(x), *args, float(scaling), bias)
     except Exception:
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         raise
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
