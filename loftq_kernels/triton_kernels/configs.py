@@ -33,8 +33,8 @@ class DecodeConfig:
 
 
 # By (architecture, bits, block_m, shape class); chosen by instructions a weight in the main loop, as `python -m bench
-# sass` counts them; not yet measured on a device. Two warps: with four, a tile of 64 rows would become wgmma, which takes
-# the weight through shared memory. "tall": enough rows for 64 of them a program to fill the device.
+# sass` counts them; not yet measured on a device. Two warps: with four, a tile of 64 rows would become wgmma, which
+# takes the weight through shared memory. "tall": enough rows for 64 of them a program to fill the device.
 _DECODE = {
     ("sm80", 2, 8, "tall"): DecodeConfig(64, 4, 2, 4, 4),
     ("sm80", 2, 8, "small"): DecodeConfig(32, 4, 2, 4, 4),
@@ -46,7 +46,7 @@ _DECODE = {
     ("sm80", 4, 16, "small"): DecodeConfig(32, 4, 2, 4, 4),
     ("sm80", 8, 8, "tall"): DecodeConfig(64, 2, 2, 4, 4),
     ("sm80", 8, 8, "small"): DecodeConfig(32, 2, 2, 4, 4),
-    ("sm80", 8, 16, "tall"): DecodeConfig(64, 2, 2, 4, 4),
+    ("sm80", 8, 16, "tall"): DecodeConfig(32, 2, 2, 4, 4),  # 64 rows spill with adapters
     ("sm80", 8, 16, "small"): DecodeConfig(32, 2, 2, 4, 4),
 }
 _DECODE_FLOAT32 = DecodeConfig(32, 1, 4, 2, 4)  # without tensor cores: x in float32 stays exact
