@@ -135,7 +135,9 @@ def opcode(instruction: str) -> str:
 def main_loop(instructions: list[str], loops: list[tuple[int, int]]) -> Counter:
     """Opcodes of the longest innermost loop that multiplies: spins and the adapters' loops are shorter."""
     innermost = [
-        loop for loop in loops if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
+        loop
+        for loop in loops
+        if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
     ]
     counts = [Counter(opcode(line) for line in instructions[first : last + 1]) for first, last in innermost]
     return max(counts, key=lambda count: (count["HMMA"] + count["HGMMA"] > 0, sum(count.values())), default=Counter())

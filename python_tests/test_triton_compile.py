@@ -26,7 +26,7 @@ CASES = [
     for format in ("nf2", "nf4", "int4", "int8")
     for capability in TARGETS
     for block_m in DECODE_BLOCK_M
-] + [(format, 90, block_m, "small") for format in ("nf2", "nf4", "int4", "int8") for block_m in DECODE_BLOCK_M]
+] + [(format, 90, 16, "small") for format in ("nf2", "nf4", "int4", "int8")]
 
 
 @pytest.mark.parametrize("format, capability, block_m, shape", CASES)
@@ -81,7 +81,7 @@ def test_why_invalid():
 
 
 def test_choice():
-    assert architecture(90) == "sm80" or decode_configs()
+    assert {architecture(capability) for capability in (90, 120)} <= {key[0] for key in decode_configs()}
     with pytest.raises(ValueError, match="7.5"):
         architecture(75)
     config = DecodeConfig(32, 4, 2, 4, 4)

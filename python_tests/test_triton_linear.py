@@ -1,4 +1,4 @@
-"""The Triton decode kernel against float64: interpreted on the CPU in a process of its own, and on a GPU where there is one.
+"""The Triton decode kernel against float64: interpreted in a process of its own, and on a GPU if there is one.
 
 The interpreter runs no PTX (test_triton_asm.py proves that) and multiplies no bfloat16.
 """
@@ -26,7 +26,9 @@ CASES: dict[str, dict] = {
     **{f"{name}": dict(format=name, M=3, N=40, K=200) for name in FORMATS},
     **{
         f"{name} by {group}": dict(format=name, M=2, N=33, K=330, group_size=group, tiles=4, seed=group)
-        for name, group in zip(("nf4", "int2", "uniform4", "int8", "nf2", "int4", "uniform2"), GROUPS + (32, -1))
+        for name, group in zip(
+            ("nf4", "int2", "uniform4", "int8", "nf2", "int4", "uniform2"), GROUPS + (32, -1), strict=True
+        )
     },
     "one by one": dict(format="nf4", M=1, N=1, K=1),
     "whole steps": dict(format="int4", M=1, N=32, K=256, tiles=2),

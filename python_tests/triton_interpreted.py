@@ -55,7 +55,9 @@ def decode_linear_case(
         if adapters:
             ids = torch.randint(-1, adapters, (M,), generator=generator).to(device)
     bias_values = normal(N).to(kind).to(device) if bias else None
-    tensors = [None if t is None else t.to(device) for t in (packed.codes, packed.scale, packed.offset, packed.codebook)]
+    tensors = [
+        None if t is None else t.to(device) for t in (packed.codes, packed.scale, packed.offset, packed.codebook)
+    ]
     y = decode_linear(
         x,
         *tensors,
@@ -69,7 +71,8 @@ def decode_linear_case(
         splits=splits,
     )
     exact, plain = (
-        _expected(x, packed.to(device), lora_A, lora_B, ids, bias_values, precision) for precision in (torch.float64, kind)
+        _expected(x, packed.to(device), lora_A, lora_B, ids, bias_values, precision)
+        for precision in (torch.float64, kind)
     )
     assert y.dtype == kind and y.shape == (M, N)
     norm = exact.norm().clamp(min=1e-30)

@@ -1,7 +1,7 @@
 """What a kernel is compiled for instead of a code book's tensor: a `Decoder`, made once a code book, dtype and device.
 
 The instructions are PTX text, as `tl.inline_asm_elementwise` takes it with ``pack=4``: one 32-bit register holds four
-consecutive packed bytes and comes out as two registers a field, each a pair of 16-bit floats, in the order of the bytes.
+consecutive packed bytes and comes out as two registers a field, each a pair of 16-bit floats, in the bytes' order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LOP3_ANDN_OR = 0xAE  # (~a & b) | c
 class Decoder:
     """How codes become values: ``codebook[code] = unit * (value + center)``, with ``value = decoded + constant``.
 
-    ``asm`` yields `planes` * 8 / bits fields; field f holds the columns of slice f // planes of a tile, and the fields of
-    one slice add up. ``constants[f]`` is to be added to field f: kernels do so by one more product with x, of a constant
-    matrix, which is exact. Empty strings: plain Triton decodes, from `values` where `table` is set.
+    ``asm`` yields `planes` * 8 / bits fields; field f holds the columns of slice f // planes of a tile, and the fields
+    of one slice add up. ``constants[f]`` is to be added to field f: kernels do so by one more product with x, of a
+    constant matrix, which is exact. Empty strings: plain Triton decodes, from the code book where `table` is set.
     """
 
     bits: int
@@ -121,15 +121,16 @@ def _setup(words: tuple[int, ...]) -> str:
 def _constants(words: tuple[int, ...], constants: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
     """The setup for words, constants and 1.0, and what yields the latter.
 
-    The two registers are (packed & 0) | constant and (~packed & 0) | constant. An instruction takes four of them, and those
-    that ptxas knows to be equal it would copy together anew every time.
+    The two registers are (packed & 0) | constant and (~packed & 0) | constant. An instruction takes four of them, and
+    those that ptxas knows to be equal it would copy together anew every time.
     """
     patterns = torch.tensor([*constants, 1.0], dtype=torch.float64).to(dtype).view(torch.int16).tolist()
     pairs = [(pattern & 0xFFFF) * 0x10001 for pattern in patterns]
     words = (*words, *sorted(set(pairs)))
     registers = [f"loftq_w{len(words) - len(set(pairs)) + sorted(set(pairs)).index(pair)}" for pair in pairs]
     lines = [
-        f"lop3.b32 $0, $2, loftq_zero, {name}, {LOP3_AND_OR:#x}; lop3.b32 $1, $2, loftq_zero, {name}, {LOP3_ANDN_OR:#x};"
+        f"lop3.b32 $0, $2, loftq_zero, {name}, {LOP3_AND_OR:#x}; "
+        f"lop3.b32 $1, $2, loftq_zero, {name}, {LOP3_ANDN_OR:#x};"
         for name in registers
     ]
     return _setup(words), "\n".join(lines)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def setup_decode(zero, SETUP: tl.constexpr):
-    """Once a kernel, ahead of `decode`: puts the tables into registers. zero: an int that is 0, unknown to the compiler."""
+    """Once a kernel, ahead of `decode`: puts tables into registers. zero: an int that is 0, unknown to the compiler."""
     if SETUP != "":
         tl.inline_asm_elementwise(SETUP, "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -34,10 +34,10 @@ def _line(text, i):
 
 
 @triton.jit
-def constant_like(packed, ASMS: tl.constexpr, I: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
-    """VALUE in the shape of packed, by line I of ASMS and formally out of packed, so that Triton wants x in the same order
-    of registers as for decoded values."""
-    ASM: tl.constexpr = _line(ASMS, I)
+def constant_like(packed, ASMS: tl.constexpr, LINE: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """VALUE in the shape of packed, by a line of ASMS and formally out of packed, so that Triton wants x in the same
+    order of registers as for decoded values."""
+    ASM: tl.constexpr = _line(ASMS, LINE)
     if ASM == "":
         return tl.full(packed.shape, VALUE, tl.float32).to(DTYPE)
     elif tl.bfloat16 == DTYPE:

@@ -33,8 +33,8 @@ class DecodeConfig:
 
 
 # By (architecture, bits, block_m, shape class); chosen by instructions a weight in the main loop, as `python -m bench
-# sass` counts them; not yet measured on a device. Two warps: with four, a tile of 64 rows would become wgmma, which takes the
-# weight through shared memory. "tall": enough rows for 64 of them a program to fill the device.
+# sass` counts them; not yet measured on a device. Two warps: with four, a tile of 64 rows would become wgmma, which
+# takes the weight through shared memory. "tall": enough rows for 64 of them a program to fill the device.
 _DECODE = {
     ("sm80", 2, 8, "tall"): DecodeConfig(64, 4, 2, 4, 4),
     ("sm80", 2, 8, "small"): DecodeConfig(32, 4, 2, 4, 4),
@@ -46,7 +46,7 @@ _DECODE = {
     ("sm80", 4, 16, "small"): DecodeConfig(32, 4, 2, 4, 4),
     ("sm80", 8, 8, "tall"): DecodeConfig(64, 2, 2, 4, 4),
     ("sm80", 8, 8, "small"): DecodeConfig(32, 2, 2, 4, 4),
-    ("sm80", 8, 16, "tall"): DecodeConfig(64, 2, 2, 4, 4),
+    ("sm80", 8, 16, "tall"): DecodeConfig(32, 2, 2, 4, 4),  # 64 rows spill with adapters
     ("sm80", 8, 16, "small"): DecodeConfig(32, 2, 2, 4, 4),
 }
 _DECODE_FLOAT32 = DecodeConfig(32, 1, 4, 2, 4)  # without tensor cores: x in float32 stays exact
@@ -80,13 +80,13 @@ def splits(config: DecodeConfig, out_features: int, in_features: int, multiproce
     programs = -(-out_features // config.block_n)
     steps = -(-in_features // (TILE * config.tiles))
     count = 1
-    while count < 16 and programs * count < config.fill * multiprocessors and steps >= 4 * count:
+    while count < 16 and 4 * programs * count < 3 * config.fill * multiprocessors and steps >= 4 * count:
         count *= 2
     return count
 
 
 def why_invalid(config: DecodeConfig, bits: int, block_m: int, group_size: int, capability: int) -> str | None:
-    """The first rule that a configuration breaks, or None: the one statement of the rules, for the table and a search."""
+    """The first rule that a configuration breaks, or None. The one statement of the rules, for table and search."""
     if config.block_n < 16 * config.num_warps:
         return f"block_n={config.block_n} leaves {config.num_warps} warps less than the 16 rows of an instruction"
     if group_size > 0 and config.tiles * TILE % group_size:

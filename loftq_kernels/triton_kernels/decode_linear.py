@@ -15,8 +15,8 @@ from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
 from loftq_kernels.triton_kernels.configs import DecodeConfig, decode_config
 
-# Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns of
-# one instruction, and x comes out of shared memory in its order of registers; 32 columns cost two moves an instruction.
+# Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
+# of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
 SLICE: tl.constexpr = tl.constexpr(16)
 
 
@@ -66,8 +66,8 @@ def _decode_linear_kernel(
 
     The weight is the left operand and the rows of x are the columns of the right one, so that M = 1 wastes 7 columns of
     an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a chunk of
-    columns each; the others wait for its sum with the weights' part done. Programs start in the order of their index, so
-    those that are waited for run already. The last of the programs that share a tile of y adds up their parts, in order.
+    columns each; the others wait for its sum with the weights' part done. Programs start in the order of their index,
+    so those that are waited for run already. The last of the programs that share a tile of y adds up their parts.
     """
     pid = tl.program_id(0)
     row_block = tl.program_id(1)
@@ -97,7 +97,8 @@ def _one_tile(
     x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
     M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, index, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
-    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
@@ -138,7 +139,8 @@ def _one_tile(
 def _multiply(
     x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
-    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
@@ -284,7 +286,7 @@ def _decode_tile(
     packed, FIRST: tl.constexpr, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr,
     PLANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of 64 columns in packed[FIRST] and following: 4 * PLANES [BLOCK_N, SLICE], in the order of the columns."""
+    """The tile of 64 columns in packed[FIRST] and following: 4 * PLANES [BLOCK_N, SLICE], by columns."""
     LOADS: tl.constexpr = BITS // 2
     loads = ()
     for i in tl.static_range(LOADS):
@@ -307,7 +309,7 @@ def _load_groups(at, group, G, GROUPS: tl.constexpr):
 
 @triton.jit
 def _add_group(acc, part, total, scale, offset, HAS_OFFSET: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr):
-    """acc + scale * part + (offset / UNIT + CENTER * scale) * total, with part = sum of code * x and total = sum of x."""
+    """acc + scale * part + (offset / UNIT + CENTER * scale) * total; part = sum of value * x, total = sum of x."""
     scale = scale.to(tl.float32)
     acc += scale[:, None] * part
     if HAS_OFFSET:
