@@ -20,7 +20,7 @@ class QuantLoRALinearGroup:
     One call instead of one a layer, x read once, and all adapters' x @ lora_A.T computed at once. The packed weights
     move into common tensors, of which the layers' buffers become views: nothing is held twice, and the layers work,
     save and load as before. Layers that are moved or loaded anew are gathered again at the next call. What a call
-    without gradients adds is a copy of the adapters, in which each layer's lora_B fills its own block, scaling included.
+    without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
 
     The group is no module: it holds the layers of a model, whose names in checkpoints stay as they are.
 

@@ -131,6 +131,9 @@ def qlora_linear(
         return reference.qlora_linear(
             x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias, dequantize=_dequantize
         )
+    leaves = (x, lora_A, lora_B, bias)
+    if x.device.type == "cpu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        raise RuntimeError("backend='triton' on CPU tensors is for tests and has no derivatives: use torch.no_grad()")
     if lora_A is not None:
         lora_A, lora_B = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
     weight = codes, scale, offset, codebook, group_size
@@ -268,8 +271,10 @@ def _dequantize(*args) -> Tensor:
 
 
 def _on(device: torch.device):
-    """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else _nowhere
+    """Triton launches on the current device, whatever its arguments are on. Mostly they are the same."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _nowhere
+    return torch.cuda.device(device)
 
 
 class _Nowhere:
