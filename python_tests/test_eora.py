@@ -332,6 +332,21 @@ class TestWeightedLoftQ:
                 torch.testing.assert_close(dense_of(one), dense_of(other), rtol=0, atol=1e-6)
             assert len(factored) == 3, "a common Gram matrix is factored once"
 
+    def test_scales_that_stop_fitting(self, monkeypatch):
+        """W fits float16 scales, W less a low-rank term does not: the best iterate so far, while neighbours go on."""
+        problems = [with_outliers(seed) for seed in range(2)]
+        own = [lk.InputStatistics.from_inputs(x) for _, x in problems]
+        weights = [w for w, _ in problems]
+        weights[0] = weights[0] * (65500 / weights[0].abs().max())
+        alone = lk.loftq_init(weights[1], "nf2", 16, 4, statistics=own[1])
+        monkeypatch.setattr(loftq, "chunk_size", lambda *_: 8)
+        stopped, other = lk.loftq_init_batch(weights, "nf2", 16, 4, statistics=own)
+        assert same_packed(other.packed, alone.packed) and len(other.errors) == 4
+        assert 1 <= len(stopped.weighted_errors) < 4 and stopped.weighted_error == min(stopped.weighted_errors)
+        assert torch.isfinite(dense_of(stopped)).all()
+        with pytest.raises(ValueError, match=r"weights\[0\] row .* does not fit torch.float16"):
+            lk.loftq_init_batch([2 * weights[0], weights[1]], "nf2", 16, 4, statistics=own)
+
     def test_without_statistics_nothing_changes(self):
         init = lk.loftq_init(gaussian(64, 64), "nf2", 8, 2)
         assert init.weighted_error is None and init.weighted_errors == []

@@ -131,7 +131,8 @@ def run(
 ) -> list[AdapterInit]:
     """LoftQ's alternation, both steps' errors weighted, for same-shape weights on one device.
 
-    Scales that do not fit their dtype show as non-finite in the result, as in `loftq_reference.run`.
+    A matrix of which a scale does not fit its dtype stays at its best iterate, as in `loftq_reference.run`; if there is
+    none, that scale shows as non-finite in the result.
     """
     statistics, device = calibration.statistics, weights[0].device
     pairs = zip(statistics, calibration.names, strict=True)
@@ -168,6 +169,7 @@ class WeightedAlternation:
         self.weighted_norms = _norms(self.times_factor(self.weight))
         self.outliers: list[Tensor | None] = [None] * len(weights)
         self.smoothing: list[Tensor | None] = [None] * len(weights)
+        self.frozen = [False] * len(weights)  # done: scales of a later iterate did not fit their dtype
         self.packed: list[PackedTensor] = []
         self.residual = self.weight  # [B, N, K], W - Q
         self.left: Tensor | None = None  # [B, N, r], U
@@ -187,7 +189,7 @@ class WeightedAlternation:
         return torch.stack([matrix @ factor for matrix, factor in zip(matrices, self.factors, strict=True)])
 
     def step(self) -> bool:
-        """One alternation; False when scales do not fit their dtype, so that nothing can follow."""
+        """One alternation; False when nothing is left to go on with."""
         if self.options.order == "quantize_first":
             if not self._quantize():
                 return False
@@ -216,17 +218,26 @@ class WeightedAlternation:
         self.residual = self.weight - torch.stack([p.dequantize(torch.float64) for p in packed])
 
     def _quantize(self) -> bool:
+        """Q and the residual; False when nothing is left to go on with."""
         target = self.weight if self.left is None else self.weight - self.low_rank_term()
         packed = []
         for matrix, outliers in zip(target.float(), self.outliers, strict=True):
             if outliers is not None:
                 matrix[:, outliers] = 0  # ASER: the low-rank term takes these columns over, whole
             packed.append(self._quantized(matrix))
-        if not all(torch.isfinite(t).all() for p in packed for t in (p.scale, p.offset) if t is not None):
-            self.best = [(p, None, None) for p in packed]
-            return False
         self.residual_of(packed)
-        return True
+        for i, own in enumerate(packed):
+            if not all(torch.isfinite(t).all() for t in (own.scale, own.offset) if t is not None):
+                self._freeze(i)
+            if self.frozen[i]:
+                self.residual[i] = 0  # its solver has nothing to do, and no NaN to meet
+        return not all(self.frozen)
+
+    def _freeze(self, i: int) -> None:
+        """Scales of this matrix did not fit their dtype: it stays at its best iterate, its neighbours go on."""
+        self.frozen[i] = True
+        if self.best[i] is None:
+            self.best[i] = (self.packed[i], None, None)
 
     def _quantized(self, matrix: Tensor) -> PackedTensor:
         o = self.options
@@ -245,6 +256,8 @@ class WeightedAlternation:
     def _keep_best(self, remaining: Tensor, weighted: Tensor) -> None:
         """remaining R and R F, [B, N, K]: the iterate with the least ||R F|| stays."""
         for i, (plain, own) in enumerate(zip(_norms(remaining), _norms(weighted), strict=True)):
+            if self.frozen[i]:
+                continue
             error = _ratio(own, self.weighted_norms[i])
             if not self.weighted_errors[i] or error < min(self.weighted_errors[i]):
                 self.best[i] = (self.packed[i], self.left[i], self.right[i])
