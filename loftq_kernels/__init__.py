@@ -3,8 +3,8 @@
 y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
-from loftq_kernels.calibration import ActivationStatistics, collect_activations
 from loftq_kernels.allocate import plan_bits, solve_plan
+from loftq_kernels.calibration import ActivationStatistics, collect_activations
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters

@@ -227,7 +227,7 @@ def _linear_multi(
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     return _kernels(backend, x.device).qlora_linear_multi(
-        _autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias
+        autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias
     )
 
 
