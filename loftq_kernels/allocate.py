@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import _batches, _Candidate, _candidates
-from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, takes_statistics
+from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.ops.functional import check_finite
 from loftq_kernels.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits
@@ -38,7 +39,7 @@ def plan_bits(
     candidates: Sequence[str | Mapping[str, Any]] = DEFAULT_CANDIDATES,
     cfg: QuantConfig | None = None,
     *,
-    statistics: Any = None,
+    statistics: Mapping[str, InputStatistics] | None = None,
     count: str = "packed",
     relative: bool = True,
     device: torch.device | str | None = None,
@@ -46,7 +47,7 @@ def plan_bits(
 ) -> BitPlan:
     """Quantize every layer under every candidate, and choose one a layer: least total error within the budget.
 
-    The error of a layer, E = W - Q - s B A, is ||E||_F^2 / ||W||_F^2, or with statistics tr(E G E^T) / tr(W G W^T):
+    The error of a layer, E = W - Q - s B A, is ||E||_F^2 / ||W||_F^2, or with statistics tr(E S E^T) / tr(W S W^T):
     the squared relative error of its output over the calibration tokens. The model is not changed.
 
     Args:
@@ -56,8 +57,8 @@ def plan_bits(
             they do not set is as in cfg.
         cfg: everything else: initializer, patterns, layer_types. Its overrides choose layers to leave dense and fields
             that candidates cannot set.
-        statistics: layer name -> Gram matrix X^T X [K, K] of the layer's inputs: a mapping, or an object with a method
-            ``gram(name)``.
+        statistics: by layer name, from `collect_activations`; the initializer that cfg names gets them, too, where it
+            takes them.
         count: "codes", "packed" or "total", see `BitPlan`; candidates of different ranks need "total".
         relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.
             docs/mixed_precision.md compares the two: relative errors gave the better models.
@@ -65,7 +66,7 @@ def plan_bits(
         progress: show a bar on standard error.
 
     Raises ImportError without SciPy; ValueError for a budget below what the cheapest candidates take (saying how much
-    that is), bad candidates, NaN or Inf in a weight or a Gram matrix, statistics that lack a layer or do not fit it,
+    that is), bad candidates, NaN or Inf in a weight or in statistics, statistics that lack a layer or do not fit it,
     and a model with no layer to quantize.
     """
     _milp()  # before hours of work
@@ -189,7 +190,11 @@ def _config_of(values: Mapping[str, Any], cfg: QuantConfig) -> QuantConfig:
 
 
 def _measure(
-    found: Mapping[str, list[_Candidate]], statistics: Any, relative: bool, device: Any, progress: bool
+    found: Mapping[str, list[_Candidate]],
+    statistics: Mapping[str, InputStatistics] | None,
+    relative: bool,
+    device: torch.device | str | None,
+    progress: bool,
 ) -> dict[str, PlannedLayer]:
     """Every layer in the order of the model, with its error under each candidate that it can take."""
     weights = {c.names[0]: c.weight for listed in found.values() for c in listed}
@@ -201,9 +206,14 @@ def _measure(
         for candidate, listed in found.items():
             for batch in _batches(listed):
                 names = [c.names[0] for c in batch]
-                labels = [f"{name}.weight" for name in names]
+                own = None if statistics is None else [statistics[name] for name in names]
                 inits = initialize(
-                    [c.weight for c in batch], batch[0].cfg, device=device, progress=bar.update, names=labels
+                    [c.weight for c in batch],
+                    batch[0].cfg,
+                    statistics=own if takes_statistics(batch[0].cfg) else None,
+                    device=device,
+                    progress=bar.update,
+                    names=[f"{name}.weight" for name in names],
                 )
                 for name, init in zip(names, inits, strict=True):
                     errors[name][candidate] = _error(weights[name], init, grams[name], relative)
@@ -214,17 +224,10 @@ def _measure(
     }
 
 
-def _gram(statistics: Any, name: str, weight: Tensor) -> Tensor:
-    try:
-        gram = statistics.gram(name) if hasattr(statistics, "gram") else statistics[name]
-    except KeyError as error:
-        raise ValueError(f"the statistics hold nothing of layer {name!r}: they are of another model") from error
-    columns = weight.shape[1]
-    if not isinstance(gram, Tensor) or gram.shape != (columns, columns):
-        found = tuple(gram.shape) if isinstance(gram, Tensor) else type(gram).__name__
-        raise ValueError(f"the Gram matrix of {name!r} is {found}, expected [{columns}, {columns}]")
-    check_finite(gram, f"the Gram matrix of {name!r}")
-    return gram
+def _gram(statistics: Mapping[str, InputStatistics], name: str, weight: Tensor) -> Tensor:
+    if name not in statistics:
+        raise ValueError(f"the statistics lack layer {name!r}: they are of another model, or no token reached it")
+    return check_statistics(statistics[name], f"layer {name!r}", weight.shape[1]).gram
 
 
 def _error(weight: Tensor, init: AdapterInit, gram: Tensor | None, relative: bool) -> float:

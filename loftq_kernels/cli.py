@@ -53,9 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantize a local transformers or safetensors folder")
     quantize.add_argument("model_dir", type=Path)
     quantize.add_argument("output_dir", type=Path)
-    quantize.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs (lk.collect_activations)"
-    )
     quantize.add_argument("--plan", type=Path, metavar="FILE", help="formats by layer, from `loftq-kernels plan`")
     _add_config_arguments(quantize)
     quantize.set_defaults(run=_quantize)
@@ -98,6 +95,9 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
     parser.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
     parser.add_argument("--init", default="loftq", choices=lk.initializer_names())
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs (lk.collect_activations)"
+    )
     parser.add_argument("--rank-energy", type=float, help="aser: least rank with this share of singular values")
     parser.add_argument("--outlier-channels", type=int, default=32, help="aser: columns left to the adapter")
     parser.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
@@ -152,6 +152,7 @@ def _plan(args: argparse.Namespace) -> None:
             args.budget,
             args.candidate or DEFAULT_CANDIDATES,
             _config(args),
+            statistics=None if args.calibration is None else lk.ActivationStatistics.load(args.calibration),
             count=args.count,
             relative=not args.absolute,
             device=args.device,

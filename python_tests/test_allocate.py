@@ -60,6 +60,11 @@ def with_choices(plan: lk.BitPlan, choose) -> lk.BitPlan:
     return dataclasses.replace(plan, layers=layers)
 
 
+def of_gram(gram: torch.Tensor) -> lk.InputStatistics:
+    channel = gram.diagonal()
+    return lk.InputStatistics(gram, channel, channel, channel, tokens=1)
+
+
 class TestBudget:
     @pytest.mark.parametrize("budget", [2.25, 2.5, 3.0, 3.5, 4.2])
     def test_is_used_up(self, budget):
@@ -159,49 +164,47 @@ class TestErrors:
             norm = model.get_submodule(name).weight.norm().item()
             assert layer.errors["nf2"] == pytest.approx(norm**2 * relative.layers[name].errors["nf2"])
 
-    @pytest.mark.parametrize("kind", ["mapping", "object"])
     @pytest.mark.parametrize("relative", [True, False])
-    def test_with_statistics(self, relative, kind):
-        """The squared error of the outputs over the tokens."""
+    def test_with_statistics(self, relative):
+        """The mean squared error of the outputs over the tokens."""
         model = uneven_model()
         inputs = {
             name: gaussian(200, module.in_features, seed=i) * torch.linspace(0.1, 3, module.in_features)
             for i, (name, module) in enumerate(model.named_modules())
             if isinstance(module, nn.Linear)
         }
-        statistics = {name: x.T.double() @ x.double() for name, x in inputs.items()}
-        if kind == "object":
-            statistics = type("Statistics", (), {"gram": staticmethod(statistics.__getitem__)})
+        statistics = {name: lk.InputStatistics.from_inputs(x) for name, x in inputs.items()}
         plan = plan_of(model, 3.2, ["nf2", "nf4"], statistics=statistics, relative=relative)
-        layer = lk.QuantLoRALinear.from_linear(model.head, dataclasses.replace(CFG, format="nf2"))
+        layer = lk.QuantLoRALinear.from_linear(model.head, dataclasses.replace(CFG, format="nf2"), statistics["head"])
         dense = inputs["head"] @ model.head.weight.T
-        error = (dense - inputs["head"] @ layer.weight.T).square().sum() / (dense.square().sum() if relative else 1)
+        error = (dense - inputs["head"] @ layer.weight.T).square().sum() / (dense.square().sum() if relative else 200)
         assert plan.layers["head"].errors["nf2"] == pytest.approx(error.item(), rel=1e-3)
 
     def test_statistics_change_the_choice(self):
         model = tiny_model()
         loud = {n: (100.0 if n == "layers.1.up" else 1.0) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        grams = {n: scale * torch.eye(model.get_submodule(n).in_features) for n, scale in loud.items()}
-        plan = plan_of(model, 2.9, ["nf2", "nf4"], statistics=grams, relative=False)
+        statistics = {n: of_gram(scale * torch.eye(model.get_submodule(n).in_features)) for n, scale in loud.items()}
+        plan = plan_of(model, 2.9, ["nf2", "nf4"], statistics=statistics, relative=False)
         assert plan.layers["layers.1.up"].choice == "nf4"
 
     @pytest.mark.parametrize(
-        ("gram", "message"),
+        ("head", "error", "message"),
         [
-            (None, "hold nothing of layer 'head'"),
-            (torch.eye(63), r"of 'head' is \(63, 63\), expected \[64, 64\]"),
-            (torch.eye(64) * math.nan, "of 'head' holds nan"),
-            ([1.0], "of 'head' is list"),
+            (None, ValueError, "lack layer 'head'"),
+            (torch.eye(63), ValueError, "63 channels, the weight has 64 columns"),
+            (torch.eye(64) * math.nan, ValueError, "gram holds NaN"),
+            ([1.0], TypeError, "must be an InputStatistics, got list"),
         ],
         ids=["missing", "shape", "nan", "type"],
     )
-    def test_bad_statistics(self, gram, message):
+    def test_bad_statistics(self, head, error, message):
         model = tiny_model()
-        statistics = {n: torch.eye(m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        statistics["head"] = gram
-        if gram is None:
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        statistics = {n: of_gram(torch.eye(m.in_features)) for n, m in linears.items()}
+        statistics["head"] = of_gram(head) if isinstance(head, torch.Tensor) else head
+        if head is None:
             del statistics["head"]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             plan_of(model, 3, statistics=statistics)
 
     def test_bad_weights(self):
