@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-GPU_SUBJECTS = ("small_matrix",)
-SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", *GPU_SUBJECTS)
+GPU_SUBJECTS = ("small_matrix", "gpu")
+SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", "plan", *GPU_SUBJECTS)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -18,16 +18,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loftq_kernels import pretrained, storage
-from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig, LayerSpec
-from loftq_kernels.convert import is_conv1d, train_only_adapters
+from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig, LayerSpec, geometry_of
+from loftq_kernels.convert import layer_type, train_only_adapters, weight_matrix
 from loftq_kernels.formats import get_format
-from loftq_kernels.nn.linear import PACKED_BUFFERS, QuantLoRALinear
+from loftq_kernels.nn.base import PACKED_BUFFERS, QuantLoRAModule
 
 _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
-    """Write a model that has `QuantLoRALinear` layers into the folder path, with everything needed to load it.
+    """Write a model that has quantized layers into the folder path, with everything needed to load it.
 
     If anything fails, a checkpoint that was there before stays as it was. Raises ValueError when the model has no
     quantized layer, or tensors on the meta device.
@@ -36,12 +36,12 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     layers = {
         name: LayerSpec.of(module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLoRALinear)
+        if isinstance(module, QuantLoRAModule)
     }
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no QuantLoRALinear layer; call quantize_model first")
+        raise ValueError(f"{type(model).__name__} has no QuantLoRALinear (or its like); call quantize_model first")
     if "" in layers:
-        raise ValueError("the model is itself a QuantLoRALinear: put it into a module, or save its state_dict")
+        raise ValueError("the model is itself a quantized layer: put it into a module, or save its state_dict")
     for name in layers:
         model.get_submodule(name).packed.validate()
     tensors, tied = _collect_tensors(model)
@@ -145,32 +145,40 @@ def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
-    """Every layer of the checkpoint has a linear layer of its shape to replace."""
+    """Every layer of the checkpoint has a layer of its kind, shape and geometry to replace."""
     for name, spec in layers.items():
         inner = [other for other in layers if other.startswith(f"{name}.")]
         if inner:
-            raise ValueError(f"the checkpoint holds {inner[0]!r} inside the linear layer {name!r}")
+            raise ValueError(f"the checkpoint holds {inner[0]!r} inside the layer {name!r}")
         try:
             old = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"{type(model).__name__} has no layer {name!r}, which the checkpoint holds") from error
-        shape = _linear_shape(old)
-        if shape is None:
-            raise ValueError(f"layer {name!r} is a {type(old).__name__}, the checkpoint holds a linear layer")
+        kind, shape = _place(old)
+        if kind != spec.kind:
+            raise ValueError(
+                f"layer {name!r} is a {type(old).__name__}, the checkpoint holds a layer of kind {spec.kind}"
+            )
         if shape != (spec.out_features, spec.in_features):
             raise ValueError(
                 f"layer {name!r} has shape {shape}, the checkpoint holds ({spec.out_features}, {spec.in_features})"
             )
+        if (geometry := geometry_of(old, kind)) != spec.geometry:
+            raise ValueError(f"layer {name!r} has {geometry}, the checkpoint holds {spec.geometry}")
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear | QuantLoRALinear):
-        return module.out_features, module.in_features
-    return tuple(reversed(module.weight.shape)) if is_conv1d(module) else None
+def _place(module: nn.Module) -> tuple[str | None, tuple[int, ...] | None]:
+    """The kind of layer that a module, dense or quantized, can be replaced by, and the shape of its matrix."""
+    if isinstance(module, QuantLoRAModule):
+        return module.kind, tuple(module.packed.shape)
+    kind = layer_type(module)
+    if kind == "conv":
+        kind = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}.get(type(module))
+    return (None, None) if kind is None else (kind, tuple(weight_matrix(module).shape))
 
 
 def _check_tensors(
-    model: nn.Module, layers: Mapping[str, QuantLoRALinear], config: CheckpointConfig, stored: safe_open
+    model: nn.Module, layers: Mapping[str, QuantLoRAModule], config: CheckpointConfig, stored: safe_open
 ) -> None:
     """The file holds what the model with its quantized layers needs: every name, shape, packed dtype and code book."""
     inside = tuple(f"{name}." for name in layers)
@@ -205,7 +213,7 @@ def _check_tensors(
         _check_packed(layer_name, layer, config.tied, stored)
 
 
-def _check_packed(layer_name: str, layer: QuantLoRALinear, tied: Mapping[str, str], stored: safe_open) -> None:
+def _check_packed(layer_name: str, layer: QuantLoRAModule, tied: Mapping[str, str], stored: safe_open) -> None:
     for name in PACKED_BUFFERS:
         buffer = getattr(layer, name)
         if buffer is None:

@@ -9,20 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loftq_kernels.formats import get_format
-from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear, QuantLoRAModule
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
 from loftq_kernels.packing import check_group_size
 
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
 _MAX_CONFIG_BYTES = 64 << 20  # far above any real one; refuses to read something else that carries the name
+_CLASSES = {cls.kind: cls for cls in (QuantLoRALinear, QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding)}
 _TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What it takes to rebuild one `QuantLoRALinear` without its tensors."""
+    """What it takes to rebuild one quantized layer without its tensors; in_features and out_features are the columns
+    and rows of its packed matrix."""
 
     in_features: int
     out_features: int
@@ -32,25 +36,36 @@ class LayerSpec:
     rank: int | None
     scaling: float
     scale_dtype: str
+    # Left out of the JSON where they have these values, so that checkpoints of linear layers are as they always were.
+    kind: str = "linear"
+    geometry: dict[str, Any] = field(default_factory=dict)  # the layer's other arguments, as `geometry_of` gives them
 
     @classmethod
-    def of(cls, layer: QuantLoRALinear) -> LayerSpec:
+    def of(cls, layer: QuantLoRAModule) -> LayerSpec:
+        out_features, in_features = layer.packed.shape
         return cls(
-            in_features=layer.in_features,
-            out_features=layer.out_features,
+            in_features=in_features,
+            out_features=out_features,
             bias=layer.bias is not None,
             format=layer.format.name,
             group_size=layer.group_size,
             rank=layer.rank,
             scaling=layer.scaling,
             scale_dtype=str(layer.scale.dtype).removeprefix("torch."),
+            kind=layer.kind,
+            geometry=geometry_of(layer, layer.kind),
         )
+
+    def to_values(self) -> dict[str, Any]:
+        """The JSON object."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
 
     @classmethod
     def parse(cls, name: str, values: Any) -> LayerSpec:
         """Raise ValueError, naming the layer and what is wrong, unless values describe a layer that can be built."""
-        fields = [f.name for f in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(fields):
+        fields = [f.name for f in dataclasses.fields(cls) if f.name not in _OPTIONAL]
+        if not isinstance(values, dict) or sorted(values.keys() - _OPTIONAL.keys()) != sorted(fields):
             raise ValueError(f"layer {name!r}: expected the keys {fields}, got {values!r}")
         spec = cls(**values)
         try:
@@ -65,18 +80,31 @@ class LayerSpec:
                 check_rank(spec.rank, spec.out_features, spec.in_features)
             if spec.scale_dtype not in SCALE_DTYPES_BY_NAME:
                 raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(SCALE_DTYPES_BY_NAME)}")
+            if spec.kind not in _CLASSES:  # what its geometry must be is told by the model that it is loaded into
+                raise ValueError(f"kind {spec.kind!r} is not one of {sorted(_CLASSES)}")
+            if not isinstance(spec.geometry, dict) or sorted(spec.geometry) != sorted(spec.layer_class.geometry_names):
+                raise ValueError(f"geometry={spec.geometry!r} must hold {sorted(spec.layer_class.geometry_names)}")
             if not isinstance(spec.scaling, int | float) or not 1e-30 < spec.scaling < 1e30:
                 raise ValueError(f"scaling={spec.scaling!r}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         return spec
 
-    def build(self) -> QuantLoRALinear:
+    @property
+    def layer_class(self) -> type[QuantLoRAModule]:
+        return _CLASSES[self.kind]
+
+    def build(self) -> QuantLoRAModule:
         """The layer on the meta device."""
-        layer = QuantLoRALinear(
-            self.in_features,
-            self.out_features,
-            self.bias,
+        arguments = dict(self.geometry)
+        if self.kind == "linear":
+            arguments.update(in_features=self.in_features, out_features=self.out_features, bias=self.bias)
+        elif self.kind == "embedding":
+            arguments.update(num_embeddings=self.out_features, embedding_dim=self.in_features)
+        else:
+            arguments.update(bias=self.bias)
+        layer = self.layer_class(
+            **arguments,
             format=self.format,
             group_size=self.group_size,
             rank=self.rank,
@@ -85,6 +113,15 @@ class LayerSpec:
         )
         layer.scaling = self.scaling
         return layer
+
+
+_OPTIONAL = {"kind": "linear", "geometry": {}}
+
+
+def geometry_of(module: nn.Module, kind: str) -> dict[str, Any]:
+    """What a dense or quantized layer of this kind is made from beside the shape of its matrix, as JSON values."""
+    values = {name: getattr(module, name) for name in _CLASSES[kind].geometry_names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +135,8 @@ class CheckpointConfig:
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name under which the same tensor is stored
 
     def to_json(self) -> str:
-        values = {"loftq_format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        layers = {name: layer.to_values() for name, layer in self.layers.items()}
+        values = {"loftq_format_version": FORMAT_VERSION, **dataclasses.asdict(self), "layers": layers}
         return json.dumps(values, indent=1)
 
     @classmethod

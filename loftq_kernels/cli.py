@@ -1,4 +1,4 @@
-"""The command line: ``loftq-kernels demo | quantize | inspect | bench | info``."""
+"""The command line: ``loftq-kernels demo | plan | quantize | inspect | bench | info``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import torch
 
 import loftq_kernels as lk
 from loftq_kernels import pretrained
+from loftq_kernels.allocate import DEFAULT_CANDIDATES, solve_plan
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
+from loftq_kernels.config import LAYER_TYPES
 from loftq_kernels.ops import extension
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.packing import GROUP_SIZES
+from loftq_kernels.plan import CANDIDATE_FIELDS, COUNTS
 
 # Text and JSON files that belong to a model's tokenizer; weights and configs are written by save_quantized.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
@@ -50,26 +53,28 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantize a local transformers or safetensors folder")
     quantize.add_argument("model_dir", type=Path)
     quantize.add_argument("output_dir", type=Path)
-    quantize.add_argument("--format", default="nf4", choices=lk.format_names())
-    quantize.add_argument("--group-size", type=int, default=64, choices=GROUP_SIZES, help="-1: the whole row")
-    quantize.add_argument("--rank", type=int, default=16, help="of the adapter; 0 for none (default 16)")
-    quantize.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
-    quantize.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
-    quantize.add_argument("--init", default="loftq", choices=lk.initializer_names())
-    quantize.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
-    quantize.add_argument("--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES_BY_NAME))
-    quantize.add_argument("--scale-search", action="store_true", help="search each group's scale of least error")
-    quantize.add_argument("--include", action="append", metavar="PATTERN", help="layer names to quantize (repeatable)")
-    quantize.add_argument("--exclude", action="append", metavar="PATTERN", help="layer names to leave (repeatable)")
-    quantize.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        metavar="PATTERN=FORMAT",
-        help='another format for some layers, e.g. "*.layer.[01].*=nf4"; FORMAT "dense" leaves them (repeatable)',
-    )
-    quantize.add_argument("--device", help="where to compute, e.g. cuda")
+    quantize.add_argument("--plan", type=Path, metavar="FILE", help="formats by layer, from `loftq-kernels plan`")
+    _add_config_arguments(quantize)
     quantize.set_defaults(run=_quantize)
+
+    plan = commands.add_parser("plan", help="choose each layer's format for a budget of bits, into a JSON file")
+    plan.add_argument("model_dir", type=Path)
+    plan.add_argument("plan_file", type=Path)
+    plan.add_argument("--budget", type=float, required=True, help="bits a weight on average, e.g. 2.5")
+    plan.add_argument(
+        "--candidate",
+        action="append",
+        type=_candidate,
+        metavar="FORMAT[,FIELD=VALUE...]",
+        help=f'e.g. "nf2" or "nf4,group_size=32,rank=8" (repeatable; default {" ".join(DEFAULT_CANDIDATES)})',
+    )
+    plan.add_argument("--count", default="packed", choices=COUNTS, help="what counts as bits (default packed)")
+    plan.add_argument("--absolute", action="store_true", help="add up absolute errors instead of relative ones")
+    plan.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="solve this plan again for the budget, measure nothing"
+    )
+    _add_config_arguments(plan)
+    plan.set_defaults(run=_plan)
 
     inspect = commands.add_parser("inspect", help="describe a quantized folder")
     inspect.add_argument("model_dir", type=Path)
@@ -83,6 +88,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="nf4", choices=lk.format_names())
+    parser.add_argument("--group-size", type=int, default=64, choices=GROUP_SIZES, help="-1: the whole row")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter; 0 for none (default 16)")
+    parser.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
+    parser.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
+    parser.add_argument("--init", default="loftq", choices=lk.initializer_names())
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs (lk.collect_activations)"
+    )
+    parser.add_argument("--rank-energy", type=float, help="aser: least rank with this share of singular values")
+    parser.add_argument("--outlier-channels", type=int, default=32, help="aser: columns left to the adapter")
+    parser.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
+    parser.add_argument("--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES_BY_NAME))
+    parser.add_argument("--scale-search", action="store_true", help="search each group's scale of least error")
+    parser.add_argument("--include", action="append", metavar="PATTERN", help="layer names to quantize (repeatable)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="layer names to leave (repeatable)")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help='another format for some layers, e.g. "*.layer.[01].*=nf4"; FORMAT "dense" leaves them (repeatable)',
+    )
+    parser.add_argument(
+        "--layer-type",
+        action="append",
+        choices=LAYER_TYPES,
+        help="kinds of layers to quantize (repeatable; default linear)",
+    )
+    parser.add_argument("--device", help="where to compute, e.g. cuda")
+
+
 def _demo(args: argparse.Namespace) -> int:
     from loftq_kernels.demo import run_demo
 
@@ -93,11 +131,66 @@ def _quantize(args: argparse.Namespace) -> None:
     if (args.model_dir / CONFIG_NAME).is_file():
         raise ValueError(f"{args.model_dir} is already quantized: it holds {CONFIG_NAME}")
     _check_device(args.device)
+    plan = None if args.plan is None else lk.BitPlan.load(args.plan)
+    statistics = None if args.calibration is None else lk.ActivationStatistics.load(args.calibration)
+    cfg = _config(args)
+    model = pretrained.load_dense(args.model_dir)
+    report = lk.quantize_model(model, cfg, statistics=statistics, plan=plan, device=args.device)
+    lk.save_quantized(model, args.output_dir)
+    _copy_tokenizer(args.model_dir, args.output_dir)
+    print(report)
+    print(f"saved to {args.output_dir}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    _check_device(args.device)
+    if args.source is not None:
+        plan = solve_plan(lk.BitPlan.load(args.source), args.budget)
+    else:
+        plan = lk.plan_bits(
+            pretrained.load_dense(args.model_dir),
+            args.budget,
+            args.candidate or DEFAULT_CANDIDATES,
+            _config(args),
+            statistics=None if args.calibration is None else lk.ActivationStatistics.load(args.calibration),
+            count=args.count,
+            relative=not args.absolute,
+            device=args.device,
+        )
+    plan.save(args.plan_file)
+    print(plan)
+    print(f"saved to {args.plan_file}")
+
+
+def _candidate(text: str) -> dict:
+    """FORMAT[,FIELD=VALUE...] as `plan_bits` takes it."""
+    format_name, *fields = text.split(",")
+    values: dict = {"format": format_name}
+    for item in fields:
+        name, _, value = item.partition("=")
+        if name not in CANDIDATE_FIELDS[1:]:
+            raise argparse.ArgumentTypeError(f"{item!r} is not FIELD=VALUE with a field of {CANDIDATE_FIELDS[1:]}")
+        try:
+            values[name] = _FIELD_VALUES[name](value)
+        except (KeyError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{value!r} is no {name}") from error
+    return values
+
+
+_FIELD_VALUES = {
+    "group_size": int,
+    "rank": lambda text: int(text) or None,  # 0 for no adapter, as --rank
+    "scale_dtype": SCALE_DTYPES_BY_NAME.__getitem__,
+    "scale_search": {"true": True, "false": False}.__getitem__,
+}
+
+
+def _config(args: argparse.Namespace) -> lk.QuantConfig:
     exclude = args.exclude
     if exclude is None:
         plain = not (args.model_dir / "config.json").is_file()
         exclude = lk.QuantConfig().exclude + (_TABLE_NAMES if plain else ())
-    cfg = lk.QuantConfig(
+    return lk.QuantConfig(
         format=args.format,
         group_size=args.group_size,
         rank=args.rank or None,
@@ -105,18 +198,15 @@ def _quantize(args: argparse.Namespace) -> None:
         use_rslora=args.use_rslora,
         init=args.init,
         num_iter=args.num_iter,
+        rank_energy=args.rank_energy,
+        outlier_channels=args.outlier_channels,
         scale_dtype=SCALE_DTYPES_BY_NAME[args.scale_dtype],
         scale_search=args.scale_search,
         include=tuple(args.include or ("*",)),
         exclude=tuple(exclude),
         overrides=dict(_override(text) for text in args.override),
+        layer_types=tuple(args.layer_type or ("linear",)),
     )
-    model = pretrained.load_dense(args.model_dir)
-    report = lk.quantize_model(model, cfg, device=args.device)
-    lk.save_quantized(model, args.output_dir)
-    _copy_tokenizer(args.model_dir, args.output_dir)
-    print(report)
-    print(f"saved to {args.output_dir}")
 
 
 def _check_device(device: str | None) -> None:

@@ -14,9 +14,13 @@ import torch
 
 from loftq_kernels import packing
 from loftq_kernels.formats import get_format
+from loftq_kernels.initializers.aser import OUTLIER_CHANNELS, check_aser
 from loftq_kernels.initializers.loftq import check_schedule
 from loftq_kernels.initializers.registry import initializer_names
 from loftq_kernels.ops.checks import check_scale_options
+
+_WILDCARDS = re.compile(r"[*?[]")
+LAYER_TYPES = ("linear", "conv", "embedding")
 
 
 def adapter_scaling(rank: int | None, lora_alpha: float | None, use_rslora: bool = False) -> float:
@@ -33,6 +37,8 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a layer name matches a glob ("*" crosses dots), or wholly matches the regular expression after "re:"."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
+    if not _WILDCARDS.search(pattern):  # a plan has one such pattern a layer, and asks for every layer
+        return name == pattern
     return fnmatch.fnmatchcase(name, pattern)
 
 
@@ -53,10 +59,15 @@ class QuantConfig:
         lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
         init: one of `initializer_names()`.
         num_iter, svd, order, seed: as for `loftq_init`.
+        rank_energy, outlier_channels: as for `aser_init`; with rank_energy, ``rank`` is the most that a layer may have,
+            and scaling is still that of ``rank``.
         include, exclude: patterns of layer names (`nn.Module.named_modules`): a glob matched against the whole name, in
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
             quantized when it matches some of ``include`` and none of ``exclude``.
         overrides: pattern -> changed fields (a dict), or None to leave the layers dense. The first match wins.
+        layer_types: which kinds of layers are quantized, of `LAYER_TYPES`. Linear layers alone by default, as LoftQ,
+            QLoRA and bitsandbytes do: embeddings are read a few rows at a time and often tied to the head, and
+            convolutions are a small part of most language models.
 
     Raises ValueError or TypeError, with the value, for fields out of range.
     """
@@ -70,12 +81,15 @@ class QuantConfig:
     num_iter: int = 5
     svd: str = "auto"
     order: str = "quantize_first"
+    rank_energy: float | None = None
+    outlier_channels: int = OUTLIER_CHANNELS
     scale_dtype: torch.dtype = torch.float16
     scale_search: bool = False
     seed: int = 0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("lm_head", "*.lm_head")
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    layer_types: tuple[str, ...] = ("linear",)
 
     def __post_init__(self):
         get_format(self.format)
@@ -86,6 +100,7 @@ class QuantConfig:
         if self.init not in initializer_names():
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
         check_schedule(self.num_iter, self.order, self.svd, self.seed)
+        check_aser(self.rank_energy, self.outlier_channels)
         check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
@@ -95,6 +110,10 @@ class QuantConfig:
                 if not isinstance(pattern, str):
                     raise TypeError(f"{name} must hold strings, got {pattern!r}")
             object.__setattr__(self, name, tuple(patterns))
+        kinds = (self.layer_types,) if isinstance(self.layer_types, str) else tuple(self.layer_types)
+        if not kinds or set(kinds) - set(LAYER_TYPES):
+            raise ValueError(f"layer_types={self.layer_types!r} must hold some of {LAYER_TYPES}")
+        object.__setattr__(self, "layer_types", kinds)
         for pattern in (*self.include, *self.exclude, *self.overrides):
             _check_pattern(pattern)
         for pattern, changes in self.overrides.items():
@@ -106,7 +125,7 @@ class QuantConfig:
         return adapter_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
     def _overridden(self, pattern: str, changes: Mapping[str, Any]) -> QuantConfig:
-        fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides"}
+        fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides", "layer_types"}
         unknown = sorted(set(changes) - fields)
         if unknown:
             raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(fields))}")

@@ -1,28 +1,36 @@
-"""`quantize_model`: replace the linear layers of a model, in place, and report what that did."""
+"""`quantize_model`: replace the layers of a model, in place, and report what that did."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
-from loftq_kernels.initializers import initialize
-from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.formats import empty_packed
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, needs_statistics, takes_statistics
+from loftq_kernels.initializers.statistics import check_statistics
+from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear, QuantLoRAModule
+from loftq_kernels.nn.embedding import unsupported
 from loftq_kernels.ops.functional import check_finite
+from loftq_kernels.plan import BitPlan
 
 _LAYERS_A_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer: its error ||W - Q - s B A||_F / ||W||_F and the bytes it took and takes."""
+    """One quantized layer: its error ||W - Q - s B A||_F / ||W||_F and the bytes it took and takes.
+
+    ``weighted_error`` is that of the layer's output on calibration data, where the initializer was given statistics.
+    """
 
     name: str
     out_features: int
@@ -33,6 +41,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     packed_bytes: int
+    weighted_error: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,6 +76,12 @@ class QuantizationReport:
         """Mean of the layers' relative errors."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
 
+    @property
+    def weighted_error(self) -> float | None:
+        """Mean of the layers' weighted errors; None where no layer has one."""
+        known = [layer.weighted_error for layer in self.layers if layer.weighted_error is not None]
+        return sum(known) / len(known) if known else None
+
     def __str__(self) -> str:
         lines = [f"{'layer':<44} {'shape':>13} {'format':>8} {'rank':>5} {'bits/w':>7} {'error':>7}"]
         for layer in self.layers:
@@ -77,8 +92,9 @@ class QuantizationReport:
                 f"{layer.bits_per_weight:>7.3f} {layer.error:>7.4f}"
             )
         lines += [f"{name:<44} skipped: {reason}" for name, reason in self.skipped.items()]
+        output = "" if self.weighted_error is None else f" (of outputs: {self.weighted_error:.4f})"
         lines.append(
-            f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight, mean error {self.error:.4f}, "
+            f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight, mean error {self.error:.4f}{output}, "
             f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB, {self.seconds:.1f} s"
         )
         return "\n".join(lines)
@@ -92,9 +108,8 @@ class _Candidate:
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features]; transformers' Conv1D stores the transpose."""
-        weight = self.module.weight.detach()
-        return weight.T if is_conv1d(self.module) else weight
+        """The matrix that is quantized, [out_features, in_features]."""
+        return weight_matrix(self.module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -103,48 +118,97 @@ def is_conv1d(module: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
+_CONVOLUTIONS = {nn.Conv1d: QuantLoRAConv1d, nn.Conv2d: QuantLoRAConv2d}
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """Which of `LAYER_TYPES` a dense module belongs to, whether or not it can be quantized; None for all others."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """A dense layer's weight as the matrix that is quantized: [out_features, in_features], a convolution's kernel
+    flattened to [c_out, c_in / groups * k * k], an embedding's table as it is; transformers' Conv1D stores the
+    transpose."""
+    weight = module.weight.detach()
+    return weight.T if is_conv1d(module) else weight.flatten(1)
+
+
+def _quantized(module: nn.Module, init: AdapterInit) -> QuantLoRAModule:
+    """The layer that takes the place of a dense one."""
+    dtype = module.weight.dtype
+    if type(module) in _CONVOLUTIONS:
+        layer = _CONVOLUTIONS[type(module)].from_init(init, module)
+    elif isinstance(module, nn.Embedding):
+        layer = QuantLoRAEmbedding.from_init(init, module.padding_idx, dtype=dtype)
+    else:
+        layer = QuantLoRALinear.from_init(init, module.bias, dtype=dtype)
+    return layer.train(module.training)
+
+
 def quantize_model(
     model: nn.Module,
     cfg: QuantConfig | None = None,
     *,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    plan: BitPlan | str | Path | None = None,
     progress: bool = True,
     freeze: bool = True,
     device: torch.device | str | None = None,
 ) -> QuantizationReport:
-    """Replace `nn.Linear` (and transformers' Conv1D) by `QuantLoRALinear`, in place, as cfg says.
+    """Replace `nn.Linear` (and transformers' Conv1D) by `QuantLoRALinear`, in place, as cfg says; convolutions and
+    embeddings by `QuantLoRAConv1d`, `QuantLoRAConv2d` and `QuantLoRAEmbedding` where ``cfg.layer_types`` asks for it.
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
-    reason in the report: a subclass of nn.Linear, a weight shared with another module, hooks, a rank above its smaller
-    side. Layers are swapped as they are done, so a model whose conversion was cut short (Ctrl-C, or scales
-    of a later layer that do not fit) still works, and a second call goes on.
+    reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module, hooks, a rank
+    above its smaller side, a depthwise convolution that would grow. Layers are swapped as they are done, so a model
+    whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still works, and a second call
+    goes on.
 
     Args:
         model: changed in place; its modules keep their device and training mode.
         cfg: default `QuantConfig()`: LoftQ, NF4, rank 16.
+        statistics: by layer name, from `collect_activations` on the dense model: init "eora" and "aser" need them,
+            "loftq" takes them.
+        plan: a `BitPlan` or its file: chooses format, group size, rank and scales of the layers that it names; cfg says
+            the rest, and all of layers that the plan does not name.
         progress: show a bar on standard error.
         freeze: also set requires_grad=False on every parameter that is not an adapter's.
         device: where to compute, if not where the weights are.
 
     Raises ValueError, before anything is changed, for a weight with NaN or Inf (naming layer and row), for a model that
-    is itself an nn.Linear, and when no layer matches.
+    is itself such a layer, for a plan of another model, when no layer matches, and for statistics that lack a layer or
+    are of another width.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
         raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
     started = time.perf_counter()
     report = QuantizationReport()
+    if plan is not None:
+        plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+        cfg = plan.config(cfg)
     candidates = list(_candidates(model, cfg, report.skipped))
-    already = any(isinstance(module, QuantLoRALinear) for module in model.modules())
+    if plan is not None:
+        plan.check_model(_planned_shapes(model, candidates, report.skipped))
+    already = any(isinstance(module, QuantLoRAModule) for module in model.modules())
     if not candidates and not already:
         raise ValueError(
             f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {report.skipped}"
         )
     for candidate in candidates:
         check_finite(candidate.weight, f"{candidate.names[0]}.weight")
+        _check_statistics(candidate, statistics)
     try:
         with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
             for batch in _batches(candidates):
-                report.layers += _replace(model, batch, device, bar)
+                report.layers += _replace(model, batch, statistics, device, bar)
     finally:  # layers that were swapped before an interruption are as they would be after a whole run
         if freeze:
             train_only_adapters(model)
@@ -154,11 +218,24 @@ def quantize_model(
     return report
 
 
+def _planned_shapes(
+    model: nn.Module, candidates: list[_Candidate], skipped: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Matrix shapes of the layers that a plan may name: to be quantized, skipped with a reason, or done before."""
+    shapes = {c.names[0]: tuple(c.weight.shape) for c in candidates}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLoRAModule):
+            shapes[name] = tuple(module.packed.shape)
+        elif name in skipped:
+            shapes[name] = tuple(weight_matrix(module).shape)
+    return shapes
+
+
 def train_only_adapters(model: nn.Module) -> None:
     """requires_grad = True for every lora_A and lora_B of quantized layers, False for all other parameters."""
     adapters = set()
     for module in model.modules():
-        if isinstance(module, QuantLoRALinear):
+        if isinstance(module, QuantLoRAModule):
             adapters.update(id(p) for p in (module.lora_A, module.lora_B) if p is not None)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in adapters)
@@ -175,11 +252,12 @@ def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> 
             for key, parameter in module.named_parameters(recurse=False):
                 owners[id(parameter)].append(f"{name}.{key}")
     for module, names in names_of.items():
-        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        if layer_type(module) not in cfg.layer_types:
             continue
         if names[0] == "":
             raise ValueError(
-                "the model is itself an nn.Linear and cannot replace itself: use QuantLoRALinear.from_linear"
+                f"the model is itself an nn.{type(module).__name__} and cannot replace itself: use "
+                "QuantLoRALinear.from_linear, QuantLoRAConv2d.from_conv or QuantLoRAEmbedding.from_embedding"
             )
         layer_cfg = cfg.for_layer(names[0])
         reason = _reason_to_skip(module, names[0], cfg, layer_cfg, owners)
@@ -196,8 +274,8 @@ def _reason_to_skip(
         return "excluded by include/exclude patterns"
     if layer_cfg is None:
         return "left dense by an override"
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, a subclass of nn.Linear that may read its weight directly"
+    if reason := _reason_of_class(module):
+        return reason
     weight = module.weight
     shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:
@@ -208,10 +286,30 @@ def _reason_to_skip(
         return f"its weight is {weight.dtype}"
     if weight.is_meta:
         return "its weight is on the meta device: it has no values"
-    smaller = min(weight.shape)
+    matrix = weight_matrix(module)
+    smaller = min(matrix.shape)
     if smaller == 0 or (layer_cfg.rank or 0) > smaller:
-        return f"rank={layer_cfg.rank} exceeds the smaller side of its shape {tuple(weight.shape)}"
+        return f"rank={layer_cfg.rank} exceeds the smaller side of its shape {tuple(matrix.shape)}"
+    if layer_type(module) == "conv" and (packed := packed_bytes(matrix, layer_cfg)) >= matrix.nbytes:
+        # A depthwise kernel has k * k columns, of which a packed row makes 64.
+        return f"packed it would take {packed} bytes, its kernel {tuple(weight.shape)} takes {matrix.nbytes}"
     return None
+
+
+def _reason_of_class(module: nn.Module) -> str | None:
+    for base in (nn.Linear, nn.Embedding):
+        if isinstance(module, base) and type(module) is not base:
+            return f"is a {type(module).__name__}, a subclass of nn.{base.__name__} that may read its weight directly"
+    if layer_type(module) == "conv" and type(module) not in _CONVOLUTIONS:
+        return f"is a {type(module).__name__}; of convolutions, nn.Conv1d and nn.Conv2d are quantized"
+    if isinstance(module, nn.Embedding) and (reason := unsupported(module)):
+        return f"has {reason}"
+    return None
+
+
+def packed_bytes(matrix: Tensor, cfg: QuantConfig) -> int:
+    """Bytes that a matrix [N, K] takes packed as cfg says: `PackedTensor.nbytes`."""
+    return empty_packed(*matrix.shape, cfg.format, cfg.group_size, scale_dtype=cfg.scale_dtype, device="meta").nbytes
 
 
 def _batches(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
@@ -226,29 +324,55 @@ def _batches(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
             yield batch
 
 
+def _check_statistics(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> None:
+    """Raise ValueError unless there are, where they are needed, statistics of the layer, and they fit it."""
+    name, cfg = candidate.names[0], candidate.cfg
+    if statistics is None:
+        if needs_statistics(cfg):
+            raise ValueError(f"init={cfg.init!r} of layer {name!r} needs statistics=: see collect_activations")
+        return
+    if not takes_statistics(cfg):
+        return
+    if name not in statistics:
+        known = ", ".join(itertools.islice(statistics, 3))
+        raise ValueError(
+            f"the statistics lack layer {name!r} (they hold {len(statistics)} layers: {known}, ...): they are another "
+            "model's, or no token reached it; exclude it, or give it init='qlora' by an override"
+        )
+    check_statistics(statistics[name], f"layer {name!r}", candidate.weight.shape[1])
+
+
 def _replace(
-    model: nn.Module, batch: list[_Candidate], device: torch.device | str | None, bar: tqdm
+    model: nn.Module,
+    batch: list[_Candidate],
+    statistics: Mapping[str, InputStatistics] | None,
+    device: torch.device | str | None,
+    bar: tqdm,
 ) -> Iterator[LayerReport]:
     """Initialize the layers of a batch together, then swap each in."""
     cfg = batch[0].cfg
     names = [f"{candidate.names[0]}.weight" for candidate in batch]
-    inits = initialize([c.weight for c in batch], cfg, device=device, progress=bar.update, names=names)
+    own = None
+    if statistics is not None and takes_statistics(cfg):
+        own = [statistics[candidate.names[0]] for candidate in batch]
+    inits = initialize([c.weight for c in batch], cfg, statistics=own, device=device, progress=bar.update, names=names)
     for candidate, init in zip(batch, inits, strict=True):
         old = candidate.module
-        layer = QuantLoRALinear.from_init(init, old.bias, dtype=old.weight.dtype).train(old.training)
+        layer = _quantized(old, init)
         for name in candidate.names:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
         yield LayerReport(
             name=candidate.names[0],
-            out_features=layer.out_features,
-            in_features=layer.in_features,
+            out_features=init.packed.shape[0],
+            in_features=init.packed.shape[1],
             format=layer.format.name,
             rank=layer.rank,
             error=init.error,
             bytes_before=_module_bytes(old),
             bytes_after=_module_bytes(layer),
             packed_bytes=layer.packed.nbytes,
+            weighted_error=init.weighted_error,
         )
 
 

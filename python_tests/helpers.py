@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import loftq_kernels as lk
 
-BACKENDS = lk.available_backends()
+BACKENDS = tuple(name for name in lk.available_backends() if name != "triton")  # of CPU tensors
 FORMATS = lk.format_names()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Odd N, K not a multiple of 64, of 32 or of the group; a single column; one exact tile; more than one group of 256.
@@ -131,3 +131,27 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert now.keys() == before.keys()
     for name, tensor in now.items():
         assert torch.equal(tensor, before[name]), name
+
+
+def with_outliers(seed: int = 0, rows: int = 96, columns: int = 128, tokens: int = 1000) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] and float64 inputs [n, K] as language models have them: correlated, a few channels far larger."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = draw(tokens, columns) * torch.logspace(0, -1.5, columns, dtype=torch.float64)
+    x = x @ torch.linalg.qr(draw(columns, columns)).Q
+    x[:, torch.randperm(columns, generator=generator)[:6]] *= torch.linspace(8, 30, 6, dtype=torch.float64)
+    return draw(rows, columns).float() / 20, x
+
+
+def output_error(weight: Tensor, approximation: Tensor, x: Tensor, seen: Tensor | None = None) -> float:
+    """||seen A^T - x W^T||_F / ||x W^T||_F in float64; seen: x as the approximation gets it."""
+    expected = x @ weight.double().T
+    return (((x if seen is None else seen) @ approximation.double().T - expected).norm() / expected.norm()).item()
+
+
+def dense_of(init: lk.AdapterInit) -> Tensor:
+    """Q + s B A in float64."""
+    return init.packed.dequantize(torch.float64) + init.scaling * init.lora_B.double() @ init.lora_A.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -77,6 +78,36 @@ class TestQuantize:
         weight = tiny_bert().encoder.layer[0].attention.self.value.weight
         expected = lk.quantize(weight, "nf2", 128, scale_dtype=torch.bfloat16, scale_search=True)
         assert torch.equal(value.dequantize(), expected.dequantize())
+
+    @pytest.mark.parametrize("init", ["eora", "aser", "loftq"])
+    def test_calibration(self, bert, tmp_path, capsys, init):
+        tokens = torch.randint(0, 50, (20, 12))
+        file = tmp_path / "statistics.safetensors"
+        lk.collect_activations(tiny_bert(), [tokens], lk.QuantConfig(exclude="pooler.*"), progress=False).save(file)
+        options = f"--init {init} --format nf2 --rank 8 --num-iter 2 --exclude pooler.*".split()
+        options += ["--rank-energy", 0.4, "--outlier-channels", 2] if init == "aser" else []
+        status, out, _ = run(capsys, "quantize", bert, tmp_path / "out", "--calibration", file, *options)
+        assert status == 0 and "12 layers" in out and "of outputs: " in out
+        cfg = lk.QuantConfig(format="nf2", rank=8, init=init, num_iter=2, exclude="pooler.*")
+        if init == "aser":
+            cfg = dataclasses.replace(cfg, rank_energy=0.4, outlier_channels=2)
+        expected = tiny_bert()
+        lk.quantize_model(expected, cfg, statistics=lk.ActivationStatistics.load(file), progress=False)
+        assert torch.equal(lk.load_quantized(tmp_path / "out")(TOKENS)[0], expected(TOKENS)[0])
+
+    def test_calibration_errors(self, bert, plain, tmp_path, capsys):
+        lk.ActivationStatistics({"up": lk.InputStatistics.from_inputs(gaussian(99, 64))}).save(tmp_path / "file")
+        for options, message in [
+            (["--init", "eora"], "needs statistics"),
+            (["--init", "eora", "--calibration", tmp_path / "nowhere"], "nowhere does not exist"),
+            (["--init", "aser", "--calibration", bert / "model.safetensors"], "does not hold activation statistics"),
+            (["--calibration", tmp_path / "file"], "the statistics lack layer 'encoder.layer.0.attention.self.query'"),
+            (["--init", "aser", "--rank-energy", 2], "rank_energy=2.0"),
+            (["--init", "aser", "--outlier-channels", -1], "outlier_channels=-1"),
+        ]:
+            status, out, err = run(capsys, "quantize", bert, tmp_path / "out", *options)
+            assert status == 2 and out == "" and message in err, err
+            assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -12,6 +12,7 @@ from torch import nn
 
 import loftq_kernels as lk
 from loftq_kernels import convert
+from loftq_kernels.initializers import needs_statistics
 
 LAYERS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "head"]
 
@@ -315,7 +316,10 @@ def test_no_adapter():
 @pytest.mark.parametrize("init", lk.initializer_names())
 def test_initializers(init):
     model, x = tiny_model(), gaussian(3, 64)
-    report = quantize(model, init=init)
+    statistics = None
+    if needs_statistics(lk.QuantConfig(init=init)):
+        statistics = lk.collect_activations(model, [gaussian(200, 64)], config(), progress=False)
+    report = lk.quantize_model(model, config(init=init), statistics=statistics, progress=False)
     assert len(report.layers) == 5 and model(x).isfinite().all()
 
 

@@ -45,6 +45,13 @@ def samples(name: str, device: str = "cpu") -> list[tuple]:
     if name in ("jacobi_eigh", "cholesky_inverse_factor"):
         roots = [gaussian(*shape, device=device) for shape in [(3, 9, 5), (1, 4, 4), (2, 1, 1)]]
         return [(root.mT @ root,) for root in roots]
+    if name == "qlora_linear_multi":
+        p, x = packed("nf4", 7, 130), gaussian(4, 130, seed=3, device=device)
+        lora = [
+            torch.stack(pair) for pair in zip(*(adapter(7, 130, 3, seed=s, device=device) for s in (1, 5)), strict=True)
+        ]
+        ids = torch.tensor([1, -1, 0, 1], device=device)
+        return [(x, *op_arguments(p), 64, *lora, ids, 0.5, None)]
     cases = []
     for format, rows, columns, group_size, rank, leading in [
         ("nf4", 7, 130, 64, 3, (5,)),
@@ -129,9 +136,12 @@ class TestDecode:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", FORMATS)
     def test_bit_exact_on_cuda(self, format, dtype):
+        """Tensor cores are given code book entries in the dtype of x, which all integers fit, scaled in float32."""
         packed = lk.quantize(gaussian(7, 130), format).to("cuda")
         y = lk.qlora_linear(torch.eye(130, dtype=dtype, device="cuda"), packed)
-        assert torch.equal(y.T, packed.dequantize(dtype))
+        rounded = packed.codebook.to(dtype).float()
+        stored = packed.codes, packed.scale, packed.offset, rounded
+        assert torch.equal(y.T, lk.ops.functional.reference.dequantize(*stored, 130, 64, dtype))
 
 
 def budget_case(packed, x, lora_A, lora_B, bias, scaling=0.5, backend=None):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loftq_kernels.formats import get_format
-from loftq_kernels.initializers import loftq_reference, low_rank
+from loftq_kernels.formats import PackedTensor, get_format
+from loftq_kernels.initializers import loftq_reference, low_rank, weighted
 from loftq_kernels.initializers.loftq_options import LoftQOptions
 from loftq_kernels.initializers.result import AdapterInit
+from loftq_kernels.initializers.statistics import InputStatistics, check_statistics
 from loftq_kernels.ops import checks, extension
 from loftq_kernels.ops.functional import check_finite, check_finite_scales, kernel_dtype, select_backend
 
@@ -32,6 +33,7 @@ def loftq_init(
     scale_dtype: torch.dtype = torch.float16,
     scale_search: bool = False,
     seed: int = 0,
+    statistics: InputStatistics | None = None,
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> AdapterInit:
@@ -51,6 +53,8 @@ def loftq_init(
             matrix is small. docs/initializer.md says how far the final error of "fast" lies from that of "exact".
         order: "quantize_first" as above, or "svd_first", which takes the SVD of W - Q_{t-1} first (Q_0 = 0).
         seed: of the random start of "fast", -2^63 .. 2^64 - 1; the same seed gives the same result.
+        statistics: of the layer's input. Then SVD_r minimises, and the best iterate is that of, the error of the
+            layer's output ||X (W - Q - s B A)^T||_F, in float64; "auto" is "exact".
         device: where to compute; the result is on the device of weight.
         backend: "reference" forces the driver in plain torch; None takes the compiled one where there is one.
 
@@ -68,6 +72,7 @@ def loftq_init(
         scale_dtype=scale_dtype,
         scale_search=scale_search,
         seed=seed,
+        statistics=None if statistics is None else [statistics],
         device=device,
         backend=backend,
     )[0]
@@ -86,6 +91,7 @@ def loftq_init_batch(
     scale_dtype: torch.dtype = torch.float16,
     scale_search: bool = False,
     seed: int = 0,
+    statistics: Sequence[InputStatistics] | None = None,
     device: torch.device | str | None = None,
     backend: str | None = None,
     progress: Callable[[int], None] | None = None,
@@ -93,6 +99,7 @@ def loftq_init_batch(
 ) -> list[AdapterInit]:
     """`loftq_init` for same-shape matrices: a sequence of [N, K] or one [B, N, K]. Results do not depend on batching.
 
+    ``statistics`` has one entry a matrix; matrices with the same input should stand together and have the same entry.
     ``progress(n)`` is called whenever n more matrices are done. Raises as `loftq_init`, with the matrix's entry in
     ``names`` (default "weights[i]"), and ValueError for mixed shapes, dtypes or devices. An empty batch gives an empty
     list.
@@ -102,37 +109,73 @@ def loftq_init_batch(
     quantizer = get_format(format)
     check_scaling(scaling)
     check_schedule(num_iter, order, svd, seed)
-    _check_batch(weights, names, rank)
+    check_batch(weights, names, rank)
     if not weights:
         return []
     rows, columns = weights[0].shape
+    mode = low_rank.resolve_mode(svd, rank, min(rows, columns)) if statistics is None else weighted.resolve_mode(svd)
     options = LoftQOptions(
         format=quantizer,
         rank=rank,
         num_iter=num_iter,
         group_size=group_size,
         scaling=float(scaling),
-        mode=low_rank.resolve_mode(svd, rank, min(rows, columns)),
+        mode=mode,
         warm_steps=low_rank.warm_steps(min(rows, columns), quantizer.bits),
         order=order,
         scale_dtype=scale_dtype,
         scale_search=scale_search,
         seed=seed,
     )
+    return run_batch(weights, names, options, device=device, backend=backend, progress=progress, statistics=statistics)
+
+
+def run_batch(
+    weights: list[Tensor],
+    names: list[str],
+    options: LoftQOptions,
+    *,
+    device: torch.device | str | None,
+    backend: str | None,
+    progress: Callable[[int], None] | None,
+    statistics: Sequence[InputStatistics] | None = None,
+    packed: Sequence[PackedTensor] | None = None,
+) -> list[AdapterInit]:
+    """Checked weights, as many at a time as fit, through the driver that options and statistics ask for.
+
+    ``packed`` are weights that are quantized already, for an adapter on top of them; they need statistics.
+    """
     source = weights[0].device
     target = source if device is None else torch.device(device)
     if target.type == "meta":
         raise ValueError("device='meta' computes no values")
     checks.check_quantize(
-        weights[0], options.format.codebook(source), group_size, options.format.scale_rule, scale_dtype, scale_search
+        weights[0],
+        options.format.codebook(source),
+        options.group_size,
+        options.format.scale_rule,
+        options.scale_dtype,
+        options.scale_search,
     )
+    rows, columns = weights[0].shape
     chunk = chunk_size(rows, columns, target)
+    if statistics is not None:
+        if len(statistics) != len(weights):
+            raise ValueError(f"{len(statistics)} statistics for {len(weights)} weights")
+        for own, name in zip(statistics, names, strict=True):
+            check_statistics(own, name, columns)
+        chunk = max(1, chunk_size(max(rows, columns), columns, target) // 2)  # all in float64, Gram factors beside
+    cache = weighted.FactorCache()
     results: list[AdapterInit] = []
     for first in range(0, len(weights), chunk):
-        labels = names[first : first + chunk]
-        batch = weights[first : first + chunk]
-        batch = [kernel_dtype(w.detach(), label).to(target) for w, label in zip(batch, labels, strict=True)]
-        results += [init.to(source) for init in _run(batch, labels, options, backend)]
+        these = slice(first, first + chunk)
+        labels = names[these]
+        batch = [kernel_dtype(w.detach(), n).to(target) for w, n in zip(weights[these], labels, strict=True)]
+        calibration = None
+        if statistics is not None:
+            stored = None if packed is None else [p.to(target) for p in packed[these]]
+            calibration = weighted.Calibration(statistics[these], labels, stored, cache)
+        results += [init.to(source) for init in _run(batch, labels, options, backend, calibration)]
         if progress is not None:
             progress(len(batch))
     return results
@@ -152,28 +195,41 @@ def workspace_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 1 << 33
 
 
-def _run(weights: list[Tensor], names: list[str], options: LoftQOptions, backend: str | None) -> list[AdapterInit]:
-    """Both drivers assume finite weights, and let scales that do not fit their dtype show in the result.
+def _run(
+    weights: list[Tensor],
+    names: list[str],
+    options: LoftQOptions,
+    backend: str | None,
+    calibration: weighted.Calibration | None = None,
+) -> list[AdapterInit]:
+    """All drivers assume finite weights, and let scales that do not fit their dtype show in the result.
 
     Zero scales are fine there: a group of W - s B A may well be zero. Only a matrix too small for any scale is refused.
     """
     for name, weight in zip(names, weights, strict=True):
-        largest = check_finite(weight, name)
-        if 0 < largest < SMALLEST:
-            raise ValueError(f"{name} has magnitude {largest:.4g}, too small for float32 scales; rescale the weight")
-        if largest > 0 and torch.tensor(largest, device="cpu").to(options.scale_dtype) == 0:
-            raise ValueError(
-                f"{name} has magnitude {largest:.4g}: its scales do not fit {options.scale_dtype}; "
-                "use scale_dtype=torch.float32"
-            )
+        check_magnitude(weight, name, options.scale_dtype)
     compiled = select_backend(backend, weights[0].device) != "reference"
     # Neither autocast nor inference mode of the caller reaches in: products run in the dtypes chosen here (float32 ones
     # as precisely as torch.set_float32_matmul_precision says), and the results can be trained.
     with torch.autocast(weights[0].device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
-        inits = _run_compiled(weights, options) if compiled else loftq_reference.run(weights, options)
+        if calibration is not None:
+            inits = weighted.run(weights, options, calibration, backend="cpu" if compiled else "reference")
+        else:
+            inits = _run_compiled(weights, options) if compiled else loftq_reference.run(weights, options)
     for name, weight, init in zip(names, weights, inits, strict=True):
         check_finite_scales(weight, init.packed.scale, init.packed.offset, name)
     return inits
+
+
+def check_magnitude(weight: Tensor, name: str, scale_dtype: torch.dtype) -> None:
+    """Raise ValueError for NaN, Inf, or a weight that is too small as a whole for its scales."""
+    largest = check_finite(weight, name)
+    if 0 < largest < SMALLEST:
+        raise ValueError(f"{name} has magnitude {largest:.4g}, too small for float32 scales; rescale the weight")
+    if largest > 0 and torch.tensor(largest, device="cpu").to(scale_dtype) == 0:
+        raise ValueError(
+            f"{name} has magnitude {largest:.4g}: its scales do not fit {scale_dtype}; use scale_dtype=torch.float32"
+        )
 
 
 def _run_compiled(weights: list[Tensor], options: LoftQOptions) -> list[AdapterInit]:
@@ -220,7 +276,7 @@ def _operand_dtype(device: torch.device, options: LoftQOptions) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _check_batch(weights: list[Tensor], names: list[str], rank: int) -> None:
+def check_batch(weights: list[Tensor], names: list[str], rank: int) -> None:
     if len(names) != len(weights):
         raise ValueError(f"{len(names)} names for {len(weights)} weights")
     for name, weight in zip(names, weights, strict=True):

@@ -12,7 +12,10 @@ from loftq_kernels.formats import Format, PackedTensor
 
 @dataclass(frozen=True)
 class LoftQOptions:
-    """The arguments of `loftq_init`, and what "auto" means for these weights: ``mode`` "exact" or "fast"."""
+    """The arguments of `loftq_init`, and what "auto" means for these weights: ``mode`` "exact" or "fast".
+
+    outlier_channels, rank_energy: as for `aser_init`; for the weighted driver alone.
+    """
 
     format: Format
     rank: int
@@ -25,6 +28,8 @@ class LoftQOptions:
     scale_dtype: torch.dtype
     scale_search: bool
     seed: int
+    outlier_channels: int = 0
+    rank_energy: float | None = None
 
     def packed(self, codes: Tensor, scale: Tensor, offset: Tensor, codebook: Tensor, in_features: int) -> PackedTensor:
         """The weight that the quantize ops returned, whose offset is empty for formats without one."""

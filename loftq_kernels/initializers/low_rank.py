@@ -44,7 +44,8 @@ def dominant_space(
         return _gram_eigh(matrix, rank)
     width = min(block_width(rank), matrix.shape[-1])
     if start is None:
-        start, steps = matrix.mT @ gaussian(matrix.shape[-2], width, seed, matrix.device), COLD_STEPS
+        probe = gaussian(matrix.shape[-2], width, seed, matrix.device).to(matrix.dtype)
+        start, steps = matrix.mT @ probe, COLD_STEPS
     else:
         steps = warm_steps
     return _block_krylov(matrix, start, min(steps, matrix.shape[-1] // width - 1))
@@ -97,3 +98,17 @@ def balanced_factors(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     left = image @ (rotation * inverse_root.unsqueeze(-2)).to(image.dtype)
     right = basis @ (rotation * root.unsqueeze(-2)).to(basis.dtype)
     return left, right
+
+
+def dominant_left_space(matrix: Tensor, rank: int, *, mode: str, seed: int) -> Tensor:
+    """matrix [B, N, K] of any shape -> U [B, N, rank], orthonormal: its leading left singular vectors, best first."""
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return dominant_space(matrix.mT, rank, mode=mode, start=None, seed=seed)[0][..., :rank]
+    image = dominant_space(matrix, rank, mode=mode, start=None, seed=seed)[1][..., :rank]
+    return _orthonormal(image)  # columns are orthogonal, or nearly for "fast"; this gives them length 1
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """matrix [N, K] -> all of them, descending, float64, by the Gram matrix: below 1e-8 of the first they are noise."""
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
+    return torch.linalg.eigvalsh(short @ short.mT).clamp(min=0).sqrt().flip(-1)

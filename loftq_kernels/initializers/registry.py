@@ -1,29 +1,36 @@
-"""The initializers by name. Each takes same-shape weights and a `QuantConfig` and returns an `AdapterInit` each."""
+"""The initializers by name. Each takes same-shape weights and a `QuantConfig` and returns an `AdapterInit` each.
+
+The data-aware ones also take the `InputStatistics` of each weight's layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from loftq_kernels.initializers.aser import aser_init_batch
 from loftq_kernels.initializers.loftq import loftq_init_batch
 from loftq_kernels.initializers.qlora import qlora_init
 from loftq_kernels.initializers.result import AdapterInit
+from loftq_kernels.initializers.statistics import InputStatistics
 
 if TYPE_CHECKING:
     from loftq_kernels.config import QuantConfig
 
 Progress = Callable[[int], None] | None
+Statistics = Sequence[InputStatistics] | None
 
 
-def _loftq(weights: Sequence[Tensor], cfg: QuantConfig, **options):
+def _loftq(weights: Sequence[Tensor], cfg: QuantConfig, *, num_iter: int | None = None, **options):
     return loftq_init_batch(
         weights,
         cfg.format,
         cfg.rank,
-        cfg.num_iter,
+        num_iter or cfg.num_iter,
         group_size=cfg.group_size,
         scaling=cfg.scaling,
         svd=cfg.svd,
@@ -35,7 +42,39 @@ def _loftq(weights: Sequence[Tensor], cfg: QuantConfig, **options):
     )
 
 
-def _qlora(weights: Sequence[Tensor], cfg: QuantConfig, *, device, progress: Progress, names: Sequence[str] | None):
+def _eora(weights: Sequence[Tensor], cfg: QuantConfig, **options):
+    """EoRA is the first alternation of the weighted LoftQ."""
+    return _loftq(weights, replace(cfg, order="quantize_first"), num_iter=1, **options)
+
+
+def _aser(weights: Sequence[Tensor], cfg: QuantConfig, *, statistics: Statistics, **options):
+    return aser_init_batch(
+        weights,
+        statistics,
+        cfg.format,
+        cfg.rank,
+        rank_energy=cfg.rank_energy,
+        outlier_channels=cfg.outlier_channels,
+        group_size=cfg.group_size,
+        scaling=cfg.scaling,
+        svd=cfg.svd,
+        scale_dtype=cfg.scale_dtype,
+        scale_search=cfg.scale_search,
+        seed=cfg.seed,
+        **options,
+    )
+
+
+def _qlora(
+    weights: Sequence[Tensor],
+    cfg: QuantConfig,
+    *,
+    device,
+    progress: Progress,
+    names: Sequence[str] | None,
+    statistics: Statistics,
+):
+    """Data-free: statistics are not looked at."""
     results = []
     for i, weight in enumerate(weights):
         name = names[i] if names is not None else f"weights[{i}]"
@@ -56,7 +95,9 @@ def _qlora(weights: Sequence[Tensor], cfg: QuantConfig, *, device, progress: Pro
     return results
 
 
-_INITIALIZERS = {"loftq": _loftq, "qlora": _qlora}
+_INITIALIZERS = {"loftq": _loftq, "qlora": _qlora, "eora": _eora, "aser": _aser}
+_NEED_STATISTICS = ("eora", "aser")
+_TAKE_STATISTICS = (*_NEED_STATISTICS, "loftq")
 
 
 def initializer_names() -> tuple[str, ...]:
@@ -64,17 +105,31 @@ def initializer_names() -> tuple[str, ...]:
     return tuple(_INITIALIZERS)
 
 
+def needs_statistics(cfg: QuantConfig) -> bool:
+    """Whether a layer with this config cannot be initialized without statistics of its input."""
+    return cfg.rank is not None and cfg.init in _NEED_STATISTICS
+
+
+def takes_statistics(cfg: QuantConfig) -> bool:
+    """Whether a layer with this config is initialized otherwise when there are statistics of its input."""
+    return cfg.rank is not None and cfg.init in _TAKE_STATISTICS
+
+
 def initialize(
     weights: Sequence[Tensor],
     cfg: QuantConfig,
     *,
+    statistics: Statistics = None,
     device: torch.device | str | None = None,
     progress: Progress = None,
     names: Sequence[str] | None = None,
 ) -> list[AdapterInit]:
     """Quantize same-shape weights and choose their adapters as cfg says; ``rank=None`` rounds to nearest without one.
 
+    ``statistics``, one a weight, are what init "eora" and "aser" need (ValueError without) and "loftq" takes;
     ``device`` is where to compute, ``progress(n)`` is told of n more matrices done, ``names`` appear in errors.
     """
+    if statistics is None and needs_statistics(cfg):
+        raise ValueError(f"init={cfg.init!r} needs statistics of the layer's input: see collect_activations")
     run = _qlora if cfg.rank is None else _INITIALIZERS[cfg.init]
-    return run(weights, cfg, device=device, progress=progress, names=names)
+    return run(weights, cfg, statistics=statistics, device=device, progress=progress, names=names)

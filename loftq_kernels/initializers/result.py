@@ -19,7 +19,14 @@ class AdapterInit:
         lora_A, lora_B: float32 [r, K] and [N, r], or None when there is no adapter.
         scaling: the factor the module applies to lora_B @ lora_A; already divided out of both (square root on each).
         error: ||W - Q - scaling B A||_F / ||W||_F of what is returned (0 for W = 0).
-        errors: the same after every alternation; ``error`` is the least of them.
+        errors: the same after every alternation; ``error`` is the least of them, or that of the iterate with the least
+            weighted error where statistics were given.
+        weighted_error: ||X (W - Q - scaling B A)^T||_F / ||X W^T||_F over the calibration tokens X [n, K], the relative
+            error of the layer's output; None without statistics.
+        weighted_errors: the same after every alternation.
+        smoothing: float32 [K], ASER's m: what activations are to be divided by, and columns of the weight multiplied
+            by, before activations are quantized; 1 but for outlier channels. None for other methods. The returned
+            Q, A and B are those of the unsmoothed x: without quantized activations there is nothing to do.
     """
 
     packed: PackedTensor
@@ -28,6 +35,9 @@ class AdapterInit:
     scaling: float
     error: float
     errors: list[float] = field(default_factory=list)
+    weighted_error: float | None = None
+    weighted_errors: list[float] = field(default_factory=list)
+    smoothing: Tensor | None = None
 
     def to(self, device: torch.device | str) -> AdapterInit:
         """The same on another device."""
@@ -36,4 +46,5 @@ class AdapterInit:
             packed=self.packed.to(device),
             lora_A=None if self.lora_A is None else self.lora_A.to(device),
             lora_B=None if self.lora_B is None else self.lora_B.to(device),
+            smoothing=None if self.smoothing is None else self.smoothing.to(device),
         )

@@ -2,6 +2,7 @@
 
 from loftq_kernels.ops import autograd as autograd
 from loftq_kernels.ops import schemas as schemas
+from loftq_kernels.ops import triton_backend as triton_backend
 from loftq_kernels.ops.functional import (
     available_backends,
     dequantize_tensors,

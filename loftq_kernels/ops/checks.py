@@ -147,6 +147,74 @@ def check_adapter(
     check_same_device("lora_B", lora_B, "codes", codes)
 
 
+def check_grad_input(
+    grad_y: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+) -> None:
+    check_floating("grad_y", grad_y)
+    check_packed(codes, scale, offset, codebook, in_features, group_size)
+    if grad_y.dim() == 0 or grad_y.shape[-1] != codes.shape[0]:
+        raise ValueError(f"grad_y has shape {tuple(grad_y.shape)}: its last dimension must be {codes.shape[0]}")
+    check_same_device("grad_y", grad_y, "codes", codes)
+    check_adapter(lora_A, lora_B, codes.shape[0], in_features, codes)
+
+
+def check_qlora_linear_multi(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    adapter_ids: Tensor,
+    bias: Tensor | None,
+    in_features: int | None = None,
+) -> None:
+    """Everything but the values of adapter_ids, which on a GPU would have to be waited for: see `check_adapter_ids`."""
+    check_floating("x", x)
+    if in_features is None:
+        in_features = x.shape[-1] if x.dim() else 0
+    check_qlora_linear(x, codes, scale, offset, codebook, in_features, group_size, None, None, bias)
+    if lora_A is None or lora_B is None:
+        raise ValueError("adapter_ids needs lora_A [S, rank, in_features] and lora_B [S, out_features, rank]")
+    check_floating("lora_A", lora_A)
+    check_floating("lora_B", lora_B)
+    if lora_A.dim() != 3 or lora_A.shape[2] != in_features:
+        raise ValueError(
+            f"lora_A has shape {tuple(lora_A.shape)}, expected [S, rank, {in_features}] beside adapter_ids"
+        )
+    expected = (lora_A.shape[0], codes.shape[0], lora_A.shape[1])
+    if lora_B.shape != expected:
+        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}, expected {expected}")
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids must be a tensor, got {type(adapter_ids).__name__}")
+    if adapter_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter_ids must be int32 or int64, got {adapter_ids.dtype}")
+    if adapter_ids.shape != x.shape[:-1]:
+        raise ValueError(f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected {tuple(x.shape[:-1])} as x")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("adapter_ids", adapter_ids)):
+        check_same_device(name, tensor, "codes", codes)
+
+
+def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
+    """Each id names an adapter, or none by -1. Reads the values: for tensors in host memory."""
+    if adapter_ids.numel() == 0:
+        return
+    low, high = (int(extreme) for extreme in adapter_ids.aminmax())
+    if low < -1 or high >= adapters:
+        wrong = low if low < -1 else high
+        raise ValueError(f"adapter_ids holds {wrong}; {adapters} adapters have ids 0..{adapters - 1}, and -1 is none")
+
+
 def check_rank(rank: int, out_features: int, in_features: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, got {rank!r} (None means no adapter)")

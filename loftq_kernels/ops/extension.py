@@ -16,7 +16,7 @@ HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolat
 _warned: set[str] = set()
 
 
-def warn_slow(device_type: str) -> None:
+def warn_slow(device_type: str, reason: str | None = None) -> None:
     """Say, once per device type, that the plain-torch reference serves where compiled kernels could.
 
     On CPUs that is so when the extension is missing; on other devices whenever an op has no kernel of its own.
@@ -24,7 +24,8 @@ def warn_slow(device_type: str) -> None:
     if device_type in _warned or device_type == "meta" or (device_type == "cpu" and _C is not None):
         return
     _warned.add(device_type)
-    reason = f"the compiled extension is missing ({LOAD_ERROR}); {HOW_TO_BUILD}" if _C is None else "there is no kernel"
+    missing = f"the compiled extension is missing ({LOAD_ERROR}); {HOW_TO_BUILD}"
+    reason = reason or (missing if _C is None else "there is no kernel")
     warnings.warn(
         f"loftq_kernels: {device_type} tensors are served by the slow plain-torch reference: {reason}", stacklevel=4
     )

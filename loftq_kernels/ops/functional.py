@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import checks, extension, reference
+from loftq_kernels.ops import checks, extension, reference, triton_backend
 
 if TYPE_CHECKING:
     from loftq_kernels.formats.packed_tensor import PackedTensor
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def available_backends() -> tuple[str, ...]:
     """The names that ``backend=`` accepts on this machine."""
-    return BACKENDS if extension._C is not None else ("reference",)
+    triton_device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    missing = {
+        "cpu": extension._C is None,
+        "triton": triton_backend.unavailable(triton_device) is not None,
+    }
+    return tuple(name for name in BACKENDS if not missing.get(name))
 
 
 def select_backend(backend: str | None, device: torch.device) -> str | None:
@@ -35,14 +40,20 @@ def select_backend(backend: str | None, device: torch.device) -> str | None:
         )
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu' takes CPU tensors, got {device}")
+    if backend == "triton":
+        reason = triton_backend.unavailable(device)
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot take tensors on {device}: {reason}")
     return backend
 
 
 def _kernels(backend: str | None, device: torch.device) -> ModuleType | torch._ops._OpNamespace:
     """Where the op functions are taken from: the dispatcher, or the reference module when that is forced."""
-    if backend is not None and select_backend(backend, device) == "reference":
+    selected = None if backend is None else select_backend(backend, device)
+    if selected == "reference":
         return reference
-    return torch.ops.loftq_kernels
+    # CUDA tensors come to Triton through the dispatcher, where derivatives are; interpreted it is for tests alone.
+    return triton_backend if selected == "triton" and device.type == "cpu" else torch.ops.loftq_kernels
 
 
 def quantize_tensors(
@@ -63,6 +74,8 @@ def quantize_tensors(
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
+    if backend == "triton":
+        raise ValueError("backend='triton' has kernels for products and dequantize; quantize has none there")
     weight = kernel_dtype(weight.detach(), name)
     with torch.inference_mode(False):  # what is made under inference mode could not be saved for a backward
         codes, scale, offset = _kernels(backend, weight.device).quantize(
@@ -152,9 +165,13 @@ def qlora_linear(
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias
+
+    With ``adapter_ids`` each row of x has an adapter of its own: lora_A is [S, r, K], lora_B [S, N, r], and row m takes
+    those of index adapter_ids[m], or none where that is -1. Adapters of lower rank are padded with zeros.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; under autocast it is cast as for `nn.Linear`.
@@ -162,11 +179,16 @@ def qlora_linear(
         lora_A, lora_B: [r, K] and [N, r], both or neither; cast to the dtype of x.
         scaling: lora_alpha / r.
         bias: [N], cast to the dtype of x.
+        adapter_ids: int32 or int64 of the leading dimensions of x, on its device; rows sorted by id are fastest.
         backend: one of `available_backends()`; None lets the device of x choose.
 
     Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
-    Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree.
+    With adapter_ids it is for inference only, and raises RuntimeError where a gradient would be needed.
+    Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree or, on a
+    CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN.
     """
+    if adapter_ids is not None:
+        return _linear_multi(x, packed, lora_A, lora_B, adapter_ids, scaling, bias, backend)
     return linear_tensors(
         x,
         packed.codes,
@@ -180,6 +202,32 @@ def qlora_linear(
         bias,
         in_features=packed.shape[1],
         backend=backend,
+    )
+
+
+def _linear_multi(
+    x: Tensor,
+    packed: PackedTensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    adapter_ids: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    weight = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
+    checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias, packed.shape[1])
+    if torch.is_grad_enabled():
+        leaves = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+        needing = [name for name, tensor in leaves.items() if tensor is not None and tensor.requires_grad]
+        if needing:
+            raise RuntimeError(
+                f"adapter_ids is for inference: {', '.join(needing)} would need a gradient; use torch.no_grad()"
+            )
+    if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
+    return _kernels(backend, x.device).qlora_linear_multi(
+        autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias
     )
 
 
@@ -204,15 +252,15 @@ def linear_tensors(
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
-        return _kernels(backend, x.device).qlora_linear(_autocast(x), *args, float(scaling), bias)
+        return _kernels(backend, x.device).qlora_linear(autocast(x), *args, float(scaling), bias)
     try:
-        return torch.ops.loftq_kernels.qlora_linear(_autocast(x), *args, float(scaling), bias)
+        return torch.ops.loftq_kernels.qlora_linear(autocast(x), *args, float(scaling), bias)
     except Exception:
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         raise
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

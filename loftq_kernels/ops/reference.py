@@ -198,3 +198,38 @@ def qlora_linear_grad_input(
     if lora_A is not None:
         grad_x = grad_x + scaling * (grad_y @ lora_B.to(grad_y.dtype)) @ lora_A.to(grad_y.dtype)
     return grad_x
+
+
+def qlora_linear_multi(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    dequantize: Callable[..., Tensor] = dequantize,
+) -> Tensor:
+    """y[m] = x[m] @ W.T + scaling * (x[m] @ lora_A[id].T) @ lora_B[id].T + bias with id = adapter_ids[m]; -1 is none.
+
+    lora_A [S, r, K], lora_B [S, N, r], adapter_ids [...] as the leading dimensions of x.
+    """
+    y = qlora_linear(x, codes, scale, offset, codebook, group_size, None, None, 0.0, bias, dequantize=dequantize)
+    return add_adapters(y, x, lora_A, lora_B, adapter_ids, scaling)
+
+
+def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, scaling: float) -> Tensor:
+    """y with each row's adapter added, one adapter that occurs after the other; y itself is not changed."""
+    y, leading = y.reshape(-1, y.shape[-1]).clone(), y.shape[:-1]
+    x, ids = x.reshape(-1, x.shape[-1]), adapter_ids.reshape(-1)
+    for adapter in ids.unique().tolist():
+        if adapter >= 0:
+            rows = (ids == adapter).nonzero().flatten()
+            h = linear(x[rows], lora_A[adapter].to(x.dtype))
+            y[rows] += scaling * linear(h, lora_B[adapter].to(x.dtype))
+    return y.view(*leading, y.shape[-1])

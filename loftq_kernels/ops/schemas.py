@@ -107,9 +107,28 @@ def _qlora_linear_fake(x, codes, scale, offset, codebook, group_size, lora_A, lo
 def _qlora_linear_grad_input_fake(
     grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling
 ):
-    checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
-    checks.check_adapter(lora_A, lora_B, codes.shape[0], in_features, codes)
+    checks.check_grad_input(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B)
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+def _qlora_linear_multi(
+    x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias
+) -> Tensor:
+    """The base product by the kernel of the tensors' device, the adapters by plain torch."""
+    checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
+    base = torch.ops.loftq_kernels.qlora_linear(x, codes, scale, offset, codebook, group_size, None, None, 0.0, bias)
+    return reference.add_adapters(base, x, lora_A, lora_B, adapter_ids, scaling)
+
+
+@_define(
+    "qlora_linear_multi",
+    f"(Tensor x, {_PACKED}, int group_size, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, float scaling, "
+    "Tensor? bias) -> Tensor",
+    _qlora_linear_multi,
+)
+def _qlora_linear_multi_fake(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias):
+    checks.check_qlora_linear_multi(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, bias)
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @_define("jacobi_eigh", "(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)", small_matrix.jacobi_eigh)
@@ -146,6 +165,7 @@ def names() -> tuple[str, ...]:
         "unpack_codes",
         "qlora_linear",
         "qlora_linear_grad_input",
+        "qlora_linear_multi",
         "jacobi_eigh",
         "jacobi_svd",
         "cholesky_inverse_factor",

@@ -1,0 +1,390 @@
+"""`qlora_linear` on one GPU against every peer that can be imported, side by side in one run.
+
+Each contender is a CUDA graph of calls that go round weights beyond L2, replayed in turns with the others; a figure is
+the median of the replays over the calls of a graph. Peers that are not installed, or refuse, are named in the results.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import loftq_kernels as lk
+from bench import harness
+from loftq_kernels.ops import triton_backend
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))  # N x K
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096)
+ROTATED_BYTES = 320 << 20  # of weights a graph goes round: an H200 has 50 MB of L2
+GROUP = 64
+SECONDS = 540  # after which what is left is skipped, and named
+DTYPE = torch.bfloat16
+
+Call = Callable[[Tensor], Tensor]
+
+
+def run(output: Path, *, quick: bool) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench gpu: torch sees no CUDA device")
+    clock = Clock(60 if quick else SECONDS)
+    shapes = ((1024, 1024),) if quick else SHAPES
+    results: dict[str, Any] = {"device": device(), "microseconds": [], "not measured": {}}
+    missing = results["not measured"]
+    with torch.inference_mode():
+        for shape in shapes:
+            measure(results["microseconds"], "decode", shape, DECODE_ROWS, contenders(shape, missing), clock, missing)
+        for shape in shapes[:1] if quick else (shapes[0], shapes[1]):
+            rows = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
+            measure(results["microseconds"], "prefill", shape, rows, prefill_contenders(shape), clock, missing)
+            measure(results["microseconds"], "backward", shape, rows[-5:], backward_contenders(shape), clock, missing)
+        results["Python overhead, microseconds a call"] = overhead()
+    results["device after"] = device()
+    results["first call, seconds"] = first_calls()
+    results["targets"] = targets(results["microseconds"])
+    harness.print_table(results["targets"])
+    name = "gpu_quick" if quick else "gpu"
+    harness.write_json(output / f"{name}.json", results)
+    if not quick:
+        try:
+            plot(results, output / f"{name}.png")
+        except ImportError:
+            print("no plot: matplotlib is not installed")
+
+
+class Clock:
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.end
+
+
+def device() -> dict[str, Any]:
+    """Name, clocks and versions: what a figure must be read with."""
+    properties = torch.cuda.get_device_properties(0)
+    described: dict[str, Any] = {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "L2, MB": properties.L2_cache_size / 2**20,
+        "CUDA": torch.version.cuda,
+    }
+    import triton
+
+    described["triton"] = triton.__version__
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
+    try:
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        values = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return described | {"clocks": f"unknown: {error}"}
+    return described | dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
+
+
+# ---- contenders: for each weight of the rotation a function of x
+
+
+def copies(nbytes: int) -> range:
+    return range(max(2, -(-ROTATED_BYTES // nbytes)))
+
+
+def random_packed(name: str, shape: tuple[int, int]) -> lk.PackedTensor:
+    """Random codes and scales of the right sizes: how fast a product is does not depend on their values."""
+    rows, columns = shape
+    small = lk.quantize(torch.randn(1, columns), name, GROUP)
+    codes = torch.randint(0, 256, (rows, small.codes.shape[1]), dtype=torch.uint8, device="cuda")
+    scale, offset = (
+        None if group is None else (torch.rand(rows, group.shape[1], device="cuda") * 0.02).to(group.dtype)
+        for group in (small.scale, small.offset)
+    )
+    codebook = small.codebook.cuda()
+    return lk.PackedTensor(codes, scale, offset, codebook, in_features=columns, group_size=GROUP, format=small.format)
+
+
+def ours(name: str, shape: tuple[int, int], rank: int | None = None, path: str | None = None) -> list[Call]:
+    rows, columns = shape
+
+    def adapter(*size: int) -> Tensor | None:
+        return None if rank is None else torch.randn(size, device="cuda", dtype=DTYPE)
+
+    first = random_packed(name, shape)
+    calls = []
+    for packed in [first] + [random_packed(name, shape) for _ in copies(first.nbytes)][1:]:
+        lora = adapter(rank, columns), adapter(rows, rank)
+        stored = packed.codes, packed.scale, packed.offset, packed.codebook, GROUP
+        if path is None:
+            calls.append(lambda x, packed=packed, lora=lora: lk.qlora_linear(x, packed, *lora))
+        else:
+            calls.append(lambda x, s=stored, lora=lora: triton_backend.qlora_linear(x, *s, *lora, 1.0, None, path=path))
+    return calls
+
+
+def several_adapters(shape: tuple[int, int], adapters: int = 16, rank: int = 16) -> list[Call]:
+    lora_A = torch.randn(adapters, rank, shape[1], device="cuda", dtype=DTYPE)
+    lora_B = torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
+    weights = [random_packed("nf4", shape) for _ in copies(shape[0] * shape[1] // 2)]
+
+    def call(x: Tensor, packed: lk.PackedTensor) -> Tensor:
+        ids = all_ids[: x.shape[0]]
+        return lk.qlora_linear(x, packed, lora_A, lora_B, adapter_ids=ids)
+
+    all_ids = (torch.arange(64, device="cuda") % adapters).sort().values
+    return [lambda x, packed=packed: call(x, packed) for packed in weights]
+
+
+def dense(shape: tuple[int, int]) -> list[Call]:
+    weights = [torch.randn(shape, device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
+    return [lambda x, weight=weight: linear(x, weight) for weight in weights]
+
+
+def bitsandbytes_nf4(shape: tuple[int, int]) -> list[Call]:
+    import bitsandbytes
+    from bitsandbytes.functional import quantize_4bit
+
+    calls = []
+    for _ in copies(shape[0] * shape[1] // 2):
+        weight = torch.randn(shape, device="cuda", dtype=DTYPE)
+        codes, state = quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
+        calls.append(lambda x, c=codes, s=state: bitsandbytes.matmul_4bit(x, c.t(), quant_state=s))
+    return calls
+
+
+def torch_int4(shape: tuple[int, int]) -> list[Call]:
+    """ATen's tinygemm int4, which torchao's weight-only int4 calls on Hopper and before."""
+    calls = []
+    for _ in copies(shape[0] * shape[1] // 2):
+        codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device="cuda")
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scale_and_zero = torch.rand(shape[1] // GROUP, shape[0], 2, device="cuda").to(DTYPE)
+        calls.append(lambda x, p=packed, s=scale_and_zero: torch.ops.aten._weight_int4pack_mm(x, p, GROUP, s))
+    return calls
+
+
+def gemlite_int4(shape: tuple[int, int]) -> list[Call]:
+    import gemlite
+
+    calls = []
+    for _ in copies(shape[0] * shape[1] // 2):
+        layer = gemlite.GemLiteLinear(4, GROUP, shape[1], shape[0], gemlite.DType.BF16, gemlite.DType.BF16)
+        codes = torch.randint(0, 16, shape, dtype=torch.uint8, device="cuda")
+        groups = shape[0] * shape[1] // GROUP
+        layer.pack(codes, torch.rand(groups, 1, device="cuda", dtype=DTYPE), 8.0, None)
+        calls.append(layer.forward)
+    return calls
+
+
+def contenders(shape: tuple[int, int], missing: dict[str, str]) -> dict[str, list[Call]]:
+    made = {
+        "bf16 linear": dense(shape),
+        "nf4": ours("nf4", shape),
+        "nf4 r=16": ours("nf4", shape, 16),
+        "nf4 r=64": ours("nf4", shape, 64),
+        "nf4, 16 adapters r=16": several_adapters(shape),
+        "nf2": ours("nf2", shape),
+        "int4": ours("int4", shape),
+    }
+    for name, peer in (
+        ("bitsandbytes nf4", bitsandbytes_nf4),
+        ("aten int4", torch_int4),
+        ("gemlite int4", gemlite_int4),
+    ):
+        try:
+            made[name] = peer(shape)
+        except Exception as error:  # whatever a peer may do, the others are measured
+            missing[name] = f"{type(error).__name__}: {error}"[:300]
+    return made
+
+
+def prefill_contenders(shape: tuple[int, int]) -> dict[str, list[Call]]:
+    return {
+        "bf16 linear": dense(shape),
+        "nf4": ours("nf4", shape),
+        "nf4, fused": ours("nf4", shape, path="prefill"),
+        "nf4, chunked": ours("nf4", shape, path="chunked"),
+        "nf4 r=16": ours("nf4", shape, 16),
+        "nf2": ours("nf2", shape),
+    }
+
+
+def backward_contenders(shape: tuple[int, int]) -> dict[str, list[Call]]:
+    """grad_x [M, K] of grad_y [M, N]: shape is that of the transposed weight, whose columns grad_y has."""
+    stored = shape[1], shape[0]
+
+    def packed(path: str | None) -> list[Call]:
+        weights = [random_packed("nf4", stored) for _ in copies(shape[0] * shape[1] // 2)]
+        op = triton_backend.qlora_linear_grad_input
+        return [
+            lambda g, p=p: op(g, p.codes, p.scale, p.offset, p.codebook, p.shape[1], GROUP, None, None, 1.0, path=path)
+            for p in weights
+        ]
+
+    weights = [torch.randn(stored, device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
+    return {
+        "bf16 matmul": [lambda g, w=w: g @ w for w in weights],
+        "nf4": packed(None),
+        "nf4, fused": packed("fused"),
+        "nf4, chunked": packed("chunked"),
+    }
+
+
+# ---- measurements
+
+
+def captured(calls: list[Call], x: Tensor) -> torch.cuda.CUDAGraph:
+    """A graph of one call of each, after the calls that compile and choose algorithms."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # every weight's first call reads its code book
+            call(x)
+        calls[0](x)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call(x)
+    return graph
+
+
+def measure(
+    into: list[dict],
+    part: str,
+    shape: tuple[int, int],
+    all_rows: tuple[int, ...],
+    variants: dict[str, list[Call]],
+    clock: Clock,
+    missing: dict[str, str],
+) -> None:
+    """One row of microseconds a call for each M."""
+    for m in all_rows:
+        where = f"{part} {shape[0]}x{shape[1]} M={m}"
+        if clock.is_over:
+            missing[where] = "the time was up"
+            continue
+        x = torch.randn(m, shape[1], device="cuda", dtype=DTYPE)
+        graphs = {}
+        for name, calls in variants.items():
+            try:
+                graphs[name] = captured(calls, x), len(calls)
+            except Exception as error:  # a peer that refuses this M must not end the run
+                torch.cuda.synchronize()
+                missing[f"{name}, {where}"] = f"{type(error).__name__}: {error}"[:300]
+        row = {"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m} | replayed(graphs)
+        into.append(row)
+        harness.print_table([row])
+
+
+def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int = 15) -> dict[str, float]:
+    """Median microseconds a call of each graph, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for repeat in range(repeats + 2):
+        for name, (graph, calls) in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if repeat >= 2:
+                times[name].append(1e3 * start.elapsed_time(end) / calls)
+    return {name: median(values) for name, values in times.items()}
+
+
+def overhead() -> dict[str, float]:
+    """Host time to enqueue a call without a graph, at a size whose kernels take no time to speak of."""
+    layer = lk.QuantLoRALinear(256, 256, bias=False, rank=16, device="cuda", dtype=DTYPE)
+    weight = torch.randn(256, 256, device="cuda", dtype=DTYPE)
+    x = torch.randn(1, 256, device="cuda", dtype=DTYPE)
+    result = {}
+    for name, call in (("QuantLoRALinear r=16", layer), ("F.linear", lambda x: linear(x, weight))):
+        seconds = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(100):
+                call(x)
+            seconds.append((time.perf_counter() - started) / 100)
+        result[name] = 1e6 * median(seconds)
+    return result
+
+
+def first_calls() -> dict[str, float]:
+    """Seconds of the first call of a shape class no call above had: a format of its own, compiled anew."""
+    result = {}
+    for name, m in (("uniform4, M=1", 1), ("uniform4, M=256", 256)):
+        packed = random_packed("uniform4", (512, 512))
+        x = torch.randn(m, 512, device="cuda", dtype=DTYPE)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        lk.qlora_linear(x, packed)
+        torch.cuda.synchronize()
+        result[name] = time.perf_counter() - started
+    return result
+
+
+# ---- targets
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """What the kernels aim for, in ratios of this run."""
+    found: list[dict] = []
+
+    def aim(what: str, row: dict, over: str, under: str, least: float) -> None:
+        if over in row and under in row:
+            value = row[over] / row[under]
+            where = f"{row['part']} {row['N x K']} M={row['M']}"
+            found.append({"target": what, "at": where, "value": value, "aim >=": least, "met": value >= least})
+
+    speedups = {"8192x28672": 3.3, "14336x4096": 2.8, "4096x14336": 2.8, "4096x4096": 2.0}
+    by_place = {(row["part"], row["N x K"], row["M"]): row for row in rows}
+    for row in rows:
+        m, size = row["M"], row["N x K"]
+        if row["part"] == "decode":
+            if m == 1:
+                aim("nf4 against bf16", row, "bf16 linear", "nf4", speedups.get(size, 2.0))
+                aim("nf4 against bitsandbytes", row, "bitsandbytes nf4", "nf4", 1.8)
+                aim("nf4 against it with r=16", row, "nf4", "nf4 r=16", 1 / 1.05)
+                aim("nf4 against it with r=64", row, "nf4", "nf4 r=64", 1 / 1.15)
+                if size == "8192x28672":
+                    aim("nf2 against bf16", row, "bf16 linear", "nf2", 5.0)
+            if 8 <= m <= 64 and size == "4096x4096":
+                aim("nf4 against bitsandbytes", row, "bitsandbytes nf4", "nf4", 3.0)
+            if m == 16 and ("decode", size, 1) in by_place:
+                flat = {**row, "M=1": by_place["decode", size, 1]["nf4"]}
+                aim("nf4: M=1 against M=16", flat, "M=1", "nf4", 1 / 1.15)
+        elif row["part"] == "prefill" and m >= 256:
+            aim("nf4 against bf16", row, "bf16 linear", "nf4", 0.8 if m == 256 else 0.9)
+        elif row["part"] == "backward" and m == 2048:
+            aim("nf4 grad_x against bf16", row, "bf16 matmul", "nf4", 0.85)
+    return found
+
+
+def plot(results: dict, path: Path) -> None:
+    """Times of every contender over M, one panel a part and shape; device and versions in the title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = results["microseconds"]
+    panels = list(dict.fromkeys((row["part"], row["N x K"]) for row in rows))
+    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(16, 9), layout="constrained", squeeze=False)
+    for axis, (part, size) in zip(axes.flat, panels, strict=False):
+        own = [row for row in rows if (row["part"], row["N x K"]) == (part, size)]
+        for name in dict.fromkeys(key for row in own for key in row if key not in ("part", "N x K", "M")):
+            points = [(row["M"], row[name]) for row in own if name in row]
+            style = "-" if name.startswith(("nf", "int4")) else "--"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=name)
+        axis.set(xscale="log", yscale="log", title=f"{part} {size}", xlabel="rows of x (M)", ylabel="microseconds")
+        axis.legend(fontsize="x-small")
+    about = results["device"]
+    figure.suptitle(f"{about['name']}, SM clock {about.get('clocks.sm', '?')}, torch {torch.__version__}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,162 @@
+"""`QuantLoRAEmbedding`: `nn.Embedding` with a quantized table and a low-rank adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loftq_kernels.config import QuantConfig
+from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.nn.base import QuantLoRAModule
+from loftq_kernels.ops import dequantize_tensors
+
+_INDEX_DTYPES = (torch.int64, torch.int32)  # those of nn.Embedding
+
+
+class QuantLoRAEmbedding(QuantLoRAModule):
+    """y = (codebook[codes] * scale + offset)[indices] + scaling * lora_B[indices] @ lora_A
+
+    A drop-in for `nn.Embedding` that decodes the rows asked for and no others. Moves, state_dict and training are as
+    for `QuantLoRALinear`; the adapter is that of LoftQ's and PEFT's code, with the names of this package: lora_B
+    belongs to the rows.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as for `nn.Embedding`. The padding row is Q's alone:
+            its row of lora_B is zero and gets no gradient.
+        max_norm: must be None: it rescales rows in place, which a packed row cannot be.
+        format, group_size, scale_dtype, rank, lora_alpha, use_rslora: as for `QuantLoRALinear`.
+
+    Shapes: indices [...] int64 or int32 -> [..., embedding_dim], in the dtype of the adapter (``dtype``, which
+    `.to(dtype)` changes, with or without one). Parameters lora_A [rank, embedding_dim], lora_B [num_embeddings, rank].
+    Raises ValueError or TypeError for arguments out of range and IndexError for an index outside the table.
+    """
+
+    kind = "embedding"
+    geometry_names = ("padding_idx",)
+    bias: None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *,
+        format: str = "nf4",
+        group_size: int = 64,
+        rank: int | None = 16,
+        lora_alpha: float | None = None,
+        use_rslora: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if max_norm is not None:
+            raise ValueError(f"max_norm={max_norm!r} rescales rows in place, which a quantized table cannot do")
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            False,
+            format=format,
+            group_size=group_size,
+            rank=rank,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            scale_dtype=scale_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = _padding_row(padding_idx, num_embeddings)
+        # Of the dtype of what is looked up, which nothing else tells where there is no adapter. Not in the state_dict.
+        self.register_buffer("output_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, cfg: QuantConfig | None = None) -> QuantLoRAEmbedding:
+        """Quantize the table of an `nn.Embedding` as cfg says (default: LoftQ, NF4, rank 16); it is not changed.
+
+        Raises TypeError for other classes, subclasses included, and ValueError for an embedding with max_norm,
+        scale_grad_by_freq or sparse gradients, and as the initializer.
+        """
+        if type(embedding) is not nn.Embedding:
+            raise TypeError(f"from_embedding takes a torch.nn.Embedding, got {type(embedding).__name__}")
+        if reason := unsupported(embedding):
+            raise ValueError(f"the embedding has {reason}")
+        init = initialize([embedding.weight.detach()], cfg or QuantConfig())[0]
+        return cls.from_init(init, embedding.padding_idx, dtype=embedding.weight.dtype).train(embedding.training)
+
+    @classmethod
+    def from_init(
+        cls, init: AdapterInit, padding_idx: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> QuantLoRAEmbedding:
+        """A layer that holds what an initializer returned for the table."""
+        with torch.inference_mode(False):  # parameters made under inference mode could never be trained
+            layer = cls(*init.packed.shape, padding_idx, **cls._init_options(init, dtype))
+            layer._fill(init, None)
+            layer.output_like = torch.empty(0, device=init.packed.device, dtype=layer.output_like.dtype)
+            if layer.padding_idx is not None and layer.lora_B is not None:
+                layer.lora_B.data[layer.padding_idx] = 0
+            return layer
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.output_like.dtype
+
+    def forward(self, indices: Tensor) -> Tensor:
+        if not isinstance(indices, Tensor) or indices.dtype not in _INDEX_DTYPES:
+            raise TypeError(f"indices must be int64 or int32, got {getattr(indices, 'dtype', type(indices))}")
+        try:
+            y = self._rows(indices.reshape(-1))
+        except (IndexError, RuntimeError) as error:
+            self._check_indices(indices)
+            raise error
+        if self.has_adapter:
+            hidden = functional.embedding(indices.reshape(-1), self.lora_B, self.padding_idx)
+            y = torch.add(y, (hidden @ self.lora_A).to(y.dtype), alpha=self.scaling)
+        return y.view(*indices.shape, self.embedding_dim)
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """Decode rows [n, embedding_dim]: a row's codes and scales are contiguous, and decode without the others."""
+        stored = (self.codes, self.scale, self.offset)
+        codes, scale, offset = (None if t is None else t.index_select(0, indices) for t in stored)
+        return dequantize_tensors(
+            codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.output_like.dtype
+        )
+
+    def _check_indices(self, indices: Tensor) -> None:
+        outside = (indices < 0) | (indices >= self.num_embeddings)
+        if outside.any():
+            raise IndexError(f"index {indices[outside][0].item()} is outside 0 .. {self.num_embeddings - 1}")
+
+    def merged_embedding(self) -> nn.Embedding:
+        """A plain `nn.Embedding` that looks up the same: table = Q + scaling * lora_B @ lora_A, dense."""
+        embedding = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=self._dtype
+        )
+        embedding.weight = nn.Parameter(self.weight)
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._describe_weight()}"
+
+
+def unsupported(embedding: nn.Embedding) -> str | None:
+    """What of an embedding's options a quantized one cannot honour, with the reason."""
+    if embedding.max_norm is not None:
+        return f"max_norm={embedding.max_norm}, which rescales rows in place; a quantized table is constant"
+    if embedding.scale_grad_by_freq:
+        return "scale_grad_by_freq=True, which the adapter's gradients do not follow"
+    if embedding.sparse:
+        return "sparse=True, but the adapter's gradients are dense"
+    return None
+
+
+def _padding_row(padding_idx: int | None, num_embeddings: int) -> int | None:
+    """As nn.Embedding: negative ones count from the end."""
+    if padding_idx is None:
+        return None
+    if type(padding_idx) is not int or not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx={padding_idx!r} is outside the table of num_embeddings={num_embeddings}")
+    return padding_idx % num_embeddings

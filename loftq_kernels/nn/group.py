@@ -1,0 +1,146 @@
+"""`QuantLoRALinearGroup`: projections of the same input, such as q, k and v or gate and up, in one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.formats import PackedTensor
+from loftq_kernels.nn.linear import QuantLoRALinear
+from loftq_kernels.ops import linear_tensors
+
+_STACKED = ("codes", "scale", "offset")
+
+
+class QuantLoRALinearGroup:
+    """(y_0, y_1, ...) with y_i = layers[i](x), as one product with the weights on top of each other.
+
+    One call instead of one a layer, x read once, and all adapters' x @ lora_A.T computed at once. The packed weights
+    move into common tensors, of which the layers' buffers become views: nothing is held twice, and the layers work,
+    save and load as before. Layers that are moved or loaded anew are gathered again at the next call. What a call
+    without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
+
+    The group is no module: it holds the layers of a model, whose names in checkpoints stay as they are.
+
+        self.qkv = lk.QuantLoRALinearGroup([self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = self.qkv(x)
+
+    Args:
+        layers: `QuantLoRALinear`s of one in_features, format, group_size, scale dtype and device; ranks, scalings and
+            biases may differ.
+
+    Shapes: x [..., in_features] -> a tuple of [..., layers[i].out_features], views of one tensor. Differentiable as the
+    layers are. Raises TypeError for other modules, ValueError for layers that do not fit together.
+    """
+
+    def __init__(self, layers: Sequence[QuantLoRALinear]):
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ValueError("a group needs at least one layer")
+        for layer in self.layers:
+            if not isinstance(layer, QuantLoRALinear):
+                raise TypeError(f"a group takes QuantLoRALinear layers, got {type(layer).__name__}")
+        if len(set(map(id, self.layers))) != len(self.layers):
+            raise ValueError("a layer is in the group twice")
+        self.out_features = [layer.out_features for layer in self.layers]
+        self._stack()
+
+    def _check(self) -> None:
+        first = self.layers[0]
+        for i, layer in enumerate(self.layers):
+            for name in ("in_features", "group_size"):
+                if getattr(layer, name) != getattr(first, name):
+                    raise ValueError(f"layers[{i}] has {name}={getattr(layer, name)}, layers[0] {getattr(first, name)}")
+            if layer.format != first.format:
+                raise ValueError(f"layers[{i}] has format {layer.format.name}, layers[0] {first.format.name}")
+            if layer.scale.dtype != first.scale.dtype:
+                raise ValueError(f"layers[{i}] has scales in {layer.scale.dtype}, layers[0] in {first.scale.dtype}")
+            if layer.codes.device != first.codes.device:
+                raise ValueError(f"layers[{i}] is on {layer.codes.device}, layers[0] on {first.codes.device}")
+
+    def _stack(self) -> None:
+        """Gather the packed weights into common tensors and make the layers' buffers views of them."""
+        self._check()
+        first = self.layers[0]
+        stacked = {}
+        with torch.no_grad(), torch.inference_mode(False):
+            for name in _STACKED:
+                if getattr(first, name) is None:
+                    stacked[name] = None
+                    continue
+                stacked[name] = torch.cat([getattr(layer, name) for layer in self.layers])
+                for layer, view in zip(self.layers, stacked[name].split(self.out_features), strict=True):
+                    setattr(layer, name, view)
+        self._packed = PackedTensor(
+            *(stacked[name] for name in _STACKED),
+            first.codebook,
+            in_features=first.in_features,
+            group_size=first.group_size,
+            format=first.format,
+        )
+        self._views = tuple(getattr(layer, name) for layer in self.layers for name in _STACKED)
+        self._cached: tuple[tuple, tuple[Tensor | None, Tensor | None, Tensor | None]] | None = None
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The stacked weight [sum of out_features, in_features]; shares its memory with the layers."""
+        now = (layer._buffers[name] for layer in self.layers for name in _STACKED)
+        if any(buffer is not view for buffer, view in zip(now, self._views, strict=True)):
+            self._stack()  # a layer was moved, or loaded with assign=True
+        return self._packed
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        packed = self.packed
+        lora_A, lora_B, bias = self._adapters_and_bias()
+        y = linear_tensors(
+            x,
+            packed.codes,
+            packed.scale,
+            packed.offset,
+            packed.codebook,
+            packed.group_size,
+            lora_A,
+            lora_B,
+            1.0,
+            bias,
+            in_features=packed.shape[1],
+        )
+        return y.split(self.out_features, -1)
+
+    def _adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Stacked lora_A [sum of ranks, K], block-diagonal lora_B with the scalings, stacked bias; remembered until a
+        layer's own change, except where gradients flow through them or a compiler traces."""
+        own = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B, layer.bias) if p is not None]
+        traced = torch.compiler.is_compiling() or any(p.is_inference() for p in own)
+        if traced or (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
+            return self._stacked_adapters_and_bias()
+        key = (
+            *((id(p), p._version, p.data_ptr()) for p in own),
+            *((layer.scaling, layer.adapter_enabled) for layer in self.layers),
+        )
+        if self._cached is None or self._cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = key, self._stacked_adapters_and_bias()
+        return self._cached[1]
+
+    def _stacked_adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        lora_A = lora_B = bias = None
+        adapted = [layer for layer in self.layers if layer.has_adapter]
+        if adapted:
+            lora_A = torch.cat([layer.lora_A for layer in adapted])
+            blocks, column = [], 0
+            for layer in self.layers:
+                rank = layer.rank if layer.has_adapter else 0
+                after = lora_A.shape[0] - column - rank
+                if rank:
+                    blocks.append(torch.nn.functional.pad(layer.lora_B * layer.scaling, (column, after)))
+                else:
+                    blocks.append(lora_A.new_zeros(layer.out_features, lora_A.shape[0]))
+                column += rank
+            lora_B = torch.cat(blocks)
+        if any(layer.bias is not None for layer in self.layers):
+            zeros = next(layer.bias for layer in self.layers if layer.bias is not None).new_zeros
+            bias = torch.cat([zeros(n.out_features) if n.bias is None else n.bias for n in self.layers])
+        return lora_A, lora_B, bias

@@ -1,0 +1,303 @@
+"""The ops on CUDA tensors by way of Triton. Triton is imported at the first call, never with the package.
+
+With TRITON_INTERPRET=1 the same functions take CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.ops import checks, extension, reference
+from loftq_kernels.ops.schemas import NAMESPACE
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_ARCHITECTURE = 80  # the kernels need bfloat16 tensor cores and asynchronous copies
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot serve tensors of device, or None where it can."""
+    if not _is_installed():
+        return "triton is not installed"
+    if device.type == "cpu":
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interprets else "CPU tensors need TRITON_INTERPRET=1, which is for tests"
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    architecture = _device(device).architecture
+    if architecture < OLDEST_ARCHITECTURE:
+        return f"{device} has compute capability {architecture / 10}, the kernels need 8.0"
+    return None
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _device(device: torch.device) -> SimpleNamespace:
+    """architecture (90 for compute capability 9.0), multiprocessors, and whether PTX may be used."""
+    if device.type == "cpu":  # interpreted: as an H200, without PTX
+        return SimpleNamespace(architecture=90, multiprocessors=132, asm=False)
+    properties = torch.cuda.get_device_properties(device)
+    return SimpleNamespace(
+        architecture=10 * properties.major + properties.minor,
+        multiprocessors=properties.multi_processor_count,
+        asm=torch.version.hip is None,
+    )
+
+
+@functools.cache
+def _launchers() -> SimpleNamespace:
+    from loftq_kernels.triton_kernels import (
+        chunked,
+        codebooks,
+        decode_linear,
+        dequantize,
+        grad_input,
+        lora,
+        prefill_linear,
+        tiles,
+    )
+    from loftq_kernels.triton_kernels import tile_configs as configs
+
+    return SimpleNamespace(
+        **{name: getattr(module, name) for module, name in (
+            (chunked, "chunked_linear"),
+            (chunked, "chunked_grad_input"),
+            (codebooks, "codebook_values"),
+            (decode_linear, "decode_linear"),
+            (dequantize, "launch_dequantize"),
+            (grad_input, "launch_grad_input"),
+            (lora, "launch_lora_shrink"),
+            (lora, "launch_lora_expand"),
+            (prefill_linear, "launch_prefill_linear"),
+            (tiles, "decode_constexprs"),
+        )},
+        configs=configs,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as a matrix whose rows are contiguous, at an address that vectors may be read from."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.dequantize`, bit for bit."""
+    checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    if dtype not in DTYPES or unavailable(codes.device):
+        _warn_unavailable(codes.device)
+        return reference.dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)
+    weight = [None if t is None else t.contiguous() for t in (codes, scale, offset, codebook)]
+    out = codes.new_empty(codes.shape[0], in_features, dtype=dtype)
+    with _on(codes.device):
+        return _launchers().launch_dequantize(*weight, group_size, out)
+
+
+def qlora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """As `reference.qlora_linear`. path: "decode", "prefill" or "chunked" instead of what `choose_path` says."""
+    checks.check_qlora_linear(x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias)
+    if x.dtype not in DTYPES or unavailable(x.device):
+        _warn_unavailable(x.device)
+        return reference.qlora_linear(
+            x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias, dequantize=_dequantize
+        )
+    leaves = (x, lora_A, lora_B, bias)
+    if x.device.type == "cpu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        raise RuntimeError("backend='triton' on CPU tensors is for tests and has no derivatives: use torch.no_grad()")
+    if lora_A is not None:
+        lora_A, lora_B = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
+    weight = codes, scale, offset, codebook, group_size
+    return _linear(x, weight, lora_A, lora_B, None, scaling, bias, path)
+
+
+def qlora_linear_multi(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """As `reference.qlora_linear_multi`; a row whose id is not below the number of adapters becomes NaN."""
+    weight = codes, scale, offset, codebook, group_size
+    checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias)
+    if x.dtype not in DTYPES or unavailable(x.device):
+        _warn_unavailable(x.device)
+        return reference.qlora_linear_multi(
+            x, *weight, lora_A, lora_B, adapter_ids, scaling, bias, dequantize=_dequantize
+        )
+    return _linear(x, weight, lora_A, lora_B, adapter_ids.reshape(-1).contiguous(), scaling, bias, path)
+
+
+def _linear(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    adapter_ids: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    path: str | None,
+) -> Tensor:
+    """qlora_linear with adapters [S, r, K] and [S, N, r], and with adapter_ids [M] the adapter of each row."""
+    launch, device = _launchers(), _device(x.device)
+    rows, out_features = _rows(x), weight[0].shape[0]
+    if lora_A is not None and (lora_A.shape[1] == 0 or lora_A.shape[0] == 0 or rows.shape[1] == 0):
+        lora_A = lora_B = None  # an adapter of nothing
+    if rows.shape[0] == 0 or out_features == 0 or rows.shape[1] == 0:
+        y = x.new_zeros(*x.shape[:-1], out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+    weight = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in weight)
+    bias = None if bias is None else bias.contiguous()
+    half = x.dtype != torch.float32
+    path = path or launch.configs.choose_path(rows.shape[0], device.architecture, half_precision=half)
+    with _on(x.device):
+        if path == "decode":
+            lora_A, lora_B = (None if t is None else t.to(x.dtype).contiguous() for t in (lora_A, lora_B))
+            y = launch.decode_linear(rows.contiguous(), *weight, lora_A, lora_B, adapter_ids, scaling, bias)
+            return y.view(*x.shape[:-1], out_features)
+        y = x.new_empty(rows.shape[0], out_features)
+        h = None
+        if lora_A is not None:
+            h = launch.launch_lora_shrink(rows, lora_A, adapter_ids, scaling, device.multiprocessors)
+        if path == "prefill" and half:
+            tiles = launch.configs.PREFILL_TILES
+            tile = launch.configs.choose_tile(
+                tiles, device.architecture, rows.shape[0], out_features, device.multiprocessors
+            )
+            decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm)
+            fused = adapter_ids is None and h is not None
+            launch.launch_prefill_linear(
+                rows, *weight, decoding, h if fused else None, lora_B[0] if fused else None, bias, y, tile
+            )
+            if fused:
+                h = None
+        else:
+            chunk_bytes = launch.configs.crossover(device.architecture).chunk_bytes
+            launch.chunked_linear(rows, *weight, bias, y, chunk_bytes)
+        if h is not None:
+            launch.launch_lora_expand(y, h, lora_B, adapter_ids)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def qlora_linear_grad_input(
+    grad_y: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    in_features: int,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """As `reference.qlora_linear_grad_input`. path: "fused" or "chunked" instead of what the crossover says."""
+    checks.check_grad_input(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B)
+    if grad_y.dtype not in DTYPES or unavailable(grad_y.device):
+        _warn_unavailable(grad_y.device)
+        return reference.qlora_linear_grad_input(
+            *(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling),
+            dequantize=_dequantize,
+        )
+    launch, device = _launchers(), _device(grad_y.device)
+    rows = _rows(grad_y)
+    grad_x = grad_y.new_empty(rows.shape[0], in_features)
+    if grad_x.numel() == 0 or rows.shape[1] == 0:
+        return grad_x.zero_().view(*grad_y.shape[:-1], in_features)
+    codes, scale, offset, codebook = (None if t is None else t.contiguous() for t in (codes, scale, offset, codebook))
+    weight = codes, scale, offset, codebook, group_size
+    limits = launch.configs.crossover(device.architecture)
+    fused = path == "fused" if path else rows.shape[0] <= limits.grad_input
+    with _on(grad_y.device):
+        h = None
+        if lora_A is not None and lora_A.shape[0] > 0:
+            h = launch.launch_lora_shrink(rows, lora_B.T.unsqueeze(0), None, scaling, device.multiprocessors)
+        if fused and grad_y.dtype != torch.float32:
+            tiles = launch.configs.GRAD_INPUT_TILES
+            tile = launch.configs.choose_tile(
+                tiles, device.architecture, rows.shape[0], in_features, device.multiprocessors
+            )
+            decoding = launch.decode_constexprs(launch.codebook_values(codebook), grad_y.dtype, device.asm)
+            launch.launch_grad_input(rows, *weight, decoding, h, None if h is None else lora_A, grad_x, tile)
+        else:
+            launch.chunked_grad_input(rows, *weight, grad_x, limits.chunk_bytes)
+            if h is not None:
+                launch.launch_lora_expand(grad_x, h, lora_A.T.unsqueeze(0), None)
+    return grad_x.view(*grad_y.shape[:-1], in_features)
+
+
+def _dequantize(*args) -> Tensor:
+    return torch.ops.loftq_kernels.dequantize(*args)
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, whatever its arguments are on. Mostly they are the same."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _nowhere
+    return torch.cuda.device(device)
+
+
+class _Nowhere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_) -> None: ...
+
+
+_nowhere = _Nowhere()
+
+
+def _warn_unavailable(device: torch.device) -> None:
+    reason = unavailable(device)
+    if reason is not None:
+        extension.warn_slow(device.type, reason)
+
+
+def _register() -> None:
+    """CUDA kernels of the ops; dequantize only where the extension was built without one of its own."""
+    for kernel in (qlora_linear, qlora_linear_multi, qlora_linear_grad_input, dequantize):
+        name = f"{NAMESPACE}::{kernel.__name__}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+            torch.library.impl(name, "CUDA", kernel)
+
+
+_register()

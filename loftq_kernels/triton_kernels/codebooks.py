@@ -1,0 +1,220 @@
+"""What a kernel is compiled for instead of a code book's tensor: a `Decoder`, made once a code book, dtype and device.
+
+The instructions are PTX text, as `tl.inline_asm_elementwise` takes it with ``pack=4``: one 32-bit register holds four
+consecutive packed bytes and comes out as two registers a field, each a pair of 16-bit floats, in the bytes' order.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+EXPONENT_BIAS = {torch.bfloat16: 127, torch.float16: 15}
+PAIR_SELECTORS = (0x6240, 0x7351)  # of bytes l0 l1 l2 l3, h0 h1 h2 h3: the pairs (h0 l0, h2 l2) and (h1 l1, h3 l3)
+LOP3_AND_OR = 0xEA  # (a & b) | c
+LOP3_ANDN_OR = 0xAE  # (~a & b) | c
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How codes become values: ``codebook[code] = unit * (value + center)``, with ``value = decoded + constant``.
+
+    ``asm`` yields `planes` * 8 / bits fields; field f holds the columns of slice f // planes of a tile, and the fields
+    of one slice add up. ``constants[f]`` is to be added to field f: kernels do so by one more product with x, of a
+    constant matrix, which is exact. Empty strings: plain Triton decodes, from the code book where `table` is set.
+    """
+
+    bits: int
+    table: bool  # values are looked up; otherwise they are affine in the code
+    setup: str  # PTX that declares what asm reads; once a kernel, before any asm
+    asm: str
+    planes: int
+    constants: tuple[float, ...]  # one a field, () where all are zero
+    constant_asm: str  # PTX that yields constants[f] in place of a field, one a line, and last what yields 1.0
+    unit: float
+    center: float
+
+
+@lru_cache(maxsize=256)
+def make_decoder(
+    values: tuple[float, ...], dtype: torch.dtype, *, asm: bool = True, exact: bool = False, sums: bool = False
+) -> Decoder:
+    """The `Decoder` of a code book's `values`, 2^bits of them, for operands of `dtype`.
+
+    asm=False, or a dtype that is not of 16 bits: plain Triton. exact=True: ``decoded`` is the entry itself, rounded to
+    dtype, even where arithmetic would be cheaper (for kernels that want one operand and no corrections). sums=True: the
+    kernel has sums of x at hand anyhow, so one constant for all fields may as well be part of `center`.
+    """
+    bits = len(values).bit_length() - 1
+    if 1 << bits != len(values) or bits not in (2, 4, 8):
+        raise ValueError(f"a code book has 4, 16 or 256 entries, not {len(values)}")
+    asm = asm and dtype in MANTISSA_BITS
+    affine = None if exact else affine_map(values)
+    if affine is None:
+        words, text = _table_asm(values, dtype) if asm and bits < 8 else ((), "")
+        setup, constant_asm = _constants(words, (), dtype) if text else ("", "")
+        return Decoder(bits, True, setup, text, 1, (), constant_asm, 1.0, 0.0)
+    words, text, biases = _affine_asm(bits, dtype) if asm else ((), "", (0.0,) * (8 // bits))
+    start, step = affine
+    constants = tuple(start / step - bias for bias in biases)
+    planes = len(biases) * bits // 8
+    center = 0.0
+    if planes > 1:  # the start belongs to the sum of the planes: let the first carry it
+        constants = (constants[0], *(-bias for bias in biases[1:]))
+    if sums and planes == 1 and len(set(biases)) == 1:
+        constants, center = (), start / step - biases[0]
+    elif not all(_is_exact(constant, dtype) for constant in constants):
+        constants, center = tuple(-bias for bias in biases), start / step
+    if not any(constants):
+        constants = ()
+    setup, constant_asm = _constants(words, constants, dtype) if text else ("", "")
+    return Decoder(bits, False, setup, text, planes, constants, constant_asm, step, center)
+
+
+def affine_map(values: tuple[float, ...]) -> tuple[float, float] | None:
+    """(start, step) of values that are start + step * code up to float32's rounding, or None."""
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    error = max(abs(value - (values[0] + step * code)) for code, value in enumerate(values))
+    largest = max(abs(values[0]), abs(values[-1]))
+    return (values[0], step) if step != 0 and error <= 2.0**-23 * largest else None
+
+
+def _is_exact(value: float, dtype: torch.dtype) -> bool:
+    return torch.tensor(value, dtype=torch.float64).to(dtype).double().item() == value
+
+
+# ---- the values of a code book's tensor, read from its device once
+
+_values: dict[int, tuple[weakref.ref, int, tuple[float, ...]]] = {}  # by id; a dead reference removes its entry
+
+
+def codebook_values(codebook: Tensor) -> tuple[float, ...]:
+    """The entries of codebook. Remembered by the tensor itself, not its memory, which another tensor may be given."""
+    key = id(codebook)
+    known = _values.get(key)
+    if known is not None and known[0]() is codebook and known[1] == codebook._version:
+        return known[2]
+    values = tuple(codebook.tolist())
+    _values[key] = weakref.ref(codebook, lambda _: _values.pop(key, None)), codebook._version, values
+    return values
+
+
+# ---- PTX
+
+
+def _setup(words: tuple[int, ...]) -> str:
+    """PTX that puts words into registers loftq_w0, loftq_w1, ... for the whole function; input $1 must be zero.
+
+    ptxas must not know that they are constants: it would copy them from uniform registers before every use, 1.2
+    instructions a weight for nf4. So they are made from an argument of the kernel and the thread's index.
+    """
+    declare = ".reg .b32 loftq_zero; mov.u32 loftq_zero, %tid.x; and.b32 loftq_zero, loftq_zero, $1;"
+    lines = [f".reg .b32 loftq_w{i}; xor.b32 loftq_w{i}, loftq_zero, {word:#x};" for i, word in enumerate(words)]
+    return "\n".join([declare, *lines, "mov.b32 $0, $1;"])
+
+
+def _constants(words: tuple[int, ...], constants: tuple[float, ...], dtype: torch.dtype) -> tuple[str, str]:
+    """The setup for words, constants and 1.0, and what yields the latter.
+
+    The two registers are (packed & 0) | constant and (~packed & 0) | constant. An instruction takes four of them, and
+    those that ptxas knows to be equal it would copy together anew every time.
+    """
+    patterns = torch.tensor([*constants, 1.0], dtype=torch.float64).to(dtype).view(torch.int16).tolist()
+    pairs = [(pattern & 0xFFFF) * 0x10001 for pattern in patterns]
+    words = (*words, *sorted(set(pairs)))
+    registers = [f"loftq_w{len(words) - len(set(pairs)) + sorted(set(pairs)).index(pair)}" for pair in pairs]
+    lines = [
+        f"lop3.b32 $0, $2, loftq_zero, {name}, {LOP3_AND_OR:#x}; "
+        f"lop3.b32 $1, $2, loftq_zero, {name}, {LOP3_ANDN_OR:#x};"
+        for name in registers
+    ]
+    return _setup(words), "\n".join(lines)
+
+
+def _word(byte_values: list[int]) -> int:
+    return sum(byte << 8 * i for i, byte in enumerate(byte_values))
+
+
+def _table_bytes(values: tuple[float, ...], dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Low and high bytes of the entries, rounded to dtype."""
+    bits = [entry & 0xFFFF for entry in torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.int16).tolist()]
+    return [entry & 0xFF for entry in bits], [entry >> 8 for entry in bits]
+
+
+def _table_asm(values: tuple[float, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+    low, high = _table_bytes(values, dtype)
+    return _table4_asm(low, high) if len(values) == 16 else _table2_asm(low, high)
+
+
+def _table4_asm(low: list[int], high: list[int]) -> tuple[tuple[int, ...], str]:
+    """PRMT takes 4 codes at a time to bytes, of 8 entries by their low three bits; their high bits choose between the
+    two halves of the table by a third PRMT. 2.6 instructions a weight."""
+    halves = [[_word(part[i : i + 4]) for i in range(0, 16, 4)] for part in (low, high)]
+    words = halves[0][0], halves[0][2], halves[1][0], halves[1][2], 0x32103210
+    lines = [
+        "{ .reg .b32 index, half, l, h, t;",
+        "and.b32 index, $4, 0x77777777;",
+        "shr.u32 half, $4, 1;",
+        f"lop3.b32 half, half, 0x44444444, loftq_w4, {LOP3_AND_OR:#x};",
+    ]
+    for pair in (0, 1):
+        if pair:
+            lines += ["shr.u32 index, index, 16;", "shr.u32 half, half, 16;"]
+        for name, part, word in (("l", halves[0], 0), ("h", halves[1], 2)):
+            lines += [
+                f"prmt.b32 {name}, loftq_w{word}, {part[1]:#x}, index;",
+                f"prmt.b32 t, loftq_w{word + 1}, {part[3]:#x}, index;",
+                f"prmt.b32 {name}, {name}, t, half;",
+            ]
+        lines += [f"prmt.b32 ${2 * field + pair}, l, h, {PAIR_SELECTORS[field]:#x};" for field in (0, 1)]
+    return words, "\n".join([*lines, "}"])
+
+
+def _table2_asm(low: list[int], high: list[int]) -> tuple[tuple[int, ...], str]:
+    """Two fields at a time lie in nibbles that select of a table's four low and four high bytes. 1.3 a weight."""
+    lines = ["{ .reg .b32 index, l, h;"]
+    for first in (0, 1):  # fields first and first + 2
+        if first:
+            lines += ["shr.u32 index, $8, 2;", "and.b32 index, index, 0x33333333;"]
+        else:
+            lines += ["and.b32 index, $8, 0x33333333;"]
+        for pair in (0, 1):
+            if pair:
+                lines += ["shr.u32 index, index, 16;"]
+            lines += ["prmt.b32 l, loftq_w0, loftq_w0, index;", "prmt.b32 h, loftq_w1, loftq_w1, index;"]
+            lines += [
+                f"prmt.b32 ${2 * (first + 2 * second) + pair}, l, h, {PAIR_SELECTORS[second]:#x};" for second in (0, 1)
+            ]
+    return (_word(low), _word(high)), "\n".join([*lines, "}"])
+
+
+def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], str, tuple[float, ...]]:
+    """Codes become the low bits of the mantissa of a power of two: bias + code. Returns words, asm, biases a field."""
+    mantissa, width = MANTISSA_BITS[dtype], bits
+    fields = [(bits * i, 0) for i in range(8 // bits)]  # (first bit in the byte, power of two it counts)
+    if bits > mantissa:  # int8 in bfloat16: a plane for each nibble
+        width, fields = 4, [(0, 0), (4, 4)]
+    # A field that fits into the mantissa where it lies needs no shift; its bias is the smaller.
+    places = [position if position + width <= mantissa else 0 for position, _ in fields]
+    exponents = [mantissa - place + power for place, (_, power) in zip(places, fields, strict=True)]
+    magics = [(EXPONENT_BIAS[dtype] + exponent) << mantissa for exponent in exponents]
+    words = sorted(set(magics))
+    # The bytes of a pair of neighbours go to the two halves of the register: 0 2 1 3.
+    lines = ["{ .reg .b32 w, t;", f"prmt.b32 w, ${2 * len(fields)}, ${2 * len(fields)}, 0x3120;"]
+    for pair in (0, 1):
+        for i, (place, (position, _)) in enumerate(zip(places, fields, strict=True)):
+            shift = 8 * pair + position - place
+            source = "w"
+            if shift:
+                lines.append(f"shr.u32 t, w, {shift};")
+                source = "t"
+            mask = ((1 << width) - 1) << place
+            magic = f"loftq_w{words.index(magics[i])}"
+            lines.append(f"lop3.b32 ${2 * i + pair}, {source}, {mask * 0x10001:#x}, {magic}, {LOP3_AND_OR:#x};")
+    pairs = tuple(word * 0x10001 for word in words)
+    return pairs, "\n".join([*lines, "}"]), tuple(2.0**exponent for exponent in exponents)

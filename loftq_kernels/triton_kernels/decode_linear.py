@@ -1,0 +1,580 @@
+"""The decode-time product: a few rows of x by a packed weight, with the adapters in the same launch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from loftq_kernels.triton_kernels import configs
+from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
+from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
+from loftq_kernels.triton_kernels.configs import DecodeConfig, decode_config
+
+# Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
+# of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
+SLICE: tl.constexpr = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["row_units", "num_chunks", "split_tiles", "S"])
+def _decode_linear_kernel(
+    x,  # [M, K]
+    codes,  # [N, row_bytes] uint8
+    scale,  # [N, G]
+    offset,  # [N, G], or None
+    codebook,  # [2^BITS] float32
+    lora_A,  # [S, R, K], or None
+    lora_B,  # [S, N, R]
+    adapter_ids,  # [M] int32 or int64; None: all 0
+    bias,  # [N], or None
+    y,  # [M, N]
+    workspace,  # float32: of splits, then [chunks + 1, row blocks, BLOCK_M, R] of x A^T, the last of them the sum
+    counters,  # int32, zeros, and left so: 3 a block of rows, then one a tile of y
+    M,
+    N,
+    K,
+    row_units,  # bytes of a row of codes, in units of 8
+    G,
+    R,
+    S,
+    scaling,
+    num_chunks,  # programs a block of rows that compute x A^T
+    split_tiles,  # tiles of 64 columns that one program multiplies
+    BITS: tl.constexpr,
+    SETUP: tl.constexpr,
+    ASM: tl.constexpr,
+    TABLE: tl.constexpr,
+    PLANES: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    CONSTANT_ASM: tl.constexpr,
+    UNIT: tl.constexpr,
+    CENTER: tl.constexpr,
+    GROUP: tl.constexpr,  # columns of a group; 0: the row
+    EVEN: tl.constexpr,  # K is a multiple of 64 * TILES
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns of x A^T that one program computes
+):
+    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias
+
+    The weight is the left operand and the rows of x are the columns of the right one, so that M = 1 wastes 7 columns of
+    an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a chunk of
+    columns each; the others wait for its sum with the weights' part done. Programs start in the order of their index,
+    so those that are waited for run already. The last of the programs that share a tile of y adds up their parts.
+    """
+    pid = tl.program_id(0)
+    row_block = tl.program_id(1)
+    if lora_A is None:
+        _one_tile(
+            x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
+            M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid, row_block,
+            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+        )  # fmt: skip
+    elif pid < num_chunks:
+        _lora_down(
+            x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, pid, row_block,
+            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+        )  # fmt: skip
+    else:
+        _one_tile(
+            x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
+            M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
+            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_tile(
+    x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
+    M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, index, row_block,
+    BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
+    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
+    tile = index // SPLITS
+    split = index % SPLITS
+    acc = _multiply(
+        x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
+        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, BLOCK_M, BLOCK_N, TILES,
+    )  # fmt: skip
+    if UNIT != 1.0:
+        acc *= UNIT
+    if SPLITS == 1:
+        _finish(
+            acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
+            tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+    else:
+        num_tiles = tl.cdiv(N, BLOCK_N)
+        size: tl.constexpr = BLOCK_N * BLOCK_M
+        part = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        parts = workspace + (row_block * num_tiles + tile).to(tl.int64) * SPLITS * size + part
+        tl.store(parts + split * size, acc, cache_modifier=".cg")
+        counter = counters + 3 * tl.num_programs(1) + row_block * num_tiles + tile
+        tl.debug_barrier()  # all threads' parts are written before one of them counts
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            tl.store(counter, 0)
+            total = tl.load(parts, cache_modifier=".cg")
+            for i in tl.static_range(1, SPLITS):
+                total += tl.load(parts + i * size, cache_modifier=".cg")
+            _finish(
+                total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
+                tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+
+
+@triton.jit
+def _multiply(
+    x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
+    BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
+    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    LOADS: tl.constexpr = BITS // 2  # slices of bytes, a tile
+    CORRECT: tl.constexpr = len(CONSTANTS) > 0
+    SUMS: tl.constexpr = CENTER != 0.0 or offset is not None
+    HALVES: tl.constexpr = GROUP == 32  # two groups a tile
+    SPAN: tl.constexpr = TILES if GROUP == 0 else (1 if HALVES else GROUP // 64)  # tiles that are summed unscaled
+    GROUPS: tl.constexpr = (2 if HALVES else 1) * (TILES // SPAN)  # an iteration
+    # A thread that is given a whole row of the bytes keeps it, and Triton then decodes ahead of shared memory, at three
+    # times the instructions: so rows of 16 bytes are not to be known as aligned to 16.
+    row_bytes = row_units * 8
+
+    setup_decode(M >> 31, SETUP)
+    n = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    m = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    k = tl.arange(0, SLICE)
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(K, 64))
+    codes_at = codes + (n * row_bytes)[:, None] + (first * (LOADS * SLICE) + k)[None, :]
+    x_at = x + (m * K)[None, :] + (first * 64 + k)[:, None]
+    group = first * 64 // GROUP if GROUP else 0
+    scale_at = scale + n * G
+    offset_at = offset + n * G if offset is not None else scale_at
+    scales = _load_groups(scale_at, group, G, GROUPS)
+    offsets = _load_groups(offset_at, group, G, GROUPS) if offset is not None else scales
+
+    zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = zeros
+    part = zeros
+    total = zeros
+    base = zeros
+    for t in range(first, last, TILES):
+        packed = _load_codes(codes_at, row_bytes - t * (LOADS * SLICE), k, TILES * LOADS, EVEN)
+        constants = _constants(packed[0], CONSTANTS, CONSTANT_ASM, DTYPE)
+        next_scales = scales
+        next_offsets = offsets
+        if GROUP:  # loaded a whole iteration ahead of their use
+            group += GROUPS
+            next_scales = _load_groups(scale_at, group, G, GROUPS)
+            if offset is not None:
+                next_offsets = _load_groups(offset_at, group, G, GROUPS)
+        for b in tl.static_range(TILES // SPAN):
+            xs = _load_x(x_at + b * (SPAN * 64), K - (t + b * SPAN) * 64, k, 4 * SPAN, EVEN)
+            if GROUP:
+                part = zeros
+                total = zeros
+            # Constants first: all rows of the weight share their products.
+            if SUMS:
+                total = _sum(constants[len(CONSTANTS)], xs, 0, 2 if HALVES else 4 * SPAN, total)
+            if CORRECT:
+                if GROUP:
+                    part = _correct(constants, xs, 0, 2 if HALVES else 4 * SPAN, LOADS, PLANES, part)
+                else:
+                    base = _correct(constants, xs, 0, 4 * SPAN, LOADS, PLANES, base)
+            for u in tl.static_range(SPAN):
+                fields = _decode_tile(packed, (b * SPAN + u) * LOADS, codebook, ASM, TABLE, BITS, PLANES, DTYPE)
+                for s in tl.static_range(4):
+                    if HALVES and s == 2:
+                        acc = _add_group(
+                            acc, part, total, scales[2 * b], offsets[2 * b], offset is not None, UNIT, CENTER
+                        )
+                        part = zeros
+                        if SUMS:
+                            total = _sum(constants[len(CONSTANTS)], xs, 2, 4, zeros)
+                        if CORRECT:
+                            part = _correct(constants, xs, 2, 4, LOADS, PLANES, part)
+                    for p in tl.static_range(PLANES):
+                        part = _dot(fields[s * PLANES + p], xs[4 * u + s], part)
+            if GROUP:
+                acc = _add_group(
+                    acc, part, total, scales[GROUPS * SPAN // TILES * (b + 1) - 1],
+                    offsets[GROUPS * SPAN // TILES * (b + 1) - 1], offset is not None, UNIT, CENTER,
+                )  # fmt: skip
+        scales = next_scales
+        offsets = next_offsets
+        codes_at += TILES * LOADS * SLICE
+        x_at += TILES * 64
+    if not GROUP:
+        acc = _add_group(acc, part + base, total, scales[0], offsets[0], offset is not None, UNIT, CENTER)
+    return acc
+
+
+@triton.jit
+def _dot(weight, xs, acc):
+    PRECISION: tl.constexpr = "ieee" if xs.dtype == tl.float32 else "tf32"
+    return tl.dot(weight, xs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _sum(ones, xs, FIRST: tl.constexpr, LAST: tl.constexpr, acc):
+    """acc + the sums of the slices FIRST..LAST of x, in every row."""
+    for i in tl.static_range(FIRST, LAST):
+        acc = _dot(ones, xs[i], acc)
+    return acc
+
+
+@triton.jit
+def _correct(constants, xs, FIRST: tl.constexpr, LAST: tl.constexpr, LOADS: tl.constexpr, PLANES: tl.constexpr, acc):
+    """acc + what the constants of a `Decoder` add to the products with the slices FIRST..LAST of x."""
+    for i in tl.static_range(FIRST, LAST):
+        for p in tl.static_range(PLANES):
+            acc = _dot(constants[i % 4 // LOADS * PLANES + p], xs[i], acc)
+    return acc
+
+
+@triton.jit
+def _constants(packed, CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """The matrices that correct the fields, and one of ones: [BLOCK_N, SLICE] each."""
+    values = ()
+    for i in tl.static_range(len(CONSTANTS)):
+        values = values + (constant_like(packed, CONSTANT_ASM, i, CONSTANTS[i], DTYPE),)
+    return values + (constant_like(packed, CONSTANT_ASM, -1, 1.0, DTYPE),)
+
+
+@triton.jit
+def _load_x(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """COUNT slices [SLICE, BLOCK_M] of the columns of x at `at`, of which `left` are there."""
+    xs = ()
+    for i in tl.static_range(COUNT):
+        if EVEN:
+            xs = xs + (tl.load(at + i * SLICE),)
+        else:
+            xs = xs + (tl.load(at + i * SLICE, mask=(k < left - i * SLICE)[:, None], other=0.0),)
+    return xs
+
+
+@triton.jit
+def _load_codes(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """COUNT slices [BLOCK_N, SLICE] of the bytes at `at`, of which `left` are there."""
+    packed = ()
+    for i in tl.static_range(COUNT):
+        if EVEN:
+            packed = packed + (tl.load(at + i * SLICE),)
+        else:
+            packed = packed + (tl.load(at + i * SLICE, mask=(k < left - i * SLICE)[None, :], other=0),)
+    return packed
+
+
+@triton.jit
+def _decode_tile(
+    packed, FIRST: tl.constexpr, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr,
+    PLANES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The tile of 64 columns in packed[FIRST] and following: 4 * PLANES [BLOCK_N, SLICE], by columns."""
+    LOADS: tl.constexpr = BITS // 2
+    loads = ()
+    for i in tl.static_range(LOADS):
+        loads = loads + (decode(packed[FIRST + i], codebook, ASM, TABLE, BITS, DTYPE),)
+    fields = ()
+    for s in tl.static_range(4):
+        for p in tl.static_range(PLANES):
+            fields = fields + (loads[s % LOADS][s // LOADS * PLANES + p],)
+    return fields
+
+
+@triton.jit
+def _load_groups(at, group, G, GROUPS: tl.constexpr):
+    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, its again."""
+    values = ()
+    for i in tl.static_range(GROUPS):
+        values = values + (tl.load(at + tl.minimum(group + i, G - 1)),)
+    return values
+
+
+@triton.jit
+def _add_group(acc, part, total, scale, offset, HAS_OFFSET: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr):
+    """acc + scale * part + (offset / UNIT + CENTER * scale) * total; part = sum of value * x, total = sum of x."""
+    scale = scale.to(tl.float32)
+    acc += scale[:, None] * part
+    if HAS_OFFSET:
+        shift = offset.to(tl.float32)
+        if UNIT != 1.0:
+            shift *= 1.0 / UNIT
+        if CENTER != 0.0:
+            shift += CENTER * scale
+        acc += shift[:, None] * total
+    elif CENTER != 0.0:
+        acc += (CENTER * scale)[:, None] * total
+    return acc
+
+
+@triton.jit
+def _down_at(
+    workspace, N, R, num_chunks, row_block, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Where a block of rows has its parts of x A^T [num_chunks, R, BLOCK_M], and behind them their sum [R, BLOCK_M]."""
+    if SPLITS > 1:
+        workspace += tl.num_programs(1) * tl.cdiv(N, BLOCK_N).to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
+    return workspace + (row_block * (num_chunks + 1)).to(tl.int64) * R * BLOCK_M
+
+
+@triton.jit
+def _lora_down(
+    x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, chunk, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of columns of (x @ lora_A[id].T).T; the last program to be done adds the chunks up and says so."""
+    m = tl.arange(0, BLOCK_M)
+    row = row_block * BLOCK_M + m
+    down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, K)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        down = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+        if adapter_ids is None:
+            down = _down_product(down, x, lora_A, row, row < M, r, first, last, K, R)
+        else:
+            ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
+            for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
+                # Each adapter of the block once: at the first row that has it.
+                adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
+                if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
+                    down = _down_product(down, x, lora_A + adapter * R * K, row, ids == adapter, r, first, last, K, R)
+        at = down_at + chunk.to(tl.int64) * R * BLOCK_M + r[:, None] * BLOCK_M + m[None, :]
+        tl.store(at, down, mask=(r < R)[:, None], cache_modifier=".cg")
+    counters += 3 * row_block
+    tl.debug_barrier()
+    if tl.atomic_add(counters, 1, sem="acq_rel") == num_chunks - 1:
+        tl.store(counters, 0)
+        size = R * BLOCK_M
+        for e0 in range(0, size, BLOCK_R * BLOCK_M):
+            e = e0 + tl.arange(0, BLOCK_R * BLOCK_M)
+            total = tl.zeros((BLOCK_R * BLOCK_M,), tl.float32)
+            for c0 in range(0, num_chunks, 16):
+                c = c0 + tl.arange(0, 16)
+                mask = (c < num_chunks)[:, None] & (e < size)[None, :]
+                parts = tl.load(down_at + c[:, None] * size + e[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                total += tl.sum(parts, axis=0)
+            tl.store(down_at + num_chunks * size + e, total, mask=e < size, cache_modifier=".cg")
+        tl.debug_barrier()
+        tl.atomic_xchg(counters + 1, 1, sem="release")
+
+
+@triton.jit
+def _down_product(down, x, lora_A, row, used, r, first, last, K, R):
+    """down + lora_A @ x.T over columns first..last, for the rows of x that are used."""
+    PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
+    for k0 in range(first, last, 64):
+        k = k0 + tl.arange(0, 64)
+        a = tl.load(lora_A + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < last)[None, :], other=0.0)
+        xs = tl.load(x + row[None, :] * K + k[:, None], mask=used[None, :] & (k < last)[:, None], other=0.0)
+        down = tl.dot(a, xs, down, input_precision=PRECISION)
+    return down
+
+
+@triton.jit
+def _finish(
+    acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks, tile, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds adapters and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if lora_A is not None:
+        acc = _lora_up(
+            acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
+            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lora_up(
+    acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + scaling * lora_B[id] @ (x @ lora_A[id].T).T, once the latter is there."""
+    down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
+    down_at += num_chunks.to(tl.int64) * R * BLOCK_M
+    counters += 3 * row_block
+    while tl.atomic_add(counters + 1, 0, sem="acquire") == 0:
+        pass
+    tl.debug_barrier()
+    m = tl.arange(0, BLOCK_M)
+    row = row_block * BLOCK_M + m
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if adapter_ids is None:
+        up = _up_product(up, x, down_at, lora_B, row < M, n, N, R, BLOCK_M, BLOCK_R)
+    else:
+        ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
+        for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
+            adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
+            if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
+                up = _up_product(up, x, down_at, lora_B + adapter * N * R, ids == adapter, n, N, R, BLOCK_M, BLOCK_R)
+        # An adapter that is not there shows in its row, not in a neighbour's memory.
+        up += tl.where(ids < S, 0.0, float("nan"))[None, :]
+    tl.debug_barrier()  # all threads have read: the last of the readers may reset
+    if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) - 1:
+        tl.store(counters + 1, 0)
+        tl.store(counters + 2, 0)
+    return acc + scaling * up
+
+
+@triton.jit
+def _up_product(up, x, down_at, lora_B, used, n, N, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"
+    m = tl.arange(0, BLOCK_M)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        b = tl.load(
+            lora_B + n[:, None].to(tl.int64) * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0
+        )
+        mask = (r < R)[:, None] & used[None, :]
+        down = tl.load(down_at + r[:, None] * BLOCK_M + m[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        up = tl.dot(b, down.to(DTYPE), up, input_precision=PRECISION)
+    return up
+
+
+# ---- launcher
+
+CHUNK = 512  # columns of x A^T a program
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # zeros, by device and stream
+
+
+def decode_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    config: DecodeConfig | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
+
+    Args:
+        x: [M, K] contiguous, float16, bfloat16 or float32; meant for M <= 16, right for any.
+        codes, scale, offset, codebook, group_size: the stored weight [N, K].
+        lora_A, lora_B: [R, K] and [N, R], or [S, R, K] and [S, N, R]; contiguous, of x's dtype. Both or neither.
+        adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id of S or more
+            becomes NaN. None: all rows have the first.
+        bias: [N], contiguous.
+        config, splits: in place of the table's.
+
+    Calls on one stream share counters, so two CUDA graphs captured on the same stream must not run at the same time.
+    """
+    rows, columns = x.shape
+    out_features = codes.shape[0]
+    y = x.new_empty(rows, out_features)
+    if rows == 0 or out_features == 0:
+        return y
+    if columns == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(rows, -1))
+    capability, multiprocessors = _device(x.device)
+    bits = codebook.numel().bit_length() - 1
+    block_m, chosen = decode_config(capability, bits, rows, out_features, multiprocessors, x.dtype == torch.float32)
+    config = (config or chosen).for_group(group_size)
+    if splits is None:
+        splits = configs.splits(config, out_features, columns, multiprocessors)
+    decoder = make_decoder(codebook_values(codebook), x.dtype, asm=not knobs.runtime.interpret, sums=offset is not None)
+    rank = 0 if lora_A is None else lora_A.shape[-2]
+    if rank == 0:
+        lora_A = lora_B = None
+    chunks = 0 if lora_A is None else triton.cdiv(columns, CHUNK)
+    row_blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(out_features, config.block_n)
+    parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
+    needed = parts + row_blocks * (chunks + 1) * rank * block_m
+    workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
+    counters = _zeros(x.device, row_blocks * (3 + tiles)) if needed else None
+    steps = triton.cdiv(triton.cdiv(columns, 64 * config.tiles), splits)
+    _decode_linear_kernel[(chunks + tiles * splits, row_blocks)](
+        x,
+        codes,
+        scale,
+        offset,
+        codebook,
+        lora_A,
+        lora_B,
+        adapter_ids if lora_A is not None else None,
+        bias,
+        y,
+        workspace,
+        counters,
+        rows,
+        out_features,
+        columns,
+        codes.shape[1] // 8,
+        scale.shape[1],
+        rank,
+        lora_A.shape[0] if lora_A is not None and lora_A.dim() == 3 else 1,
+        scaling,
+        chunks,
+        steps * config.tiles,
+        BITS=bits,
+        SETUP=decoder.setup,
+        ASM=decoder.asm,
+        TABLE=decoder.table,
+        PLANES=decoder.planes,
+        CONSTANTS=decoder.constants,
+        CONSTANT_ASM=decoder.constant_asm,
+        UNIT=decoder.unit,
+        CENTER=decoder.center,
+        GROUP=max(group_size, 0),
+        EVEN=columns % (64 * config.tiles) == 0,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        TILES=config.tiles,
+        BLOCK_R=16 if rank <= 16 else 32,
+        CHUNK=CHUNK,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Compute capability (10 * major + minor) and multiprocessors; in the interpreter those of a small sm_80."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """At least `count` counters of the current stream, which every launch leaves at zero."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _counters.get((device, stream))
+    if known is None or known.numel() < count:
+        known = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        _counters[device, stream] = known
+    return known

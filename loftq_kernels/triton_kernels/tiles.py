@@ -1,0 +1,64 @@
+"""What the kernels of large tiles share."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from loftq_kernels.triton_kernels.codebooks import make_decoder
+
+
+@triton.jit
+def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SWIZZLE: tl.constexpr):
+    """(row, column) tile of a program, SWIZZLE columns of tiles at a time: what runs together shares its operands in
+    L2."""
+    pid = tl.program_id(0)
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
+    band = pid // (SWIZZLE * row_tiles)
+    width = min(column_tiles - band * SWIZZLE, SWIZZLE)
+    within = pid % (SWIZZLE * row_tiles)
+    return within // width, band * SWIZZLE + within % width
+
+
+@triton.jit
+def spread(groups, RUN: tl.constexpr):
+    """[R, G] -> [R, G * RUN]: each value RUN times."""
+    wide = tl.broadcast_to(groups[:, :, None], (groups.shape[0], groups.shape[1], RUN))
+    return wide.reshape(groups.shape[0], groups.shape[1] * RUN)
+
+
+@triton.jit
+def scaled(
+    field, scale, offset, HAS_OFFSET: tl.constexpr, UNIT: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """UNIT * (field + SHIFT) * scale + offset, in float32 and rounded once to DTYPE: an operand of a product."""
+    value = field.to(tl.float32)
+    if SHIFT != 0.0:
+        value += SHIFT
+    if UNIT != 1.0:
+        value *= UNIT
+    value *= scale
+    if HAS_OFFSET:
+        value += offset
+    return value.to(DTYPE)
+
+
+@lru_cache(maxsize=256)
+def decode_constexprs(values: tuple[float, ...], dtype: torch.dtype, asm: bool) -> dict[str, object]:
+    """What a kernel that multiplies by scaled weights is compiled with for a code book's values and x of dtype.
+
+    Entries are rounded to dtype before they are scaled; integers stay exact. 8-bit codes are too many for PTX's byte
+    permutations: those of integers are converted, others looked up in the tensor.
+    """
+    decoder = make_decoder(values, dtype, asm=asm and len(values) < 256, exact=len(values) < 256)
+    return {
+        "BITS": decoder.bits,
+        "SETUP": decoder.setup,
+        "ASM": decoder.asm,
+        "TABLE": decoder.table,
+        "UNIT": decoder.unit,
+        "SHIFT": decoder.center + (decoder.constants[0] if decoder.constants else 0.0),
+    }

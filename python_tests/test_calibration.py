@@ -1,0 +1,546 @@
+"""Calibration: streamed statistics against all inputs at once, shared inputs, masks, files, and bad data."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import DEVICES, TOKENS, assert_unchanged, gaussian, parameters_of, tiny_bert, tiny_gpt2, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import loftq_kernels as lk
+from loftq_kernels import calibration
+
+WHAT = ("gram", "mean", "abs_mean", "abs_max")
+ALL = lk.QuantConfig(exclude=())
+
+
+def collect(model, batches, cfg=ALL, **options) -> lk.ActivationStatistics:
+    return lk.collect_activations(model, batches, cfg, progress=False, **options)
+
+
+def assert_same(mine: lk.InputStatistics, other: lk.InputStatistics, rtol: float = 1e-5) -> None:
+    assert mine.tokens == other.tokens
+    for what in WHAT:
+        a, b = (getattr(own, what).cpu().double() for own in (mine, other))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item(), msg=what)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    return any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+class Attention(nn.Module):
+    """q, k and v of one tensor; out of another; and an expert that only some inputs reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.expert = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, use_expert: bool = False) -> Tensor:
+        y = self.out(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
+        return self.expert(y) if use_expert else y
+
+
+class TestStreaming:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_equals_all_at_once(self, device, dtype):
+        """Batches of any size, more rows than are multiplied at a time, in any shape; statistics stay float32."""
+        x = gaussian(3001, 24, dtype=dtype, device=device) + 0.5
+        model = nn.Sequential(nn.Linear(24, 8)).to(device=device, dtype=dtype)
+        batches = [x[:1], x[1:1], x[1:2501], x[2501:3001].view(5, 100, 24)]
+        own = collect(model, batches)["0"]
+        assert {getattr(own, what).dtype for what in WHAT} == {torch.float32} and own.gram.device.type == device
+        assert_same(own, lk.InputStatistics.from_inputs(x))
+
+    def test_sums_are_kept_in_float64(self):
+        """In float32, 2^24 + 1 is 2^24: all but the first token would be lost."""
+        batches = [torch.full((1, 2), 4096.0)] + [torch.ones(1, 2)] * 1000
+        own = collect(nn.Sequential(nn.Linear(2, 2)), batches)["0"]
+        expected = torch.full((2, 2), (2**24 + 1000) / 1001)
+        torch.testing.assert_close(own.gram, expected, rtol=1e-7, atol=0)
+
+    def test_memory_does_not_grow_with_tokens(self):
+        """Nothing of a batch is alive when the next one comes."""
+        alive = []
+
+        def batches():
+            import weakref
+
+            for seed in range(4):
+                batch = gaussian(50, 64, seed=seed)
+                alive.append(weakref.ref(batch))
+                assert sum(reference() is not None for reference in alive[:-2]) == 0
+                yield (batch,)
+                del batch
+
+        collect(tiny_model(), batches())
+
+    def test_autocast_does_not_reach_the_products(self):
+        x = gaussian(100, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            own = collect(nn.Sequential(nn.Linear(24, 8)), [x])["0"]
+        assert_same(own, lk.InputStatistics.from_inputs(x))
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+    def test_any_gradient_mode(self, mode):
+        x = gaussian(40, 16)  # one made in inference mode counts no writes to it, so it would not be shared
+        with mode():
+            own = collect(Attention(), [x])
+        assert_same(own["q"], lk.InputStatistics.from_inputs(x))
+        assert own["q"] is own["k"] and not own["q"].gram.requires_grad and not own["q"].gram.is_inference()
+
+    @pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "dict"])
+    def test_kinds_of_batches(self, kind):
+        x = gaussian(40, 16)
+        batch = {"tensor": x, "tuple": (x, True), "list": [x, True], "dict": {"x": x, "use_expert": True}}[kind]
+        own = collect(Attention(), [batch])
+        assert_same(own["v"], lk.InputStatistics.from_inputs(x))
+        assert ("expert" in own) == (kind != "tensor"), "a layer that was not called has no entry"
+
+    def test_progress_goes_to_standard_error(self, capsys):
+        lk.collect_activations(Attention(), [gaussian(40, 16)])
+        out, err = capsys.readouterr()
+        assert out == "" and "1/1" in err
+        collect(Attention(), [gaussian(40, 16)])
+        assert capsys.readouterr() == ("", "")
+
+    def test_quantized_layers_too(self):
+        """For adapters on top of a model that is quantized already."""
+        model = tiny_model()
+        before = collect(model, [gaussian(300, 64)])
+        lk.quantize_model(model, lk.QuantConfig(rank=4, exclude=()), progress=False)
+        after = collect(model, [gaussian(300, 64)])
+        assert before.keys() == after.keys()
+        assert_same(after["layers.0.up"], before["layers.0.up"])
+
+    def test_conv1d(self):
+        own = collect(tiny_gpt2(), [TOKENS] * 11, lk.QuantConfig())
+        assert own["transformer.h.0.mlp.c_proj"].channels == 256 and "lm_head" not in own
+
+    def test_fused_paths_of_torch(self):
+        """Without gradients `nn.TransformerEncoderLayer` would read its weights without calling its layers."""
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        own = collect(layer, [gaussian(4, 30, 16)])
+        assert list(own) == ["linear1", "linear2"] and own["linear2"].tokens == 120
+
+    def test_selection(self):
+        cfg = lk.QuantConfig(include="layers.*", exclude="*.1.*", overrides={"*.down": None})
+        assert list(collect(tiny_model(), [gaussian(99, 64)], cfg)) == ["layers.0.up"]
+
+
+class TestSharedInputs:
+    def test_computed_and_stored_once(self, monkeypatch):
+        counted = []
+        add = calibration._Sums.add
+        monkeypatch.setattr(calibration._Sums, "add", lambda own, x, rows: counted.append(1) or add(own, x, rows))
+        batches = [gaussian(40, 16, seed=seed) for seed in range(3)]
+        own = collect(Attention(), batches)
+        assert own["q"] is own["k"] is own["v"] is not own["out"] and len(own.distinct()) == 2
+        assert len(counted) == 3 * 2
+        assert_same(own["q"], lk.InputStatistics.from_inputs(torch.cat(batches)))
+        assert own.nbytes == 2 * 4 * (16 * 16 + 3 * 16) and "4 layers, 2 inputs" in repr(own)
+
+    def test_same_without_sharing(self):
+        batches = [gaussian(40, 16, seed=seed) for seed in range(3)]
+        shared, single = (collect(Attention().double(), [b.double() for b in batches], share_inputs=s) for s in (1, 0))
+        assert len(single.distinct()) == 4
+        for name in ("q", "k", "v"):
+            assert_same(shared[name], single[name], rtol=0)
+
+    def test_a_layer_called_twice(self):
+        """As in ALBERT: all its inputs count, and q, k, v still share them."""
+
+        class Twice(Attention):
+            def forward(self, x):
+                return super().forward(super().forward(x) + 1)
+
+        model, x = Twice(), gaussian(40, 16)
+        own = collect(model, [x, x + 1])
+        assert own["q"].tokens == 160 and own["q"] is own["v"]
+        seen = []
+        model.k.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        model(x), model(x + 1)
+        assert_same(own["k"], lk.InputStatistics.from_inputs(torch.cat(seen)))
+
+    def test_written_in_between(self):
+        """The same tensor object is another input once it has been changed in place."""
+
+        class InPlace(Attention):
+            def forward(self, x):
+                x = x + 0
+                y = self.q(x)
+                return y + self.k(x.mul_(2))
+
+        x = gaussian(40, 16)
+        own = collect(InPlace(), [x])
+        assert_same(own["q"], lk.InputStatistics.from_inputs(x))
+        assert_same(own["k"], lk.InputStatistics.from_inputs(2 * x))
+
+    @pytest.mark.parametrize("change", ["other tensor", "not called"])
+    def test_parted_later(self, change):
+        class Parting(Attention):
+            def forward(self, x, parted: bool):
+                y = self.q(x)
+                if not parted:
+                    return y + self.k(x)
+                return y + self.k(x + 1) if change == "other tensor" else y
+
+        batches = [(gaussian(40, 16), False), (gaussian(40, 16), True)]
+        with pytest.raises(ValueError, match="'q', 'k' .* not in batch 1: pass share_inputs=False"):
+            collect(Parting(), batches)
+        own = collect(Parting(), batches, share_inputs=False)
+        assert own["q"].tokens == 80 and own["k"].tokens == (80 if change == "other tensor" else 40)
+
+    def test_an_expert_that_comes_late(self):
+        own = collect(Attention(), [(gaussian(40, 16), False), (gaussian(30, 16), True)])
+        assert own["expert"].tokens == 30 and own["q"].tokens == 70
+
+
+class TestMask:
+    @pytest.mark.filterwarnings("ignore:.*fewer tokens than channels")
+    def test_masked_tokens_do_not_count(self):
+        """BERT with padding gives what the unpadded sentences give; the pooler sees one token of each."""
+        model = tiny_bert()
+        lengths = [12, 7, 1]
+        tokens = torch.arange(36).view(3, 12)
+        mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+        padded = collect(model, [{"input_ids": tokens, "attention_mask": mask.long()}])
+        single = collect(model, [tokens[i : i + 1, :n] for i, n in enumerate(lengths)])
+        for name in single:
+            assert padded[name].tokens == (3 if name == "pooler.dense" else 20)
+            assert_same(padded[name], single[name], rtol=1e-4)
+
+    def test_flattened_inputs_and_other_masks(self):
+        class Flat(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up = nn.Linear(8, 8)
+
+            def forward(self, x, attention_mask):
+                return self.up(x.flatten(0, 1))
+
+        x, mask = gaussian(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+        assert collect(Flat(), [{"x": x, "attention_mask": mask}] * 2)["up"].tokens == 14
+        assert collect(Flat(), [{"x": x, "attention_mask": mask[:, None, None]}])["up"].tokens == 10
+
+    def test_nan_at_masked_tokens(self):
+        """Attention over nothing gives NaN there; it is no one's business."""
+        x = gaussian(2, 40, 16)
+        x[1, 20:] = torch.nan
+        mask = ~x[..., 0].isnan()
+
+        class Masked(Attention):
+            def forward(self, x, attention_mask):
+                return super().forward(x)
+
+        assert collect(Masked(), [{"x": x, "attention_mask": mask}])["out"].tokens == 60
+
+
+class TestModelIsLeftAsItWas:
+    def assert_restored(self, model, before):
+        assert not has_hooks(model) and model.training and not model.norm.training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert_unchanged(model, before)
+
+    def mixed(self):
+        model = tiny_model().train()
+        model.norm.eval()
+        return model
+
+    def test_after_a_run(self):
+        model = self.mixed()
+        before = parameters_of(model)
+        modes = []
+        model.head.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
+        collect(model, [gaussian(200, 64)])
+        model.head._forward_hooks.clear()
+        assert modes == [(False, False)]
+        self.assert_restored(model, before)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_after_an_interruption(self, error):
+        """In the middle of a forward, after some layers were observed; a second run is not affected."""
+        model = self.mixed()
+        before = parameters_of(model)
+        calls = []
+
+        def interrupt(*_):
+            calls.append(1)
+            if len(calls) == 2:
+                raise error
+
+        handle = model.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(error):
+            collect(model, [gaussian(200, 64)] * 3)
+        handle.remove()
+        self.assert_restored(model, before)
+        again, fresh = collect(model, [gaussian(200, 64)]), collect(self.mixed(), [gaussian(200, 64)])
+        for name in fresh:
+            assert_same(again[name], fresh[name], rtol=0)
+
+    def test_after_data_that_fail(self):
+        model = self.mixed()
+        before = parameters_of(model)
+
+        def batches():
+            yield gaussian(200, 64)
+            raise OSError("disk")
+
+        with pytest.raises(OSError, match="disk"):
+            collect(model, batches())
+        self.assert_restored(model, before)
+
+
+class TestBadData:
+    def test_fewer_tokens_than_channels(self):
+        """Works, and warns once, with the layer and the numbers."""
+        with pytest.warns(UserWarning, match=r"fewer tokens than channels.*layers.0.up \(9 tokens, 64 channels\)") as w:
+            own = collect(tiny_model(), [gaussian(9, 64)])
+        assert len(w) == 1
+        for init in ("eora", "aser", "loftq"):
+            model = tiny_model()
+            cfg = lk.QuantConfig(init=init, rank=4, exclude=())
+            report = lk.quantize_model(model, cfg, statistics=own, progress=False)
+            assert 0 <= report.weighted_error < 0.2
+            assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+    def test_enough_tokens_give_no_warning(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            collect(tiny_model(), [gaussian(128, 64)])
+
+    @pytest.mark.parametrize(
+        ("value", "message"), [(torch.nan, "NaN or Inf"), (torch.inf, "NaN or Inf"), (1e30, "squares overflow")]
+    )
+    def test_activations_that_are_not_finite(self, value, message):
+        bad = gaussian(200, 64)
+        bad[150, 3] = value
+        model = tiny_model()
+        with pytest.raises(ValueError, match=f"input of layer 'layers.0.up' .*{message}.* in batch 1"):
+            collect(model, [gaussian(200, 64), bad])
+        assert not has_hooks(model)
+
+    def test_the_layer_is_named(self):
+        """The one whose input it is, not the first."""
+        model = tiny_model()
+        model.layers[1]["up"].weight.data[3] = torch.nan
+        with pytest.raises(ValueError, match="'layers.1.down'"):
+            collect(model, [gaussian(200, 64)])
+
+    @pytest.mark.parametrize(
+        ("batches", "message"),
+        [
+            ([], "batches is empty"),
+            (iter(()), "batches is empty"),
+            ([torch.zeros(0, 64)], "no token reached a selected layer in 1 batches"),
+        ],
+        ids=str,
+    )
+    def test_no_data(self, batches, message):
+        with pytest.raises(ValueError, match=message):
+            collect(tiny_model(), batches)
+
+    @pytest.mark.parametrize(
+        ("batches", "message"),
+        [
+            (torch.zeros(3, 64), "one Tensor"),
+            ({"x": torch.zeros(3, 64)}, "one dict"),
+            ([7], "got int"),
+            (["text"], "got str"),
+        ],
+        ids=str,
+    )
+    def test_other_kinds(self, batches, message):
+        with pytest.raises(TypeError, match=message):
+            collect(tiny_model(), batches)
+
+    def test_arguments(self):
+        with pytest.raises(TypeError, match="cfg must be a QuantConfig, got 'nf4'"):
+            collect(tiny_model(), [gaussian(9, 64)], "nf4")
+        with pytest.raises(TypeError, match="statistics must map layer names to InputStatistics, got str"):
+            lk.quantize_model(tiny_model(), statistics="file.safetensors", progress=False)
+
+    def test_no_layer(self):
+        with pytest.raises(ValueError, match="no linear layer to observe"):
+            collect(tiny_model(), [gaussian(9, 64)], lk.QuantConfig(include="nothing"))
+
+
+@pytest.fixture(scope="module")
+def own():
+    return collect(tiny_model(), [gaussian(400, 64)])
+
+
+class TestQuantizeModel:
+    @pytest.mark.parametrize("init", ["eora", "aser", "loftq"])
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_reports_the_weighted_error(self, own, init, device):
+        """It is the relative error of the layers' outputs, on the data of the calibration."""
+        model, dense = tiny_model().to(device), tiny_model()
+        cfg = lk.QuantConfig(format="nf2", init=init, rank=8, num_iter=3, exclude=())
+        report = lk.quantize_model(model, cfg, statistics=own, progress=False)
+        assert f"of outputs: {report.weighted_error:.4f}" in str(report)
+        x = gaussian(400, 64) + dense.shift
+        layer, linear = model.layers[0]["up"], dense.layers[0]["up"]
+        expected = x @ linear.weight.T
+        error = (layer(x.to(device)).cpu() - layer.bias.cpu() - expected).norm() / expected.norm()
+        assert report.layers[0].weighted_error == pytest.approx(error.item(), rel=1e-3)
+
+    def test_statistics_are_looked_at_only_where_taken(self, own):
+        cfg = lk.QuantConfig(init="qlora", rank=4, exclude=(), overrides={"head": {"init": "eora"}})
+        report = lk.quantize_model(tiny_model(), cfg, statistics={"head": own["head"]}, progress=False)
+        assert [layer.weighted_error is not None for layer in report.layers] == [False] * 4 + [True]
+        rounded = lk.quantize_model(tiny_model(), lk.QuantConfig(init="eora", rank=None), progress=False)
+        assert rounded.weighted_error is None and "of outputs" not in str(rounded)
+
+    def refuses(self, message, statistics, **fields):
+        model = tiny_model()
+        before = parameters_of(model)
+        with pytest.raises((ValueError, TypeError), match=message):
+            cfg = lk.QuantConfig(rank=4, exclude=(), **fields)
+            lk.quantize_model(model, cfg, statistics=statistics, progress=False)
+        assert_unchanged(model, before)
+
+    def test_none(self):
+        self.refuses("init='eora' of layer 'layers.0.up' needs statistics", None, init="eora")
+        with pytest.raises(ValueError, match="init='aser' needs statistics"):
+            lk.QuantLoRALinear.from_linear(nn.Linear(64, 64), lk.QuantConfig(init="aser"))
+
+    @pytest.mark.parametrize("init", ["eora", "aser", "loftq"])
+    def test_of_another_model(self, own, init):
+        self.refuses("lack layer 'head'", {name: own[name] for name in own if name != "head"}, init=init)
+        other = collect(tiny_model(width=32), [gaussian(99, 32)])
+        self.refuses("layer 'layers.0.up' have 32 channels, the weight has 64", other, init=init)
+
+    @pytest.mark.parametrize("what", WHAT)
+    def test_damaged(self, own, what):
+        """Values of a file are checked where they are used, and before anything is changed."""
+        damaged = copy.deepcopy(own["head"])
+        getattr(damaged, what)[0] = torch.nan
+        self.refuses(f"layer 'head': {what} holds NaN or Inf", {**own, "head": damaged}, init="eora")
+        self.refuses("got dict", {**own, "head": {}}, init="eora")
+
+    def test_interrupted_and_taken_up_again(self, own, monkeypatch):
+        whole = tiny_model()
+        cfg = lk.QuantConfig(init="eora", rank=4, exclude=())
+        lk.quantize_model(whole, cfg, statistics=own, progress=False)
+        model, initialize, calls = tiny_model(), lk.convert.initialize, []
+
+        def interrupt(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return initialize(*args, **kwargs)
+
+        monkeypatch.setattr(lk.convert, "initialize", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lk.quantize_model(model, cfg, statistics=own, progress=False)
+        kinds = {type(m) for m in model.modules()}
+        assert {nn.Linear, lk.QuantLoRALinear} <= kinds
+        lk.quantize_model(model, cfg, statistics=own, progress=False)
+        x = gaussian(5, 64)
+        assert torch.equal(model(x), whole(x))
+
+
+class TestFile:
+    @pytest.fixture
+    def stored(self):
+        return collect(Attention(), [gaussian(40, 16)])
+
+    @pytest.fixture
+    def file(self, stored, tmp_path):
+        stored.save(tmp_path / "statistics.safetensors")
+        return tmp_path / "statistics.safetensors"
+
+    def test_round_trip(self, stored, file):
+        own, loaded = stored, lk.ActivationStatistics.load(file)
+        assert list(own) == list(loaded)
+        for name in own:
+            assert_same(loaded[name], own[name], rtol=0)
+        assert loaded["q"] is loaded["v"] and len(loaded.distinct()) == 2, "shared ones are stored once"
+        assert file.stat().st_size < own.nbytes + 2000
+
+    def test_float64_statistics_are_rounded(self, tmp_path):
+        own = lk.ActivationStatistics({"a": lk.InputStatistics.from_inputs(gaussian(40, 16))})
+        own.save(tmp_path / "file")
+        assert_same(lk.ActivationStatistics.load(tmp_path / "file")["a"], own["a"], rtol=1e-6)
+
+    @pytest.mark.parametrize("keep", [0, 7, 100, -1])
+    def test_truncated(self, file, keep):
+        file.write_bytes(file.read_bytes()[:keep])
+        with pytest.raises(ValueError, match=f"{file.name} is not a readable safetensors file"):
+            lk.ActivationStatistics.load(file)
+
+    def test_missing_and_foreign(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            lk.ActivationStatistics.load(tmp_path / "nowhere")
+        save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
+        with pytest.raises(ValueError, match="does not hold activation statistics: its header has no"):
+            lk.ActivationStatistics.load(tmp_path / "foreign")
+
+    @pytest.mark.parametrize(
+        ("tensor", "value", "message"),
+        [
+            ("0.gram", torch.zeros(16, 15), r"'0.gram' has shape \[16, 15\], expected \[16, 16\]"),
+            ("1.mean", torch.zeros(15), r"'1.gram' has shape \[16, 16\], expected \[15, 15\]"),
+            ("0.mean", torch.tensor(1.0), "shape"),
+            ("0.abs_max", torch.zeros(16, 16), "'0.abs_max' has shape"),
+            ("0.abs_mean", torch.zeros(16, dtype=torch.float64), "'0.abs_mean' is F64"),
+            ("0.gram", None, "lacks tensors: 0.gram"),
+            ("7.gram", torch.zeros(1), "unknown tensors: 7.gram"),
+        ],
+        ids=str,
+    )
+    def test_edited_tensors(self, file, tensor, value, message):
+        tensors = load_file(file)
+        tensors[tensor] = value
+        save_file({k: t for k, t in tensors.items() if t is not None}, file, self.metadata(file))
+        with pytest.raises(ValueError, match=message):
+            lk.ActivationStatistics.load(file)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"version": 2}, "version 1"),
+            ({"layers": []}, "layers"),
+            ({"layers": {}}, "layers"),
+            ({"layers": {"q": 2}}, "layer 'q' has statistics 2 of 2"),
+            ({"layers": {"q": -1}}, "layer 'q' has statistics -1"),
+            ({"layers": {"q": True}}, "layer 'q' has statistics True"),
+            ({"tokens": [1]}, "of 1"),
+            ({"tokens": [1, 0]}, "tokens must be"),
+            ({"tokens": 10**9}, "tokens must be"),
+            ({"tokens": [1] * 3}, "lacks tensors: 2."),
+        ],
+        ids=str,
+    )
+    def test_edited_header(self, file, changes, message):
+        (key, text) = next(iter(self.metadata(file).items()))
+        save_file(load_file(file), file, {key: json.dumps({**json.loads(text), **changes})})
+        with pytest.raises(ValueError, match=message):
+            lk.ActivationStatistics.load(file)
+        for text in ("{", "[]", "null"):
+            save_file(load_file(file), file, {key: text})
+            with pytest.raises(ValueError, match="its header"):
+                lk.ActivationStatistics.load(file)
+
+    def metadata(self, file):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            return opened.metadata()
+
+
+def test_from_inputs_refuses():
+    with pytest.raises(ValueError, match="no token"):
+        lk.InputStatistics.from_inputs(torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="gram holds NaN"):
+        lk.InputStatistics.from_inputs(torch.full((3, 4), torch.nan))
+    with pytest.raises(TypeError, match="floating point"):
+        lk.InputStatistics.from_inputs(torch.zeros(3, 4, dtype=torch.int64))

@@ -1,0 +1,203 @@
+"""The Triton kernels against float64: on a CUDA device, or on a CPU where TRITON_INTERPRET=1 (see test_triton.py)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+
+import pytest
+import torch
+from helpers import FORMATS, adapter, gaussian, op_arguments
+from oracle import dequantize as exact_dequantize
+from oracle import qlora_linear as exact_qlora_linear
+
+import loftq_kernels as lk
+from loftq_kernels.ops import triton_backend
+from loftq_kernels.ops.checks import SCALE_DTYPES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        """Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# The interpreter multiplies bfloat16 by its bits: those kernels, the same but for the type, are for a device to test.
+DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
+HALF = [dtype for dtype in DTYPES if dtype != torch.float32]
+PATHS = ["decode", "prefill", "chunked"]
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def assert_close(ours, exact, plain, dtype):
+    """No further from float64 than 1.2 times plain torch, or a few roundings of the largest value."""
+    error, limit = ((t.double().cpu() - exact).abs().amax().item() for t in (ours, plain))
+    largest = exact.abs().amax().item()
+    assert error <= 1.2 * limit + (8 + 3 * largest) * torch.finfo(dtype).eps, (
+        f"error {error:.3g}, plain torch {limit:.3g}"
+    )
+
+
+def fuzzed(count: int, seed: int) -> list[tuple]:
+    """(M, N, K, rank, format, group, scale dtype, dtype, path): each choice as often as the others."""
+    rng = random.Random(seed)
+    formats, paths = itertools.cycle(FORMATS), itertools.cycle(PATHS)
+    return [
+        (
+            rng.choice([1, 2, 5, 16, 17, 33, 70]),
+            rng.choice([1, 7, 64, 65, 130]),
+            rng.choice([1, 31, 64, 70, 128, 130, 200, 320]),
+            rng.choice([None, 1, 3, 16, 20]),
+            next(formats),
+            rng.choice([32, 64, 128, 256, -1]),
+            rng.choice([torch.float16, torch.float32] if INTERPRETED else SCALE_DTYPES),
+            rng.choice(DTYPES),
+            next(paths),
+        )
+        for _ in range(count)
+    ]
+
+
+def case(device, rows, n, k, rank, format, group_size, scale_dtype, dtype):
+    packed = lk.quantize(gaussian(n, k, seed=n + k), format, group_size, scale_dtype=scale_dtype).to(device)
+    lora = (None, None) if rank is None else adapter(n, k, rank, device=device, dtype=dtype)
+    return packed, gaussian(rows, k, seed=rows, device=device, dtype=dtype), lora, gaussian(n, seed=9, device=device)
+
+
+@pytest.mark.parametrize("shape", fuzzed(45, seed=0), ids=str)
+def test_qlora_linear(shape, device):
+    *shape, path = shape
+    packed, x, (lora_A, lora_B), bias = case(device, *shape)
+    y = triton_backend.qlora_linear(x, *op_arguments(packed), packed.group_size, lora_A, lora_B, 0.5, bias, path=path)
+    plain = lk.ops.functional.reference.qlora_linear(
+        x, *op_arguments(packed), packed.group_size, lora_A, lora_B, 0.5, bias
+    )
+    assert y.dtype == x.dtype and y.shape == plain.shape
+    assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B, 0.5, bias), plain, x.dtype)
+
+
+@pytest.mark.parametrize("shape", fuzzed(30, seed=1), ids=str)
+def test_grad_input(shape, device):
+    *shape, path = shape
+    packed, x, (lora_A, lora_B), _ = case(device, *shape)
+    grad = gaussian(x.shape[0], packed.shape[0], seed=11, device=device, dtype=x.dtype)
+    arguments = (grad, *op_arguments(packed), packed.shape[1], packed.group_size, lora_A, lora_B, 0.5)
+    ours = triton_backend.qlora_linear_grad_input(*arguments, path="chunked" if path == "chunked" else "fused")
+    exact = grad.double().cpu() @ exact_dequantize(packed)
+    if lora_A is not None:
+        exact = exact + 0.5 * (grad.double().cpu() @ lora_B.double().cpu()) @ lora_A.double().cpu()
+    assert_close(ours, exact, lk.ops.functional.reference.qlora_linear_grad_input(*arguments), x.dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantize(format, device):
+    """The reference's bits, slices that `chunked` takes included."""
+    for n, k, group_size, scale_dtype in [
+        (5, 130, 32, torch.float16),
+        (9, 700, -1, torch.float32),
+        (1, 1, 64, torch.float16),
+    ]:
+        packed = lk.quantize(gaussian(n, k), format, group_size, scale_dtype=scale_dtype).to(device)
+        for dtype in DTYPES:
+            ours = triton_backend.dequantize(*op_arguments(packed), k, group_size, dtype)
+            assert torch.equal(ours, packed.dequantize(dtype, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_decoded_weights_are_exact(format, dtype, device):
+    """One-hot x: entries rounded to the dtype of x, scaled in float32 and rounded once. Integers are exact."""
+    packed = lk.quantize(gaussian(5, 130), format, 32).to(device)
+    rounded = packed.codebook.to(dtype).float()
+    expected = lk.ops.functional.reference.dequantize(
+        packed.codes, packed.scale, packed.offset, rounded, 130, 32, dtype
+    )
+    if format.startswith("int"):
+        assert torch.equal(expected, packed.dequantize(dtype))
+    for path in ("prefill",):
+        eye = torch.eye(130, dtype=dtype, device=device)
+        y = triton_backend.qlora_linear(eye, *op_arguments(packed), 32, None, None, 1.0, None, path=path)
+        assert torch.equal(y.T, expected)
+    eye = torch.eye(5, dtype=dtype, device=device)
+    arguments = (eye, *op_arguments(packed), 130, 32, None, None, 1.0)
+    assert torch.equal(triton_backend.qlora_linear_grad_input(*arguments, path="fused"), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rows", [1, 9, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_adapters(path, rows, dtype, device):
+    """Each row as by its own adapter alone; rows without one, adapters nobody takes; one adapter for all."""
+    packed = lk.quantize(gaussian(70, 130)).to(device)
+    pairs = [adapter(70, 130, 3, seed=seed, device=device, dtype=dtype) for seed in (1, 3, 5)]
+    lora_A, lora_B = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    x, bias = gaussian(rows, 130, seed=rows, device=device, dtype=dtype), gaussian(70, device=device)
+    for ids in (torch.randint(-1, 3, (rows,)), torch.full((rows,), 2), torch.full((rows,), -1, dtype=torch.int32)):
+        arguments = (x, *op_arguments(packed), 64, lora_A, lora_B, ids.to(device), 0.5, bias)
+        y = triton_backend.qlora_linear_multi(*arguments, path=path)
+        exact, plain = torch.empty(rows, 70, dtype=torch.float64), torch.empty_like(y)
+        for m, adapter_id in enumerate(ids.tolist()):
+            own = (None, None) if adapter_id < 0 else pairs[adapter_id]
+            exact[m] = exact_qlora_linear(x[m], packed, *own, 0.5, bias)
+            plain[m] = lk.ops.functional.reference.qlora_linear(x[m], *op_arguments(packed), 64, *own, 0.5, bias)
+        assert_close(y, exact, plain, dtype)
+
+
+def test_an_id_out_of_range_shows_in_its_row_alone(device):
+    packed, x = lk.quantize(gaussian(7, 64)).to(device), gaussian(3, 64, device=device, dtype=torch.float16)
+    lora_A, lora_B = (t.unsqueeze(0) for t in adapter(7, 64, 2, device=device, dtype=torch.float16))
+    ids = torch.tensor([0, 1, -1], device=device)
+    for path in PATHS:
+        y = triton_backend.qlora_linear_multi(x, *op_arguments(packed), 64, lora_A, lora_B, ids, 1.0, None, path=path)
+        assert y.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_views_and_adapters_of_another_dtype(rows, device):
+    """Transposed, expanded, sliced and misaligned x; adapters and bias in float32 and of any strides."""
+    packed = lk.quantize(gaussian(7, 130), "int4").to(device)
+    lora_A, lora_B = gaussian(130, 3, device=device).T, gaussian(3, 7, device=device).T
+    make = lambda *shape: gaussian(*shape, seed=4, device=device, dtype=torch.float16)  # noqa: E731
+    views = [make(130, rows).T, make(1, 130).expand(rows, 130), make(rows, 260)[:, ::2], make(rows, 131)[:, 1:]]
+    for x in views:
+        bias = gaussian(14, device=device)[::2]
+        y = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="triton")
+        plain = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="reference")
+        assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B, 1.0, bias), plain, x.dtype)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
+def test_leading_dimensions(leading, device):
+    packed, x = lk.quantize(gaussian(7, 130)).to(device), gaussian(*leading, 130, device=device, dtype=torch.float16)
+    y = lk.qlora_linear(x, packed, backend="triton")
+    assert y.shape == (*leading, 7) and y.dtype == torch.float16
+    grad = triton_backend.qlora_linear_grad_input(y, *op_arguments(packed), 130, 64, None, None, 1.0)
+    assert grad.shape == x.shape
+
+
+def test_bad_input(device):
+    packed, x = lk.quantize(gaussian(7, 130)).to(device), gaussian(3, 130, device=device)
+    lora_A, lora_B = adapter(7, 130, 3, device=device)
+    calls = [
+        (TypeError, "torch.int64", lambda: lk.qlora_linear(x.long(), packed, backend="triton")),
+        (ValueError, "in_features=130", lambda: lk.qlora_linear(x[:, 1:], packed, backend="triton")),
+        (ValueError, "meta", lambda: lk.qlora_linear(x.to("meta"), packed, backend="triton")),
+        (ValueError, "meta", lambda: lk.qlora_linear(x, packed, lora_A.to("meta"), lora_B, backend="triton")),
+        (ValueError, "together", lambda: lk.qlora_linear(x, packed, lora_A, backend="triton")),
+        (ValueError, "quantize", lambda: lk.quantize(x, backend="triton")),
+    ]
+    for kind, message, call in calls:
+        with pytest.raises(kind, match=message):
+            call()
+    y = lk.qlora_linear(x.double(), packed, lora_A, lora_B, backend="triton")  # float64: the reference serves
+    torch.testing.assert_close(y.cpu(), exact_qlora_linear(x.double(), packed, lora_A, lora_B))
