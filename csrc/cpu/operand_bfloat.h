@@ -137,6 +137,98 @@ struct BfloatOperand {
     Group codebook_;
   };
 
+  // Members as of TileSteps, but four tiles at a time: each 128-bit quarter of a vector takes codes of one tile, so
+  // that codes only need shifts before they are looked up, and a quarter of a sum one scale. Products come in the order
+  // of the codes' bits; x is brought into the same by arrange().
+  template <int kBits, bool kInteger>
+  class Steps {
+   public:
+    static constexpr int kTiles = 4;
+
+    Steps(const float* codebook, int group_shift) {
+      alignas(64) Element entries[kWidth];
+      for (int i = 0; i < kWidth; ++i) {  // at 2 bits pairs: VPERMD reads four bits, two codes
+        const int code = kBits == 4 ? i % 16 : i % 2 == 0 ? i / 2 % 4 : i / 8;
+        entries[i] = float_to_bfloat(codebook[code]);
+      }
+      entries_ = load(entries);
+      alignas(64) int32_t groups[kLanes];
+      for (int i = 0; i < kLanes; ++i) groups[i] = static_cast<int32_t>(int64_t{i / 4 * kTile} >> group_shift);
+      groups_ = _mm512_load_si512(groups);
+    }
+
+    // out[position] = the element of x that the weight at this position of a step is multiplied with. tiles: kTiles of
+    // them, `stride` elements apart.
+    static void arrange(const Element* tiles, int64_t stride, Element* out) {
+      static constexpr Columns columns;
+      const Vector index = load(columns.values);
+      for (int tile = 0; tile < kTiles; ++tile) {
+        for (int half = 0; half < 2; ++half) {
+          alignas(64) Element quarters[kWidth];
+          store(quarters, _mm512_permutexvar_epi16(index, load(tiles + tile * stride + half * kWidth)));
+          for (int i = 0; i < 4; ++i) {
+            std::memcpy(out + (2 * i + half) * kWidth + tile * 8, quarters + i * 8, 8 * sizeof(Element));
+          }
+        }
+      }
+    }
+
+    template <class Visit>
+    LOFTQ_INLINE void visit(const uint8_t* bytes, int64_t tiles, const Visit& visit) const {
+      __m512i low = _mm512_setzero_si512(), high = low;
+      if (__builtin_expect(tiles >= kTiles, true)) {
+        low = _mm512_loadu_si512(bytes);
+        if constexpr (kBits == 4) high = _mm512_loadu_si512(bytes + 64);
+      } else {  // the row ends within the step, and with it perhaps the memory; 8 bytes to a bit of the mask
+        const uint32_t mask = (1u << tiles * kBits) - 1;
+        low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), bytes);
+        if constexpr (kBits == 4) high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), bytes + 64);
+      }
+      if constexpr (kBits == 4) {
+        // The first sixteen bytes of each tile, and the others.
+        const __m512i first = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), high);
+        const __m512i second = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), high);
+        LOFTQ_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const __m512i words = _mm512_srli_epi16(i < 4 ? first : second, i % 4 * 4);
+          visit(i * kWidth, _mm512_permutexvar_epi16(words, entries_));
+        }
+      } else {
+        LOFTQ_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          visit(i * kWidth, _mm512_permutexvar_epi32(_mm512_srli_epi32(low, i * 4), entries_));
+        }
+      }
+    }
+
+    Floats scales(const float* groups) const {
+      return _mm512_permutexvar_ps(groups_, _mm512_castps128_ps512(_mm_loadu_ps(groups)));
+    }
+
+   private:
+    // Of 32 columns, the eight that enter each of look-ups 0, 2, 4 and 6, or of the next 32 into 1, 3, 5 and 7.
+    struct alignas(64) Columns {
+      Element values[kWidth];
+
+      constexpr Columns() : values() {
+        for (int i = 0; i < kWidth; ++i) {
+          const int quarter = i / 8, word = i % 8;
+          values[i] = static_cast<Element>(kBits == 4 ? quarter / 2 * 16 + quarter % 2 + word * 2
+                                                      : word % 2 * 16 + word / 2 * 4 + quarter);
+        }
+      }
+    };
+
+    __m512i entries_;  // the code book in bfloat16, twice, or all pairs of it
+    __m512i groups_;   // of the lanes, from the step's first on
+  };
+
+  template <bool kInteger>
+  class Steps<8, kInteger> : public TileSteps<BfloatOperand, 8, kInteger> {
+   public:
+    using TileSteps<BfloatOperand, 8, kInteger>::TileSteps;
+  };
+
  private:
   static Floats floats(DType type, const void* src) {
     if (type == DType::kFloat32) return Avx512::load(static_cast<const float*>(src));

@@ -18,15 +18,30 @@ class SmallLinear {
   using Element = typename O::Element;
   using Floats = typename O::Floats;
   using Weights = typename O::template Weights<kBits, kInteger>;
+  using Steps = typename O::template Steps<kBits, kInteger>;
 
-  // Rows of the weight that share each load of x: as many as leave registers for their sums.
-  static constexpr int kRows = O::kLanes < 16 || kM == 1 ? 1 : kM <= 5 ? 4 : kM == 6 ? 3 : 2;
-  // Scaling the sums of a group costs kM operations, scaling its table three and, with 2 bits, another table.
-  static constexpr bool kMayScaleSums = kBits < 8 && kM <= 2;
+  // Scaling the sums of a step costs kM operations, scaling the table of a group three and, with 2 bits, another table.
+  static constexpr bool kMayScaleSums = kBits < 8 && (Steps::kTiles > 1 || kM <= 2);
+  template <bool kScaleSums>
+  static constexpr bool kWide = kScaleSums && Steps::kTiles > 1;
+  // Rows of the weight that share what of x is in the first-level cache: as many as leave registers for their sums.
+  static constexpr int kRowsOfTiles = O::kLanes < 16 || kM == 1 ? 1 : kM <= 5 ? 4 : kM == 6 ? 3 : 2;
+  // With little of x one: a single stream of codes is what processors fetch ahead best of their own accord. Of more,
+  // the sums of four rows are worth keeping in memory: they change once a step.
+  static constexpr int kRowsOfSteps = kM <= 2 ? 1 : 4;
+  template <bool kScaleSums>
+  static constexpr int kRows = kWide<kScaleSums> ? kRowsOfSteps : kRowsOfTiles;
+  // Codes are fetched ahead so that no core waits for memory as it decodes: those of the next rows; where decoding
+  // these takes less time than memory does, from eight rows on, into the second-level cache, which has room for them.
+  static constexpr bool kFetchFar = kWide<true> && kM <= 4;
   static constexpr int64_t kBlockRows = 16;
+  static constexpr int64_t kStepColumns = Steps::kTiles * kTile;
   // A sum over all of a wide row would lose more to rounding than a matrix product of a library does: after this many
-  // tiles a lane's sum, of 128 products or so, is put aside.
+  // tiles a lane's sum, of 128 products or so, is put aside. Wide steps sum sixteen products and then, scaled, those
+  // sums.
   static constexpr int64_t kSumTiles = S::kLanes == 1 ? 1 : 2 * S::kLanes;
+  static constexpr int64_t kSumTilesOfSteps = 32 * Steps::kTiles;
+  static constexpr int64_t kFirstLevelCache = 32 << 10;
 
  public:
   explicit SmallLinear(const LinearParams& p)
@@ -35,22 +50,27 @@ class SmallLinear {
         decoder_(p.weight.codebook),
         scale_sums_(kMayScaleSums && p.weight.group_size != 32),
         shift_(group_shift(weight_.group_size)),
+        steps_(p.weight.codebook, shift_),
         tiles_(padded_k(weight_.k) / kTile),
-        groups_(ceil_div(num_groups(weight_.k, weight_.group_size) + 1, 16) * 16),
+        row_groups_(num_groups(weight_.k, weight_.group_size)),
+        groups_(ceil_div(row_groups_ + 1, 16) * 16),
         rank_(ceil_div(p.lora_A.data ? p.lora_A.rows : 0, 16) * 16) {}
 
   Status run(int threads) {
-    const int64_t k = tiles_ * kTile;
+    const int64_t k = ceil_div(weight_.k, kStepColumns) * kStepColumns;
     // Threads share the rows of the weight; where these are too few, also the columns.
     const int64_t row_parts = std::min<int64_t>(threads, ceil_div(weight_.n, 4));
     const int64_t column_parts = std::max<int64_t>(1, std::min<int64_t>(threads / row_parts, tiles_ / 16));
-    const Scratch<Element> x(kM * k);
+    const Scratch<Element> x(kM * k), steps(Steps::kTiles > 1 && scale_sums_ ? kM * k : 1);
     const Scratch<float> group_sums(kM * groups_), hidden(kM * rank_ + 1);
     const Scratch<float> partial(column_parts > 1 ? column_parts * kM * weight_.n : 1);
     const int64_t of_thread = 2 * groups_ * kBlockRows + rank_ + kM * kBlockRows;
     const Scratch<float> scratch(row_parts * column_parts * of_thread);
-    if (!x.data() || !group_sums.data() || !hidden.data() || !partial.data() || !scratch.data()) return kOutOfMemory;
+    if (!x.data() || !steps.data() || !group_sums.data() || !hidden.data() || !partial.data() || !scratch.data()) {
+      return kOutOfMemory;
+    }
     x_ = x.data();
+    x_steps_ = Steps::kTiles > 1 && scale_sums_ ? steps.data() : x.data();
     group_sums_ = group_sums.data();
     hidden_ = hidden.data();
     convert_x();
@@ -64,7 +84,7 @@ class SmallLinear {
       }
       const int64_t rows = team / columns, part = thread % columns;
       const Range range = part_of(weight_.n, 4, thread / columns, rows);
-      const Range tiles = part_of(tiles_, 1, part, columns);
+      const Range tiles = part_of(tiles_, Steps::kTiles, part, columns);
       float* const own = scratch.data() + thread * of_thread;
       if (columns == 1) return rows_of(range, tiles, true, own, nullptr);
       rows_of(range, tiles, part == 0, own, partial.data() + part * kM * weight_.n);
@@ -77,7 +97,14 @@ class SmallLinear {
  private:
   void convert_x() {
     const DenseRows<O> rows(p_.x);
-    for (int64_t t = 0; t < tiles_; ++t) rows.fill(0, kM, t, 1, x_ + t * kM * kTile, kTile);
+    for (int64_t t = 0; t < tiles_; t += Steps::kTiles) {
+      for (int i = 0; i < Steps::kTiles; ++i) rows.fill(0, kM, t + i, 1, x_ + (t + i) * kM * kTile, kTile);
+      if constexpr (Steps::kTiles > 1) {
+        if (!scale_sums_) continue;
+        Element* const step = x_steps_ + t * kM * kTile;
+        for (int m = 0; m < kM; ++m) Steps::arrange(x_at(m, t), kM * kTile, step + m * kStepColumns);
+      }
+    }
     std::fill(group_sums_, group_sums_ + kM * groups_, 0.0f);
     if (!scale_sums_ || !weight_.offset) return;
     alignas(64) float values[kTile];
@@ -129,6 +156,7 @@ class SmallLinear {
   // Rows of y, or with `partial` [kM][n] this part's sums of them. The first part adds what is not split.
   void rows_of(Range rows, Range tiles, bool first_part, float* scratch, float* partial) {
     float* const results = scratch + 2 * groups_ * kBlockRows + rank_;
+    for (int64_t row = 0; row < kBlockRows; ++row) clear_groups(scratch + 2 * row * groups_);
     for (int64_t n = rows.begin; n < rows.end; n += kBlockRows) {
       const int64_t count = std::min(kBlockRows, rows.end - n);
       block(n, count, tiles, first_part, scratch, results);
@@ -147,9 +175,11 @@ class SmallLinear {
   void block(int64_t n, int64_t count, Range tiles, bool first_part, float* scratch, float* results) const {
     Floats sums[kBlockRows][kM];
     for (int64_t row = 0; row < count; ++row) load_groups(n + row, scratch + 2 * row * groups_);
-    int64_t row = 0;
-    for (; row + kRows <= count; row += kRows) dot_rows<kRows>(n + row, tiles, scratch + 2 * row * groups_, sums + row);
-    for (; row < count; ++row) dot_rows<1>(n + row, tiles, scratch + 2 * row * groups_, sums + row);
+    if (scale_sums_) {
+      if constexpr (kMayScaleSums) dot_block<true>(n, count, tiles, scratch, sums);
+    } else {
+      dot_block<false>(n, count, tiles, scratch, sums);
+    }
     for (int64_t row = 0; row < count; ++row) {
       float* const groups = scratch + 2 * row * groups_;
       if (first_part) add_offsets_and_adapter(n + row, groups, scratch + 2 * groups_ * kBlockRows, sums[row]);
@@ -178,19 +208,48 @@ class SmallLinear {
     from_float<S>(p_.x.dtype, values, count, advance(p_.y, p_.x.dtype, m * weight_.n + n));
   }
 
-  // sums[r][m] = x[m] . D[n + r] over these tiles, spread over the lanes
-  template <int kR>
-  void dot_rows(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM]) const {
-    int64_t begin = tiles.begin;
+  // sums[row][m] = x[m] . D[n + row] for `count` rows over these tiles, spread over the lanes
+  template <bool kScaleSums>
+  void dot_block(int64_t n, int64_t count, Range tiles, const float* groups, Floats (*sums)[kM]) const {
+    constexpr int kR = kRows<kScaleSums>;
+    const int64_t most = in_turn<kScaleSums>(tiles.end - tiles.begin);
+    Range part = {tiles.begin, tiles.begin};
     do {
-      const int64_t end = std::min(begin + kSumTiles, tiles.end);
-      dot_some_tiles<kR>(n, {begin, end}, groups, sums, begin > tiles.begin);
-      begin = end;
-    } while (begin < tiles.end);
+      const bool accumulate = part.end > tiles.begin;
+      part = {part.end, std::min(part.end + most, tiles.end)};
+      int64_t row = 0;
+      for (; row + kR <= count; row += kR) {
+        dot_rows<kR, kScaleSums>(n + row, part, groups + 2 * row * groups_, sums + row, accumulate);
+      }
+      for (; row < count; ++row) {
+        dot_rows<1, kScaleSums>(n + row, part, groups + 2 * row * groups_, sums + row, accumulate);
+      }
+    } while (part.end < tiles.end);
   }
 
-  // sums[r][m] (+)= x[m] . D[n + r] over these tiles. Not inline: nothing else shall compete for its registers.
-  template <int kR>
+  // Tiles of a row after which the next row of the block follows: so few that x stays in the first-level cache, beside
+  // codes; all of them where x does anyway, or where four rows in wide steps make the most of what is fetched of it.
+  template <bool kScaleSums>
+  static int64_t in_turn(int64_t tiles) {
+    constexpr int64_t kTileBytes = kM * kTile * sizeof(Element);
+    if (kWide<kScaleSums>) return kRowsOfSteps == 1 ? kFirstLevelCache / 2 / kTileBytes : tiles;
+    return tiles * kTileBytes <= kFirstLevelCache ? tiles : kSumTiles;
+  }
+
+  // sums[r][m] (+)= x[m] . D[n + r] over these tiles
+  template <int kR, bool kScaleSums>
+  void dot_rows(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM], bool accumulate) const {
+    constexpr int64_t kMost = kWide<kScaleSums> ? kSumTilesOfSteps : kSumTiles;
+    Range part = {tiles.begin, tiles.begin};
+    do {
+      accumulate |= part.end > tiles.begin;
+      part = {part.end, std::min(part.end + kMost, tiles.end)};
+      dot_some_tiles<kR, kScaleSums>(n, part, groups, sums, accumulate);
+    } while (part.end < tiles.end);
+  }
+
+  // A part of them. Not inline: nothing else shall compete for its registers.
+  template <int kR, bool kScaleSums>
   __attribute__((noinline)) void dot_some_tiles(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM],
                                                 bool accumulate) const {
     Floats own[kR][kM];  // in registers
@@ -199,8 +258,8 @@ class SmallLinear {
       LOFTQ_UNROLL
       for (int m = 0; m < kM; ++m) own[r][m] = S::broadcast(0.0f);
     }
-    if (scale_sums_) {
-      if constexpr (kMayScaleSums) dot_then_scale<kR>(n, tiles, groups, own);
+    if constexpr (kScaleSums) {
+      dot_then_scale<kR>(n, tiles, groups, own);
     } else {
       scale_then_dot<kR>(n, tiles, groups, own);
     }
@@ -211,18 +270,18 @@ class SmallLinear {
     }
   }
 
-  // Scales and offsets of row n in float32: groups[0 .. groups_) and groups[groups_ ..).
+  // Scales and offsets of row n in float32, to groups[0 .. groups_) and groups[groups_ ..) that clear_groups() has
+  // filled: what lies beyond those of the row stays.
   void load_groups(int64_t n, float* groups) const {
-    const int64_t count = num_groups(weight_.k, weight_.group_size);
+    const int64_t count = row_groups_;
     const DType type = weight_.scale_dtype;
     to_float<S>(type, advance(weight_.scale, type, n * count), count, groups);
-    std::fill(groups + count, groups + groups_, 0.0f);
-    if (weight_.offset) {
-      to_float<S>(type, advance(weight_.offset, type, n * count), count, groups + groups_);
-      std::fill(groups + groups_ + count, groups + 2 * groups_, 0.0f);
-    } else if (!scale_sums_) {
-      std::fill(groups + groups_, groups + 2 * groups_, kNoOffset);
-    }
+    if (weight_.offset) to_float<S>(type, advance(weight_.offset, type, n * count), count, groups + groups_);
+  }
+
+  void clear_groups(float* groups) const {
+    std::fill(groups, groups + groups_, 0.0f);
+    std::fill(groups + groups_, groups + 2 * groups_, weight_.offset ? 0.0f : kNoOffset);
   }
 
   const uint8_t* codes(int64_t row, int64_t tile) const {
@@ -230,26 +289,41 @@ class SmallLinear {
   }
 
   template <int kR>
+  static LOFTQ_INLINE void prefetch_step(const uint8_t* bytes, int64_t row_stride) {
+    constexpr int64_t kLine = 64;
+    LOFTQ_UNROLL
+    for (int64_t i = 0; i < kStepColumns * kBits / 8; i += kLine) {
+      if constexpr (kFetchFar) {
+        __builtin_prefetch(bytes + 8 * row_stride + i, 0, 2);
+      } else {
+        __builtin_prefetch(bytes + kR * row_stride + i);
+      }
+    }
+  }
+
+  template <int kR>
   LOFTQ_INLINE void dot_then_scale(int64_t n, Range tiles, const float* groups, Floats (&sums)[kR][kM]) const {
-    const auto table = decoder_.group(1.0f, kNoOffset);
+    constexpr int64_t kStepBytes = kStepColumns * kBits / 8;
+    const Steps steps = steps_;  // here, where no store can change it
     const uint8_t* bytes = codes(n, tiles.begin);
     const int64_t row_stride = row_bytes(weight_.k, kBits);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t, bytes += kTile * kBits / 8) {
+    for (int64_t t = tiles.begin; t < tiles.end; t += Steps::kTiles, bytes += kStepBytes) {
       const int64_t group = group_of(t);
       LOFTQ_UNROLL
       for (int r = 0; r < kR; ++r) {
-        const Element* const x = reloaded(x_at(0, t));
-        __builtin_prefetch(bytes + (kR + r) * row_stride);  // of the next rows: no core waits for memory as it decodes
+        const Element* const x = reloaded(x_steps_ + t * kM * kTile);
+        const uint8_t* const of_row = bytes + r * row_stride;
+        prefetch_step<kR>(of_row, row_stride);
         Floats products[kM];
         LOFTQ_UNROLL
         for (int m = 0; m < kM; ++m) products[m] = S::broadcast(0.0f);
-        Weights::visit_tile(table, table, bytes + r * row_stride, [&](int column, typename O::Vector w) LOFTQ_LAMBDA {
+        steps.visit(of_row, tiles.end - t, [&](int position, typename O::Vector w) LOFTQ_LAMBDA {
           LOFTQ_UNROLL
           for (int m = 0; m < kM; ++m) {
-            products[m] = O::dot(w, O::load(x + m * kTile + column), products[m]);
+            products[m] = O::dot(w, O::load(x + m * kStepColumns + position), products[m]);
           }
         });
-        const Floats scale = S::broadcast(groups[2 * r * groups_ + group]);
+        const Floats scale = steps.scales(groups + 2 * r * groups_ + group);
         LOFTQ_UNROLL
         for (int m = 0; m < kM; ++m) sums[r][m] = S::fma(products[m], scale, sums[r][m]);
       }
@@ -304,11 +378,14 @@ class SmallLinear {
   const Weights decoder_;
   const bool scale_sums_;  // once per group, rather than the table that its codes are looked up in
   const int shift_;
+  const Steps steps_;
   const int64_t tiles_;
+  const int64_t row_groups_;
   const int64_t groups_;  // of a row, and at least one more, padded
   const int64_t rank_;    // padded; 0 without an adapter
   // [tiles][kM][64]: rows of x side by side would lie a power of two apart, in the same set of the first-level cache.
   Element* x_ = nullptr;
+  Element* x_steps_ = nullptr;   // [steps][kM][kStepColumns], in the order that Steps visits them
   float* group_sums_ = nullptr;  // [kM][groups_]
   float* hidden_ = nullptr;      // [kM][rank_]
 };

@@ -81,6 +81,9 @@ struct FloatOperand {
    private:
     Group codebook_;
   };
+
+  template <int kBits, bool kInteger>
+  using Steps = TileSteps<FloatOperand, kBits, kInteger>;
 };
 
 }  // namespace

@@ -114,6 +114,31 @@ LOFTQ_INLINE void decode_fields(const Decode& first, const Decode& second, const
   }
 }
 
+// The codes of a row for linear_small.h, which scales the products of a step: one tile, in the order of its columns.
+// O is an operand type (operand_float.h).
+template <class O, int kBits, bool kInteger>
+class TileSteps {
+  using Weights = typename O::template Weights<kBits, kInteger>;
+
+ public:
+  static constexpr int kTiles = 1;
+
+  // group_shift: column >> group_shift is the group of a column, all of a tile in one.
+  TileSteps(const float* codebook, int /*group_shift*/) : table_(Weights(codebook).group(1.0f, kNoOffset)) {}
+
+  // visit(position, vector) for all kWidth-wide slices of a step, unscaled. tiles: how many the row still has.
+  template <class Visit>
+  LOFTQ_INLINE void visit(const uint8_t* bytes, int64_t /*tiles*/, const Visit& visit) const {
+    Weights::visit_tile(table_, table_, bytes, visit);
+  }
+
+  // What the lanes of the products are to be multiplied with; groups: the scales from the step's first group on.
+  typename O::Floats scales(const float* groups) const { return O::Simd::broadcast(*groups); }
+
+ private:
+  typename Weights::Group table_;
+};
+
 // One tile to float32 [64].
 template <class S, int kBits, class Decode>
 inline void decode_tile(const Decode& first, const Decode& second, const uint8_t* bytes, float* out) {
