@@ -16,7 +16,7 @@ import torch
 from helpers import BACKENDS, DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
 
 import loftq_kernels as lk
-from loftq_kernels.initializers import loftq
+from loftq_kernels.initializers import loftq, low_rank
 
 RANKS = [8, 16, 64]
 SOLVERS = ["exact", "fast"]
@@ -35,9 +35,12 @@ def driver(request, monkeypatch) -> str | None:
 
 
 def assert_solvers_agree(exact: lk.AdapterInit, fast: lk.AdapterInit) -> None:
-    """After one alternation and at the end, within 0.2% of each other (the fast one may be lucky, too)."""
-    assert fast.errors[0] <= 1.002 * exact.errors[0]
-    assert fast.error <= 1.002 * exact.error
+    """After one alternation and at the end, within 0.2% of each other (the fast one may be lucky, too); 0.3% where
+    "auto" would not take the fast one."""
+    mode = low_rank.resolve_mode("auto", fast.lora_A.shape[0], min(fast.packed.shape))
+    limit = 1.002 if mode == "fast" else 1.003
+    assert fast.errors[0] <= limit * exact.errors[0]
+    assert fast.error <= limit * exact.error
     # At T = 1 nothing beats the truncated SVD. Errors on the way are estimates where the operands are bfloat16.
     assert exact.errors[0] <= fast.errors[0] * (1 + 1e-4)
 
