@@ -52,11 +52,15 @@ def run(output: Path, *, quick: bool) -> None:
 
 @contextmanager
 def forced_isa(name: str):
+    before = os.environ.get("LOFTQ_CPU_ISA")
     os.environ["LOFTQ_CPU_ISA"] = name
     try:
         yield
     finally:
-        del os.environ["LOFTQ_CPU_ISA"]
+        if before is None:
+            del os.environ["LOFTQ_CPU_ISA"]
+        else:
+            os.environ["LOFTQ_CPU_ISA"] = before
 
 
 # ---- contenders: x -> y, another weight at every call
@@ -241,6 +245,7 @@ def targets(results: dict, bandwidth: float) -> list[dict]:
         if m in (64, 128):
             aim("nf4 against bf16 linear", row, row["bf16 linear"] / nf4, 1.3)
         if m == 128:
+            aim("nf4 against it with r=16", row, nf4 / row["nf4 r=16"], 1 / 1.10)
             aim("nf4 against it with r=64", row, nf4 / row["nf4 r=64"], 1 / 1.10)
         if m == 512:
             aim("nf4 against bf16 linear", row, row["bf16 linear"] / nf4, 1.0)
@@ -248,6 +253,8 @@ def targets(results: dict, bandwidth: float) -> list[dict]:
         aim("AVX2 forced, float32: nf4 against fp32 linear", row, row["fp32 linear"] / row["nf4"], 1.0)
     speed = {name: model["sentences/s"] for name, model in results["MiniLM"].items()}
     aim("sentences/s, nf4 r=16 against bf16", {}, speed["nf4 r=16"] / speed["bf16"], 1.0)
+    size = {name: model["MiB"] for name, model in results["MiniLM"].items()}
+    aim("bytes of bf16 against nf4 r=16", {}, size["bf16"] / size["nf4 r=16"], 1.0)
     return rows
 
 

@@ -273,6 +273,26 @@ class TestErrorBudget:
                 )
                 assert ours <= BUDGET[isa] * plain, f"m={m} rank={rank}: error {ours:.3g}, plain torch {plain:.3g}"
 
+    @pytest.mark.parametrize("kind", ["ones", "positive", "ReLU", "around 1", "around 0"])
+    @pytest.mark.parametrize("codebook", ["nf4", "nf2", "int4", "int2", "uniform4"])
+    def test_x_of_one_sign(self, isa, codebook, kind):
+        """Errors of the weight that are the same for every weight of a code add up where x does not change its sign."""
+        weights = {"normal": gaussian(256, 2048), "heavy tails": gaussian(256, 2048) ** 3}
+        for weight in weights.values():
+            packed = lk.quantize(weight, codebook)
+            layer = Layer(*(getattr(packed, n) for n in ("codes", "scale", "offset", "codebook")), 2048, 64)
+            for m in (1, 2, 4, 8, 9):
+                x = gaussian(m, 2048, seed=m)
+                x = {
+                    "ones": torch.ones_like(x),
+                    "positive": x.abs(),
+                    "ReLU": x.relu(),
+                    "around 1": 1 + 0.3 * x,
+                    "around 0": x,
+                }[kind].bfloat16()
+                ours, plain = (relative_error(layer.multiply(x, ops=ops), layer, x) for ops in (OPS, reference))
+                assert ours <= 1.2 * plain, f"m={m}: error {ours:.3g}, plain torch {plain:.3g}"
+
     @pytest.mark.parametrize("codebook", ["nf4", "int8"])
     def test_wide_rows(self, isa, codebook):
         """Rounding errors of long sums: they must not all enter one accumulator."""

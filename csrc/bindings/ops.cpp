@@ -5,6 +5,8 @@
 
 namespace loftq::bindings {
 
+constexpr int64_t kMostColumns = int64_t{1} << 48;  // bytes of a row are counted in int64
+
 namespace {
 
 DType dtype_of(at::ScalarType type, const char* what) {
@@ -120,7 +122,8 @@ PackedWeight packed_weight(const at::Tensor& codes, const at::Tensor& scale, con
                            const at::Tensor& codebook, int64_t in_features, int64_t group_size, at::Tensor& own_codes,
                            at::Tensor& own_scale, at::Tensor& own_offset, at::Tensor& own_codebook) {
   check_bytes(codes, "codes");
-  TORCH_CHECK_VALUE(in_features >= 0, "in_features=", in_features, " is negative");
+  TORCH_CHECK_VALUE(in_features >= 0 && in_features < kMostColumns, "in_features=", in_features, " is outside 0..",
+                    kMostColumns);
   check_group_size(group_size);
   PackedWeight weight = {};
   weight.bits = bits_of(codebook);
@@ -267,7 +270,8 @@ UnpackCall prepare_unpack(const at::Tensor& packed, int64_t bits, int64_t in_fea
   check_bits(bits);
   check_bytes(packed, "packed");
   const int width = static_cast<int>(bits);
-  const bool consistent = in_features >= 0 && packed.size(1) == row_bytes(in_features, width);
+  const bool consistent =
+      in_features >= 0 && in_features < kMostColumns && packed.size(1) == row_bytes(in_features, width);
   TORCH_CHECK_VALUE(consistent, "packed has shape ", packed.sizes(), ", which does not hold in_features=", in_features,
                     " at bits=", bits);
   UnpackCall call;

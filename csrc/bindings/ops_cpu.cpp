@@ -87,6 +87,8 @@ Tensor qlora_linear_grad_input_cpu(const Tensor& grad_y, const Tensor& codes, co
                                    int64_t group_size, const std::optional<Tensor>& lora_A,
                                    const std::optional<Tensor>& lora_B, double scaling) {
   if (grad_y.scalar_type() == at::kDouble) {
+    TORCH_CHECK_VALUE(grad_y.dim() > 0 && grad_y.size(-1) == codes.size(0), "grad_y has shape ", grad_y.sizes(),
+                      ": its last dimension must be ", codes.size(0));
     return at::matmul(grad_y, dense_float64(codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B,
                                             scaling, std::nullopt));
   }

@@ -177,6 +177,12 @@ class SmallLinear {
     for (int64_t row = 0; row < count; ++row) load_groups(n + row, scratch + 2 * row * groups_);
     if (scale_sums_) {
       if constexpr (kMayScaleSums) dot_block<true>(n, count, tiles, scratch, sums);
+      if constexpr (kWide<true>) {
+        const Floats unit = S::broadcast(steps_.unit());
+        for (int64_t row = 0; row < count; ++row) {
+          for (int m = 0; m < kM; ++m) sums[row][m] = S::mul(sums[row][m], unit);
+        }
+      }
     } else {
       dot_block<false>(n, count, tiles, scratch, sums);
     }
