@@ -5,9 +5,16 @@ y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora
 
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
-from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
+from loftq_kernels.convert import QuantizationReport, merge_adapters, quantize_model, train_only_adapters
 from loftq_kernels.formats import PackedTensor, format_names, quantize
-from loftq_kernels.initializers import AdapterInit, initializer_names, loftq_init, loftq_init_batch, qlora_init
+from loftq_kernels.initializers import (
+    AdapterInit,
+    initializer_names,
+    loftq_init,
+    loftq_init_batch,
+    qalora_init,
+    qlora_init,
+)
 from loftq_kernels.nn import QuantLoRALinear
 from loftq_kernels.ops import available_backends, qlora_linear
 
@@ -25,6 +32,8 @@ __all__ = [
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
+    "merge_adapters",
+    "qalora_init",
     "qlora_init",
     "qlora_linear",
     "quantize",

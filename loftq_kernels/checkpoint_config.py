@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loftq_kernels.formats import get_format
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.nn import QuantLoRALinear
-from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
-from loftq_kernels.packing import check_group_size
+from loftq_kernels.ops.checks import STORED_DTYPES_BY_NAME, check_rank
+from loftq_kernels.packing import check_group_size, num_groups
 
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
@@ -32,6 +33,8 @@ class LayerSpec:
     rank: int | None
     scaling: float
     scale_dtype: str
+    adapter: str = "lora"
+    offset: bool = False  # whether there is one; formats that are affine have one in any case
 
     @classmethod
     def of(cls, layer: QuantLoRALinear) -> LayerSpec:
@@ -44,27 +47,36 @@ class LayerSpec:
             rank=layer.rank,
             scaling=layer.scaling,
             scale_dtype=str(layer.scale.dtype).removeprefix("torch."),
+            adapter=layer.adapter,
+            offset=layer.offset is not None,
         )
 
     @classmethod
     def parse(cls, name: str, values: Any) -> LayerSpec:
         """Raise ValueError, naming the layer and what is wrong, unless values describe a layer that can be built."""
         fields = [f.name for f in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(fields):
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if not isinstance(values, dict) or not required <= values.keys() <= set(fields):
             raise ValueError(f"layer {name!r}: expected the keys {fields}, got {values!r}")
         spec = cls(**values)
         try:
             for size in (spec.in_features, spec.out_features):
                 if type(size) is not int or size < 1:
                     raise ValueError(f"in_features={spec.in_features!r}, out_features={spec.out_features!r}")
-            if not isinstance(spec.bias, bool):
-                raise ValueError(f"bias={spec.bias!r}")
+            for flag in ("bias", "offset"):
+                if not isinstance(getattr(spec, flag), bool):
+                    raise ValueError(f"{flag}={getattr(spec, flag)!r}")
+            if spec.adapter not in ADAPTERS:
+                raise ValueError(f"adapter {spec.adapter!r} is not one of {ADAPTERS}")
             get_format(spec.format)
             check_group_size(spec.group_size)
             if spec.rank is not None:
-                check_rank(spec.rank, spec.out_features, spec.in_features)
-            if spec.scale_dtype not in SCALE_DTYPES_BY_NAME:
-                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(SCALE_DTYPES_BY_NAME)}")
+                inner = num_groups(spec.in_features, spec.group_size) if spec.adapter == "qalora" else spec.in_features
+                check_rank(spec.rank, spec.out_features, inner)
+            if spec.scale_dtype not in STORED_DTYPES_BY_NAME:
+                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(STORED_DTYPES_BY_NAME)}")
+            if spec.scale_dtype == "float64" and not spec.offset:
+                raise ValueError("scale_dtype 'float64' without an offset")
             if not isinstance(spec.scaling, int | float) or not 1e-30 < spec.scaling < 1e30:
                 raise ValueError(f"scaling={spec.scaling!r}")
         except (TypeError, ValueError) as error:
@@ -80,7 +92,9 @@ class LayerSpec:
             format=self.format,
             group_size=self.group_size,
             rank=self.rank,
-            scale_dtype=SCALE_DTYPES_BY_NAME[self.scale_dtype],
+            scale_dtype=STORED_DTYPES_BY_NAME[self.scale_dtype],
+            adapter=self.adapter,
+            offset=self.offset,
             device="meta",
         )
         layer.scaling = self.scaling

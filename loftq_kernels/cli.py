@@ -15,6 +15,7 @@ import torch
 import loftq_kernels as lk
 from loftq_kernels import pretrained
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops import extension
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.packing import GROUP_SIZES
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--rank", type=int, default=16, help="of the adapter; 0 for none (default 16)")
     quantize.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
     quantize.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
+    quantize.add_argument("--adapter", default="lora", choices=ADAPTERS, help="qalora: of group means, merges exactly")
     quantize.add_argument("--init", default="loftq", choices=lk.initializer_names())
     quantize.add_argument("--num-iter", type=int, default=5, help="LoftQ alternations (default 5)")
     quantize.add_argument("--scale-dtype", default="float16", choices=tuple(SCALE_DTYPES_BY_NAME))
@@ -103,6 +105,7 @@ def _quantize(args: argparse.Namespace) -> None:
         rank=args.rank or None,
         lora_alpha=args.lora_alpha,
         use_rslora=args.use_rslora,
+        adapter=args.adapter,
         init=args.init,
         num_iter=args.num_iter,
         scale_dtype=SCALE_DTYPES_BY_NAME[args.scale_dtype],

@@ -15,7 +15,9 @@ import torch
 from loftq_kernels import packing
 from loftq_kernels.formats import get_format
 from loftq_kernels.initializers.loftq import check_schedule
+from loftq_kernels.initializers.qalora import QALORA_STARTS
 from loftq_kernels.initializers.registry import initializer_names
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops.checks import check_scale_options
 
 
@@ -51,7 +53,8 @@ class QuantConfig:
         format, group_size, scale_dtype, scale_search: as for `quantize`.
         rank: of the adapter; None for no adapter (round to nearest).
         lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
-        init: one of `initializer_names()`.
+        adapter: "lora", or "qalora" for one of group means, which merges exactly (`QuantLoRALinear.merge_adapter`).
+        init: one of `initializer_names()`; of them "loftq" and "qlora" know adapter="qalora".
         num_iter, svd, order, seed: as for `loftq_init`.
         include, exclude: patterns of layer names (`nn.Module.named_modules`): a glob matched against the whole name, in
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
@@ -66,6 +69,7 @@ class QuantConfig:
     rank: int | None = 16
     lora_alpha: float | None = None
     use_rslora: bool = False
+    adapter: str = "lora"
     init: str = "loftq"
     num_iter: int = 5
     svd: str = "auto"
@@ -85,6 +89,10 @@ class QuantConfig:
         adapter_scaling(self.rank or 1, self.lora_alpha, self.use_rslora)
         if self.init not in initializer_names():
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter={self.adapter!r} is not one of {ADAPTERS}")
+        if self.adapter == "qalora" and self.init not in QALORA_STARTS:
+            raise ValueError(f"adapter='qalora' takes init of {QALORA_STARTS}, got {self.init!r}")
         check_schedule(self.num_iter, self.order, self.svd, self.seed)
         check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loftq_kernels import packing
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.initializers import initialize
 from loftq_kernels.nn import QuantLoRALinear
@@ -164,6 +165,21 @@ def train_only_adapters(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in adapters)
 
 
+def merge_adapters(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+    """`QuantLoRALinear.merge_adapter` of every layer of a model, in place: the error that each merge added, by name.
+
+    Raises ValueError, naming a layer and before anything is changed, where an adapter can only be merged with
+    ``requantize=True``, or is disabled.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLoRALinear)}
+    for name, layer in layers.items():
+        try:
+            layer.check_mergeable(requantize=requantize)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    return {name: layer.merge_adapter(requantize=requantize) for name, layer in layers.items()}
+
+
 def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[_Candidate]:
     """The layers to quantize; the others of interest go into skipped with the reason."""
     names_of: dict[nn.Module, list[str]] = defaultdict(list)
@@ -211,6 +227,10 @@ def _reason_to_skip(
     smaller = min(weight.shape)
     if smaller == 0 or (layer_cfg.rank or 0) > smaller:
         return f"rank={layer_cfg.rank} exceeds the smaller side of its shape {tuple(weight.shape)}"
+    in_features = weight.shape[0] if is_conv1d(module) else weight.shape[1]
+    groups = packing.num_groups(in_features, layer_cfg.group_size)
+    if layer_cfg.adapter == "qalora" and (layer_cfg.rank or 0) > groups:
+        return f"rank={layer_cfg.rank} of adapter='qalora' exceeds its {groups} groups"
     return None
 
 

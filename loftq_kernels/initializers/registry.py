@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.initializers.loftq import loftq_init_batch
+from loftq_kernels.initializers.qalora import qalora_init
 from loftq_kernels.initializers.qlora import qlora_init
 from loftq_kernels.initializers.result import AdapterInit
 
@@ -56,6 +57,28 @@ def _qlora(weights: Sequence[Tensor], cfg: QuantConfig, *, device, progress: Pro
     return results
 
 
+def _qalora(weights: Sequence[Tensor], cfg: QuantConfig, *, device, progress: Progress, names: Sequence[str] | None):
+    results = []
+    for i, weight in enumerate(weights):
+        init = qalora_init(
+            weight if device is None else weight.to(device),
+            cfg.format,
+            cfg.rank,
+            cfg.num_iter,
+            init=cfg.init,
+            group_size=cfg.group_size,
+            scaling=cfg.scaling,
+            scale_dtype=cfg.scale_dtype,
+            scale_search=cfg.scale_search,
+            seed=cfg.seed + i,
+            name=names[i] if names is not None else f"weights[{i}]",
+        )
+        results.append(init.to(weight.device))
+        if progress is not None:
+            progress(1)
+    return results
+
+
 _INITIALIZERS = {"loftq": _loftq, "qlora": _qlora}
 
 
@@ -77,4 +100,6 @@ def initialize(
     ``device`` is where to compute, ``progress(n)`` is told of n more matrices done, ``names`` appear in errors.
     """
     run = _qlora if cfg.rank is None else _INITIALIZERS[cfg.init]
+    if cfg.rank is not None and cfg.adapter == "qalora":
+        run = _qalora
     return run(weights, cfg, device=device, progress=progress, names=names)

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
 
+ADAPTERS = ("lora", "qalora")
+
 
 @dataclass
 class AdapterInit:
     """A quantized weight and the adapter that goes with it: W ~ Q + scaling * lora_B @ lora_A.
+
+    With adapter "qalora" lora_A is [r, G] and stands for `qalora.expand_groups` of it.
 
     Attributes:
         packed: Q, [N, K].
@@ -20,6 +24,7 @@ class AdapterInit:
         scaling: the factor the module applies to lora_B @ lora_A; already divided out of both (square root on each).
         error: ||W - Q - scaling B A||_F / ||W||_F of what is returned (0 for W = 0).
         errors: the same after every alternation; ``error`` is the least of them.
+        adapter: "lora", or "qalora" for one of group means.
     """
 
     packed: PackedTensor
@@ -28,6 +33,7 @@ class AdapterInit:
     scaling: float
     error: float
     errors: list[float] = field(default_factory=list)
+    adapter: str = "lora"
 
     def to(self, device: torch.device | str) -> AdapterInit:
         """The same on another device."""

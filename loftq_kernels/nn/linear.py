@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from loftq_kernels.config import QuantConfig, adapter_scaling
-from loftq_kernels.formats import PackedTensor, empty_packed, get_format
+from loftq_kernels.formats import PackedTensor, empty_packed, get_format, quantize
 from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.initializers.qalora import expand_groups
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops import linear_tensors
-from loftq_kernels.ops.checks import check_rank
+from loftq_kernels.ops.checks import SCALE_DTYPES, check_rank
 
 PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
 
@@ -25,10 +27,18 @@ class QuantLoRALinear(nn.Module):
     A new layer holds the zero weight, lora_A Kaiming-uniform and lora_B zero, to be filled by a checkpoint;
     `from_linear` and `from_init` make one from a weight.
 
+    With ``adapter="qalora"`` (Xu et al., ICLR 2024) the adapter sees the means of x over the quantization groups,
+
+        scaling * (avg(x) @ lora_A.T) @ lora_B.T,   lora_A [rank, G],   avg(x) [..., G] = sums over groups / group_size,
+
+    so that it is constant in each group and `merge_adapter` can move it into the offsets exactly.
+
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`; dtype is that of adapter and bias.
         format, group_size, scale_dtype: as for `quantize`.
-        rank: 1 .. min(in_features, out_features), or None for no adapter.
+        rank: 1 .. min(in_features, out_features), or None for no adapter; for "qalora" 1 .. min(G, out_features).
+        adapter: "lora" or "qalora".
+        offset: have offsets in any format, as a layer has that an adapter was merged into.
         lora_alpha, use_rslora: scaling = lora_alpha / rank (/ sqrt(rank) with use_rslora); None means scaling 1.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x. Parameters lora_A [rank, in_features],
@@ -46,17 +56,24 @@ class QuantLoRALinear(nn.Module):
         rank: int | None = 16,
         lora_alpha: float | None = None,
         use_rslora: bool = False,
+        adapter: str = "lora",
         scale_dtype: torch.dtype = torch.float16,
+        offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        if rank is not None:
+        if adapter not in ADAPTERS:
+            raise ValueError(f"adapter={adapter!r} is not one of {ADAPTERS}")
+        self.adapter = adapter
+        if rank is not None and adapter == "lora":
             check_rank(rank, out_features, in_features)
         self.rank, self.scaling = rank, adapter_scaling(rank, lora_alpha, use_rslora)
         self.adapter_enabled = True
-        packed = empty_packed(out_features, in_features, format, group_size, scale_dtype=scale_dtype, device=device)
+        packed = empty_packed(
+            out_features, in_features, format, group_size, scale_dtype=scale_dtype, offset=offset, device=device
+        )
         self.format, self.group_size = packed.format, group_size
         for name in PACKED_BUFFERS:
             self.register_buffer(name, getattr(packed, name))
@@ -67,7 +84,10 @@ class QuantLoRALinear(nn.Module):
         for name in ("lora_A", "lora_B", "bias"):
             self.register_parameter(name, None)
         if rank is not None:
-            self.lora_A = parameter(rank, in_features, trained=True)
+            if adapter == "qalora":
+                check_rank(rank, out_features, packed.scale.shape[1], "groups")
+            inner = packed.scale.shape[1] if adapter == "qalora" else in_features
+            self.lora_A = parameter(rank, inner, trained=True)
             self.lora_B = parameter(out_features, rank, trained=True)
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if bias:
@@ -98,7 +118,9 @@ class QuantLoRALinear(nn.Module):
                 format=packed.format.name,
                 group_size=packed.group_size,
                 rank=rank,
+                adapter=init.adapter,
                 scale_dtype=packed.scale.dtype,
+                offset=packed.offset is not None,
                 device="meta",
                 dtype=dtype,
             )
@@ -134,6 +156,9 @@ class QuantLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         buffers, parameters = self._buffers, self._parameters  # nn.Module's attribute look-up takes longer, eight times
         adapted = self.adapter_enabled
+        lora_A = parameters["lora_A"] if adapted else None
+        if lora_A is not None and self.adapter == "qalora":
+            lora_A = expand_groups(lora_A, self.in_features, self.group_size)
         return linear_tensors(
             x,
             buffers["codes"],
@@ -141,7 +166,7 @@ class QuantLoRALinear(nn.Module):
             buffers["offset"],
             buffers["codebook"],
             self.group_size,
-            parameters["lora_A"] if adapted else None,
+            lora_A,
             parameters["lora_B"] if adapted else None,
             self.scaling,
             parameters["bias"],
@@ -163,7 +188,9 @@ class QuantLoRALinear(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         parameter = self.lora_A if self.lora_A is not None else self.bias
-        return torch.get_default_dtype() if parameter is None else parameter.dtype
+        if parameter is None:  # float64 scales are those of a float64 layer
+            return self.scale.dtype if self.scale.dtype == torch.float64 else torch.get_default_dtype()
+        return parameter.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -177,8 +204,71 @@ class QuantLoRALinear(nn.Module):
         dense = self.packed.dequantize(torch.promote_types(self._dtype, torch.float32))
         if self.has_adapter:
             lora_A, lora_B = self.lora_A.detach().to(dense.dtype), self.lora_B.detach().to(dense.dtype)
+            if self.adapter == "qalora":
+                lora_A = expand_groups(lora_A, self.in_features, self.group_size)
             dense.addmm_(lora_B, lora_A, alpha=self.scaling)
         return dense
+
+    def check_mergeable(self, *, requantize: bool = False) -> None:
+        """Raise the ValueError that `merge_adapter` would raise for the kind or state of the adapter."""
+        if self.lora_A is None:
+            return
+        if not self.adapter_enabled:
+            raise ValueError("the adapter is disabled, and merging would add it: call enable_adapter first")
+        if self.adapter == "lora" and not requantize:
+            raise ValueError(
+                f"a rank-{self.rank} adapter changes each weight of a group differently, which the group's scale and "
+                "offset cannot hold: merge_adapter(requantize=True) rounds again and returns the error that adds, "
+                "merged_linear() is exact and dense, and adapter='qalora' merges exactly"
+            )
+
+    @torch.no_grad()
+    def merge_adapter(self, *, requantize: bool = False) -> float:
+        """Move the adapter into the packed weight, in place; returns the relative error ||W - W'||_F / ||W||_F it adds.
+
+        adapter="qalora": exact, the error is 0. The codes stay; the offsets (of zero where the format has none) become
+
+            offset'[n, g] = offset[n, g] + scaling / group_size * (lora_B @ lora_A)[n, g]
+
+        and are stored, with the scales, in float32 (float64 in a float64 layer, for which there is no fast kernel): in
+        float16 they would be rounded by 5e-4 of themselves. adapter="lora": the merged weight is quantized anew,
+        only with ``requantize=True``. A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
+
+        Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, or NaN
+        or Inf in the adapter.
+        """
+        self.check_mergeable(requantize=requantize)
+        if self.lora_A is None:
+            return 0.0
+        with torch.inference_mode(False):
+            packed, error = self._with_offsets() if self.adapter == "qalora" else self._requantized()
+        for name in PACKED_BUFFERS:
+            setattr(self, name, getattr(packed, name))
+        self.lora_A = self.lora_B = self.rank = None
+        self.scaling, self.adapter = 1.0, "lora"
+        return error
+
+    def _with_offsets(self) -> tuple[PackedTensor, float]:
+        wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        width = self.in_features if self.group_size == -1 else self.group_size
+        offset = (self.scaling / width) * (self.lora_B.double() @ self.lora_A.double())
+        if self.offset is not None:
+            offset += self.offset.double()
+        offset = offset.to(wide)
+        if not torch.isfinite(offset).all():
+            raise ValueError(
+                f"merged offsets are not finite: lora_A or lora_B holds NaN, Inf or more than {wide} can hold"
+            )
+        packed = self.packed
+        packed.scale, packed.offset = self.scale.to(wide), offset
+        return packed, 0.0
+
+    def _requantized(self) -> tuple[PackedTensor, float]:
+        dense = self._merged()
+        dtype = self.scale.dtype if self.scale.dtype in SCALE_DTYPES else torch.float32
+        packed = quantize(dense, self.format.name, self.group_size, scale_dtype=dtype, name="the merged weight")
+        norm, difference = dense.norm().item(), (dense - packed.dequantize(dense.dtype)).norm().item()
+        return packed, difference / norm if norm > 0 else 0.0
 
     def merged_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: weight = Q + scaling * lora_B @ lora_A, dense."""
@@ -190,6 +280,8 @@ class QuantLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         adapter = "no adapter" if self.rank is None else f"rank={self.rank}, scaling={self.scaling:g}"
+        if self.rank is not None and self.adapter != "lora":
+            adapter = f"adapter={self.adapter}, {adapter}"
         if self.rank is not None and not self.adapter_enabled:
             adapter += " (disabled)"
         return (

@@ -202,6 +202,8 @@ def linear_tensors(
     from wild memory, and only when they refuse do the checks of this package look for the reason."""
     checks.check_floating("x", x)
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
+    if scale.dtype == torch.float64:
+        return _wide_linear(x, *args, scaling, bias, in_features=in_features, backend=backend)
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         return _kernels(backend, x.device).qlora_linear(_autocast(x), *args, float(scaling), bias)
@@ -210,6 +212,32 @@ def linear_tensors(
     except Exception:
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         raise
+
+
+def _wide_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    in_features: int,
+    backend: str | None,
+) -> Tensor:
+    """Float64 scales and offsets, which the kernels do not read: plain torch for float64 x, rounded for any other."""
+    adapter = lora_A, lora_B, scaling, bias
+    checks.check_qlora_linear(x, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, bias)
+    if x.dtype == torch.float64:
+        return reference.qlora_linear(x, codes, scale, offset, codebook, group_size, *adapter)
+    scale, offset = scale.float(), None if offset is None else offset.float()
+    return linear_tensors(
+        x, codes, scale, offset, codebook, group_size, *adapter, in_features=in_features, backend=backend
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -233,4 +261,7 @@ def dequantize_tensors(
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dequantize to dtype={dtype}: a floating-point dtype is needed")
+    if scale.dtype == torch.float64:  # which the kernels do not read
+        wide = reference.dequantize(codes, scale, offset, codebook, in_features, group_size, torch.float64)
+        return wide.to(dtype)
     return _kernels(backend, codes.device).dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)
