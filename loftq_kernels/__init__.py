@@ -17,6 +17,8 @@ from loftq_kernels.initializers import (
 )
 from loftq_kernels.nn import QuantLoRALinear
 from loftq_kernels.ops import available_backends, qlora_linear
+from loftq_kernels.rilq import RilqConfig, RilqResult, rilq_tune
+from loftq_kernels.teacher import cache_teacher
 
 __version__ = "0.1.0"
 
@@ -26,7 +28,10 @@ __all__ = [
     "QuantConfig",
     "QuantLoRALinear",
     "QuantizationReport",
+    "RilqConfig",
+    "RilqResult",
     "available_backends",
+    "cache_teacher",
     "format_names",
     "initializer_names",
     "load_quantized",
@@ -38,6 +43,7 @@ __all__ = [
     "qlora_linear",
     "quantize",
     "quantize_model",
+    "rilq_tune",
     "save_quantized",
     "train_only_adapters",
 ]
