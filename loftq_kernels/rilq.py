@@ -83,7 +83,7 @@ class RilqConfig:
 
 @dataclass
 class RilqResult:
-    """What `rilq_tune` did. Losses in ``train`` are means over an update's batches, in ``validation`` over the held out.
+    """What `rilq_tune` did. ``train`` holds means over an update's batches, ``validation`` means over all held out.
 
     ``best_step`` is the update whose adapters the model holds now, 0 for those it came with; ``stopped`` says why there
     were no more: "steps" or "patience".
@@ -129,7 +129,7 @@ def rilq_tune(
     """Tune all adapters of a quantized model, in place, towards the teacher's final hidden states (see the module).
 
     Gradients run through the packed weights: nothing dense is built. Dropout is off. In the end, also when that is an
-    exception, the model holds the adapters of least loss on held-out batches, of which the initial ones are a candidate.
+    exception, the model holds the adapters of least loss on held-out batches; the initial ones are among them.
 
     Args:
         model: with adapters from any start (LoftQ, EoRA, zero), of either kind; frozen but for them while this runs.
@@ -144,7 +144,7 @@ def rilq_tune(
             alike; None knows transformers models and models that return them themselves.
         cache: folder for the teacher's states. Without one a model as teacher computes them anew each time, and those
             of a function go into a temporary folder.
-        state_dir: folder for what resuming takes, saved at each validation. A later call with the same arguments goes on
+        state_dir: folder for what resuming takes, saved at each validation. A call with the same arguments goes on
             from there and ends with the same bits (``cfg.steps`` may be larger). A finished run is returned at once.
         progress: True shows a bar on standard error; a function is told of each update.
         plot: where to write the loss curves as a PNG.
