@@ -52,7 +52,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         y = self.attention_norm(x)
-        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         y = scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
         x = x + self.o_proj(y.transpose(1, 2).flatten(2))
         y = self.mlp_norm(x)
