@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 GPU_SUBJECTS = ("small_matrix",)
-SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", *GPU_SUBJECTS)
+SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "quality", *GPU_SUBJECTS)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -32,11 +32,13 @@ def pooled(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """The authors' pooling: AvgPool1d of x, padded with zeros to whole groups."""
     width = x.shape[-1] if group_size == -1 else group_size
     flat = x.reshape(-1, 1, x.shape[-1])
-    return avg_pool1d(pad(flat, (0, -x.shape[-1] % width)), width).reshape(*x.shape[:-1], -1)
+    return avg_pool1d(pad(flat, (0, -x.shape[-1] % width)), width).reshape(*x.shape[:-1], -(-x.shape[-1] // width))
 
 
 def exact(layer: lk.QuantLoRALinear, x: torch.Tensor) -> torch.Tensor:
     x, lora_A, lora_B, bias = (t.detach().double() for t in (x, layer.lora_A, layer.lora_B, layer.bias))
+    if x.numel() == 0:  # which pooling refuses
+        return x.new_zeros(*x.shape[:-1], layer.out_features)
     term = layer.scaling * pooled(x, layer.group_size) @ lora_A.T @ lora_B.T
     return x @ oracle.dequantize(layer.packed).T + term + bias
 

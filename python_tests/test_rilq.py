@@ -167,8 +167,8 @@ class TestTuning:
         before, teacher_before = parameters_of(model), parameters_of(dense)
         model.train()
         learning = {name: p.requires_grad for name, p in model.named_parameters()}
-        result = tune(model, dense, cfg=config(weight=0.9, steps=30, patience=30))
-        assert result.best_loss < 0.98 * result.start_loss and result.best_step > 0
+        result = tune(model, dense, batches=tokens(16), cfg=config(weight=1.0, lr=3e-3, steps=30, patience=30))
+        assert result.best_loss < result.start_loss and result.best_step > 0
         assert result.train[-1].loss < result.train[0].loss and len(result.train) == result.steps == 30
         chosen = rilq.adapter_parameters(model)
         for name, tensor in parameters_of(model).items():
@@ -192,7 +192,7 @@ class TestTuning:
     def test_start_is_a_candidate(self):
         model, dense = pair()
         before = adapters(model)
-        result = tune(model, dense, cfg=config(lr=100.0, steps=3))
+        result = tune(model, dense, cfg=config(lr=5.0, steps=3))
         assert result.best_step == 0 and same(adapters(model), before)
 
     def test_checkpointing_changes_no_bit(self):
@@ -239,7 +239,9 @@ class TestModels:
         expected = dense(**batch, output_hidden_states=True)
         assert torch.equal(states, expected.hidden_states[-1]) and torch.equal(logits, expected.logits)
         results = [
-            tune(quantized(dense), dense, cfg=config(gradient_checkpointing=checkpointing, steps=6))
+            tune(
+                quantized(dense), dense, cfg=config(gradient_checkpointing=checkpointing, weight=1.0, lr=1e-3, steps=6)
+            )
             for checkpointing in (False, True)
         ]
         assert results[0] == results[1] and results[0].best_loss < results[0].start_loss
@@ -260,7 +262,7 @@ class TestModels:
         model = quantized(dense)
         batches = [gaussian(6, 64, seed=i) for i in range(6)]
         result = tune(
-            model, dense, batches, config(weight=1.0), hidden=lambda m, x: m["head"](torch.relu(m["body"](x)))
+            model, dense, batches, config(weight=1.0, lr=1e-3), hidden=lambda m, x: m["head"](torch.relu(m["body"](x)))
         )
         assert result.best_loss < result.start_loss
         with pytest.raises(ValueError, match="no token ids"):
@@ -492,7 +494,7 @@ class TestBadInput:
         """NaN half-way: the error names the update, the model holds finite adapters."""
         model, dense = pair()
         with pytest.raises(FloatingPointError, match=r"update [1-9]"):
-            tune(model, dense, cfg=config(lr=1e38))
+            tune(model, dense, cfg=config(lr=1e30))
         assert all(value.isfinite().all() for value in adapters(model).values())
 
     @pytest.mark.parametrize(

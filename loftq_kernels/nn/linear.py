@@ -222,7 +222,6 @@ class QuantLoRALinear(nn.Module):
                 "merged_linear() is exact and dense, and adapter='qalora' merges exactly"
             )
 
-    @torch.no_grad()
     def merge_adapter(self, *, requantize: bool = False) -> float:
         """Move the adapter into the packed weight, in place; returns the relative error ||W - W'||_F / ||W||_F it adds.
 
@@ -240,7 +239,7 @@ class QuantLoRALinear(nn.Module):
         self.check_mergeable(requantize=requantize)
         if self.lora_A is None:
             return 0.0
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
             packed, error = self._with_offsets() if self.adapter == "qalora" else self._requantized()
         for name in PACKED_BUFFERS:
             setattr(self, name, getattr(packed, name))
