@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +29,7 @@ from loftq_kernels.recipes import finetune, small_lm
 
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
 QALORA_RANK, QALORA_GROUP = 4, 32  # width 128 has four groups of 32: no larger rank says more
-MEMORY_SIZES = {"width": 1024, "layers": 6, "heads": 8, "hidden": 2816}  # 76 M weights, 0.3 GB in float32
+MEMORY_SIZES = {"width": 768, "layers": 6, "heads": 8, "hidden": 2048}  # 43 M weights, 0.17 GB in float32
 MEMORY_MODES = ("teacher cached", "teacher and model")
 
 
@@ -61,7 +62,7 @@ def run(output: Path, *, quick: bool) -> None:
         curves += fine_tuned(base, seed, sizes)
         results = {"sizes": asdict(sizes), "summary": summarize(rows, curves), "rows": rows, "fine-tuning": curves}
         harness.write_json(path, results)
-    results["memory"] = memory(sizes)
+    results |= {"memory": memory(sizes), "merged, microseconds": merged_speed()}
     results["seconds"] = time.perf_counter() - started
     harness.write_json(path, results)
     plot(results, path.with_suffix(".png"))
@@ -163,8 +164,24 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean(values), "deviation": stdev(values) if len(values) > 1 else 0.0}
 
 
+def merged_speed(size: int = 2048) -> list[dict]:
+    """Microseconds for one row of x: without adapter, with a QA-LoRA adapter, and with that merged."""
+    linear, x = nn.Linear(size, size, bias=False), torch.randn(1, size)
+    rows = []
+    for format in ("nf2", "int2", "nf4", "int4"):
+        plain = lk.QuantLoRALinear.from_linear(linear, lk.QuantConfig(format, rank=None, scale_dtype=torch.float32))
+        adapted = lk.QuantLoRALinear.from_linear(linear, lk.QuantConfig(format, rank=8, adapter="qalora"))
+        merged = copy.deepcopy(adapted)
+        merged.merge_adapter()
+        layers = {"no adapter": plain, "qalora": adapted, "merged": merged}
+        with torch.no_grad():
+            seconds = harness.interleaved({k: partial(layer, x) for k, layer in layers.items()}, repeats=100)
+        rows.append({"format": format, **{name: 1e6 * value for name, value in seconds.items()}})
+    return rows
+
+
 def memory(sizes: Sizes) -> dict[str, float]:
-    """Peak resident bytes of processes that run RILQ, less those of one that has imported everything and has the text.
+    """Peak resident bytes of processes that run RILQ, less those of one that runs it on a model of hardly any size.
 
     "teacher cached" caches the states in one process and tunes in another; its figure is the larger of the two.
     """
@@ -193,6 +210,11 @@ def measure(mode: str, folder: Path, sizes: dict[str, int]) -> int:
         storage.save_tensors(folder / "dense.safetensors", model.state_dict(), {})
         lk.quantize_model(model, lk.QuantConfig("nf2", rank=8, init="qlora"), progress=False)
         lk.save_quantized(model, folder / "quantized")
+    if mode == "nothing":
+        model = small_lm.SmallLM(width=32, layers=1, heads=1, hidden=32)
+        teacher = copy.deepcopy(model)
+        lk.quantize_model(model, lk.QuantConfig("nf2", rank=8), progress=False)
+        lk.rilq_tune(model, teacher, batches, cfg, cache=folder / "tiny", progress=False)
     if mode == "cache":
         lk.cache_teacher(lambda: _dense(folder, sizes), batches, folder / "states", progress=False)
     if mode in ("tune", "both"):
@@ -243,6 +265,11 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"| {format} | {init} | {cell([p[0] for p in of_run])} | {cell([p[-1] for p in of_run])} |")
     lines += ["", "| RILQ's process | peak memory, MB |", "|---|---:|"]
     lines += [f"| {name} | {results['memory'][name] / 1e6:.0f} |" for name in ("cache", "tune", *MEMORY_MODES)]
+    lines += ["", "| one row, 2048 x 2048, µs | no adapter | QA-LoRA | merged |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {row['format']} | {row['no adapter']:.0f} | {row['qalora']:.0f} | {row['merged']:.0f} |"
+        for row in results["merged, microseconds"]
+    ]
     lines += ["", *(f"* {claim}: {'yes' if holds else 'NO'}" for claim, holds in _claims(results).items())]
     return "\n".join(lines) + "\n"
 
