@@ -46,7 +46,7 @@ class Sizes:
     memory_sizes: tuple[tuple[str, int], ...] = tuple(MEMORY_SIZES.items())
 
 
-FULL = Sizes((0, 1, 2), 450, 80, 120, 50)
+FULL = Sizes((0, 1, 2), 600, 80, 100, 50)
 QUICK = Sizes((0,), 20, 4, 4, 5, (2, 8), (("width", 512), ("layers", 4), ("heads", 8), ("hidden", 1024)))
 
 
