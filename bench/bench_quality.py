@@ -97,8 +97,8 @@ def tuned(base: nn.Module, seed: int, sizes: Sizes) -> list[dict]:
 
 
 def rilq_config(sizes: Sizes, adapter: str) -> lk.RilqConfig:
-    """Twenty times the learning rate for a model that is five hundred times smaller than those of the paper; group
-    means are sums over 32 divided by 32, so that the same step in A moves the output less."""
+    """A model of a million weights takes a learning rate 20 times that of the paper's; and group means, which divide by
+    32, one larger still, for the same step in A moves the output less."""
     lr = 2e-3 if adapter == "lora" else 1e-2
     return lk.RilqConfig(lr=lr, steps=sizes.rilq_steps, accumulate=1, validate_every=20, gradient_checkpointing=False)
 
@@ -300,7 +300,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             runs = [c for c in results["fine-tuning"] if (c["format"], c["init"]) == (format, init)]
             average = [mean(values) for values in zip(*(c["perplexity"] for c in runs), strict=True)]
             right.plot(runs[0]["steps"], average, style, color=f"C{i}", label=f"{format}, {init}")
-    right.set(title="fine-tuned on code", xlabel="step", ylabel="perplexity", yscale="log")
+    right.set(title="fine-tuned on code", xlabel="step", ylabel="perplexity")
     for axis in (left, right):
         axis.legend()
         axis.grid(alpha=0.3)

@@ -77,7 +77,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         axis.plot(
             run.steps, run.perplexity, style, color=f"C{FORMATS.index(run.format)}", label=f"{run.format}, {run.init}"
         )
-    axis.set(title="Adapters fine-tuned on code", xlabel="step", ylabel="validation perplexity", yscale="log")
+    axis.set(title="Adapters fine-tuned on code", xlabel="step", ylabel="validation perplexity")
     axis.legend()
     figure.savefig(path, format="png", dpi=120)
 
