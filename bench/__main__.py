@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 GPU_SUBJECTS = ("small_matrix", "gpu")
-SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", "plan", *GPU_SUBJECTS)
+SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", "plan", "quality", *GPU_SUBJECTS)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -7,7 +7,7 @@ from loftq_kernels.allocate import plan_bits, solve_plan
 from loftq_kernels.calibration import ActivationStatistics, collect_activations
 from loftq_kernels.checkpoint import load_quantized, save_quantized
 from loftq_kernels.config import QuantConfig
-from loftq_kernels.convert import QuantizationReport, quantize_model, train_only_adapters
+from loftq_kernels.convert import QuantizationReport, merge_adapters, quantize_model, train_only_adapters
 from loftq_kernels.formats import PackedTensor, format_names, quantize
 from loftq_kernels.initializers import (
     AdapterInit,
@@ -17,6 +17,7 @@ from loftq_kernels.initializers import (
     initializer_names,
     loftq_init,
     loftq_init_batch,
+    qalora_init,
     qlora_init,
     weighted_low_rank,
 )
@@ -29,14 +30,16 @@ from loftq_kernels.nn import (
 )
 from loftq_kernels.ops import available_backends, qlora_linear
 from loftq_kernels.plan import BitPlan, first_layers
+from loftq_kernels.rilq import RilqConfig, RilqResult, rilq_tune
+from loftq_kernels.teacher import cache_teacher
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStatistics",
     "AdapterInit",
-    "InputStatistics",
     "BitPlan",
+    "InputStatistics",
     "PackedTensor",
     "QuantConfig",
     "QuantLoRAConv1d",
@@ -45,8 +48,11 @@ __all__ = [
     "QuantLoRALinear",
     "QuantLoRALinearGroup",
     "QuantizationReport",
+    "RilqConfig",
+    "RilqResult",
     "aser_init",
     "available_backends",
+    "cache_teacher",
     "collect_activations",
     "eora_init",
     "first_layers",
@@ -55,11 +61,14 @@ __all__ = [
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
+    "merge_adapters",
     "plan_bits",
+    "qalora_init",
     "qlora_init",
     "qlora_linear",
     "quantize",
     "quantize_model",
+    "rilq_tune",
     "save_quantized",
     "solve_plan",
     "train_only_adapters",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import _batches, _Candidate, _candidates
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, takes_statistics
+from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.ops.functional import check_finite
@@ -66,8 +67,8 @@ def plan_bits(
         progress: show a bar on standard error.
 
     Raises ImportError without SciPy; ValueError for a budget below what the cheapest candidates take (saying how much
-    that is), bad candidates, NaN or Inf in a weight or in statistics, statistics that lack a layer or do not fit it,
-    and a model with no layer to quantize.
+    that is), bad candidates, count="total" with adapter="qalora", NaN or Inf in a weight or in statistics, statistics
+    that lack a layer or do not fit it, and a model with no layer to quantize.
     """
     _milp()  # before hours of work
     cfg = cfg or QuantConfig()
@@ -81,6 +82,10 @@ def plan_bits(
         found[name] = list(_candidates(model, layer_cfg, skipped))
     if not any(found.values()):
         raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
+    if count == "total":
+        grouped = [c.names[0] for listed in found.values() for c in listed if c.cfg.has_qalora]
+        if grouped:
+            raise ValueError(f"count='total' counts ordinary adapters, but layer {grouped[0]!r} has adapter='qalora'")
     layers = _measure(found, statistics, relative, device, progress)
     return solve_plan(dataclasses.replace(empty, layers=layers), budget)
 
@@ -237,7 +242,10 @@ def _error(weight: Tensor, init: AdapterInit, gram: Tensor | None, relative: boo
         return init.error**2 * (1.0 if relative else norm**2)
     residual = weight.float() - init.packed.dequantize()
     if init.lora_A is not None:
-        residual.addmm_(init.lora_B, init.lora_A, alpha=-init.scaling)
+        lora_A = init.lora_A
+        if init.adapter == "qalora":
+            lora_A = expand_groups(lora_A, weight.shape[1], init.packed.group_size)
+        residual.addmm_(init.lora_B, lora_A, alpha=-init.scaling)
     error = _weighted_norm(residual, gram)
     whole = _weighted_norm(weight.float(), gram) if relative else 1.0
     return error / whole if whole > 0 else 0.0

@@ -24,6 +24,7 @@ from loftq_kernels.formats import get_format
 from loftq_kernels.nn.base import PACKED_BUFFERS, QuantLoRAModule
 
 _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_SAFETENSORS_DTYPES |= {torch.float64: "F64"}  # offsets that a float64 adapter was merged into
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:

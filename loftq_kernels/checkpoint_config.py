@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from loftq_kernels.formats import get_format
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbedding, QuantLoRALinear, QuantLoRAModule
-from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
-from loftq_kernels.packing import check_group_size
+from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, STORED_DTYPES_BY_NAME, check_rank
+from loftq_kernels.packing import check_group_size, num_groups
 
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
@@ -36,9 +37,11 @@ class LayerSpec:
     rank: int | None
     scaling: float
     scale_dtype: str
-    # Left out of the JSON where they have these values, so that checkpoints of linear layers are as they always were.
+    # Left out of the JSON where they have these values, so that checkpoints of ordinary layers are as they always were.
     kind: str = "linear"
     geometry: dict[str, Any] = field(default_factory=dict)  # the layer's other arguments, as `geometry_of` gives them
+    adapter: str = "lora"
+    offset: bool = False  # whether a format that is not affine has one, as after merging an adapter
 
     @classmethod
     def of(cls, layer: QuantLoRAModule) -> LayerSpec:
@@ -54,6 +57,8 @@ class LayerSpec:
             scale_dtype=str(layer.scale.dtype).removeprefix("torch."),
             kind=layer.kind,
             geometry=geometry_of(layer, layer.kind),
+            adapter=layer.adapter,
+            offset=layer.offset is not None and not layer.format.affine,
         )
 
     def to_values(self) -> dict[str, Any]:
@@ -64,31 +69,43 @@ class LayerSpec:
     @classmethod
     def parse(cls, name: str, values: Any) -> LayerSpec:
         """Raise ValueError, naming the layer and what is wrong, unless values describe a layer that can be built."""
-        fields = [f.name for f in dataclasses.fields(cls) if f.name not in _OPTIONAL]
-        if not isinstance(values, dict) or sorted(values.keys() - _OPTIONAL.keys()) != sorted(fields):
+        fields = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not set(fields) - _OPTIONAL.keys() <= values.keys() <= set(fields):
             raise ValueError(f"layer {name!r}: expected the keys {fields}, got {values!r}")
         spec = cls(**values)
         try:
             for size in (spec.in_features, spec.out_features):
                 if type(size) is not int or size < 1:
                     raise ValueError(f"in_features={spec.in_features!r}, out_features={spec.out_features!r}")
-            if not isinstance(spec.bias, bool):
-                raise ValueError(f"bias={spec.bias!r}")
+            for flag in ("bias", "offset"):
+                if not isinstance(getattr(spec, flag), bool):
+                    raise ValueError(f"{flag}={getattr(spec, flag)!r}")
+            if spec.adapter not in ADAPTERS:
+                raise ValueError(f"adapter {spec.adapter!r} is not one of {ADAPTERS}")
             get_format(spec.format)
             check_group_size(spec.group_size)
             if spec.rank is not None:
-                check_rank(spec.rank, spec.out_features, spec.in_features)
-            if spec.scale_dtype not in SCALE_DTYPES_BY_NAME:
-                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(SCALE_DTYPES_BY_NAME)}")
+                inner = num_groups(spec.in_features, spec.group_size) if spec.adapter == "qalora" else spec.in_features
+                check_rank(spec.rank, spec.out_features, inner)
             if spec.kind not in _CLASSES:  # what its geometry must be is told by the model that it is loaded into
                 raise ValueError(f"kind {spec.kind!r} is not one of {sorted(_CLASSES)}")
             if not isinstance(spec.geometry, dict) or sorted(spec.geometry) != sorted(spec.layer_class.geometry_names):
                 raise ValueError(f"geometry={spec.geometry!r} must hold {sorted(spec.layer_class.geometry_names)}")
+            if spec.kind != "linear" and (spec.adapter != "lora" or spec.offset):
+                raise ValueError(f"kind {spec.kind!r} with adapter={spec.adapter!r}, offset={spec.offset!r}")
+            dtypes = STORED_DTYPES_BY_NAME if spec.has_merged_offset else SCALE_DTYPES_BY_NAME
+            if spec.scale_dtype not in dtypes:
+                raise ValueError(f"scale_dtype {spec.scale_dtype!r} is not one of {sorted(dtypes)}")
             if not isinstance(spec.scaling, int | float) or not 1e-30 < spec.scaling < 1e30:
                 raise ValueError(f"scaling={spec.scaling!r}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         return spec
+
+    @property
+    def has_merged_offset(self) -> bool:
+        """Whether there are offsets that an adapter may have been merged into, which may be of float64."""
+        return self.kind == "linear" and (self.offset or get_format(self.format).affine)
 
     @property
     def layer_class(self) -> type[QuantLoRAModule]:
@@ -99,6 +116,7 @@ class LayerSpec:
         arguments = dict(self.geometry)
         if self.kind == "linear":
             arguments.update(in_features=self.in_features, out_features=self.out_features, bias=self.bias)
+            arguments.update(adapter=self.adapter, offset=self.has_merged_offset)
         elif self.kind == "embedding":
             arguments.update(num_embeddings=self.out_features, embedding_dim=self.in_features)
         else:
@@ -108,14 +126,14 @@ class LayerSpec:
             format=self.format,
             group_size=self.group_size,
             rank=self.rank,
-            scale_dtype=SCALE_DTYPES_BY_NAME[self.scale_dtype],
+            scale_dtype=STORED_DTYPES_BY_NAME[self.scale_dtype],
             device="meta",
         )
         layer.scaling = self.scaling
         return layer
 
 
-_OPTIONAL = {"kind": "linear", "geometry": {}}
+_OPTIONAL = {"kind": "linear", "geometry": {}, "adapter": "lora", "offset": False}
 
 
 def geometry_of(module: nn.Module, kind: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from loftq_kernels import pretrained
 from loftq_kernels.allocate import DEFAULT_CANDIDATES, solve_plan
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
 from loftq_kernels.config import LAYER_TYPES
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops import extension
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.packing import GROUP_SIZES
@@ -94,6 +95,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapter; 0 for none (default 16)")
     parser.add_argument("--lora-alpha", type=float, help="scaling = alpha / rank; default: scaling 1")
     parser.add_argument("--use-rslora", action="store_true", help="scaling = alpha / sqrt(rank)")
+    parser.add_argument("--adapter", default="lora", choices=ADAPTERS, help="qalora: of group means, merges exactly")
     parser.add_argument("--init", default="loftq", choices=lk.initializer_names())
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs (lk.collect_activations)"
@@ -196,6 +198,7 @@ def _config(args: argparse.Namespace) -> lk.QuantConfig:
         rank=args.rank or None,
         lora_alpha=args.lora_alpha,
         use_rslora=args.use_rslora,
+        adapter=args.adapter,
         init=args.init,
         num_iter=args.num_iter,
         rank_energy=args.rank_energy,

@@ -16,7 +16,9 @@ from loftq_kernels import packing
 from loftq_kernels.formats import get_format
 from loftq_kernels.initializers.aser import OUTLIER_CHANNELS, check_aser
 from loftq_kernels.initializers.loftq import check_schedule
+from loftq_kernels.initializers.qalora import QALORA_STARTS
 from loftq_kernels.initializers.registry import initializer_names
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops.checks import check_scale_options
 
 _WILDCARDS = re.compile(r"[*?[]")
@@ -57,7 +59,9 @@ class QuantConfig:
         format, group_size, scale_dtype, scale_search: as for `quantize`.
         rank: of the adapter; None for no adapter (round to nearest).
         lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
-        init: one of `initializer_names()`.
+        adapter: "lora", or "qalora" for one of group means, which merges exactly (`QuantLoRALinear.merge_adapter`); for
+            linear layers alone, others are skipped with the reason.
+        init: one of `initializer_names()`; of them "loftq" and "qlora" know adapter="qalora", without statistics.
         num_iter, svd, order, seed: as for `loftq_init`.
         rank_energy, outlier_channels: as for `aser_init`; with rank_energy, ``rank`` is the most that a layer may have,
             and scaling is still that of ``rank``.
@@ -77,6 +81,7 @@ class QuantConfig:
     rank: int | None = 16
     lora_alpha: float | None = None
     use_rslora: bool = False
+    adapter: str = "lora"
     init: str = "loftq"
     num_iter: int = 5
     svd: str = "auto"
@@ -99,6 +104,10 @@ class QuantConfig:
         adapter_scaling(self.rank or 1, self.lora_alpha, self.use_rslora)
         if self.init not in initializer_names():
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(initializer_names())}")
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter={self.adapter!r} is not one of {ADAPTERS}")
+        if self.adapter == "qalora" and self.init not in QALORA_STARTS:
+            raise ValueError(f"adapter='qalora' takes init of {QALORA_STARTS}, got {self.init!r}")
         check_schedule(self.num_iter, self.order, self.svd, self.seed)
         check_aser(self.rank_energy, self.outlier_channels)
         check_scale_options(self.scale_dtype, self.scale_search)
@@ -123,6 +132,11 @@ class QuantConfig:
     @property
     def scaling(self) -> float:
         return adapter_scaling(self.rank, self.lora_alpha, self.use_rslora)
+
+    @property
+    def has_qalora(self) -> bool:
+        """Whether layers get an adapter of group means: with rank None they get none of any kind."""
+        return self.adapter == "qalora" and self.rank is not None
 
     def _overridden(self, pattern: str, changes: Mapping[str, Any]) -> QuantConfig:
         fields = {f.name for f in dataclasses.fields(self)} - {"include", "exclude", "overrides", "layer_types"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loftq_kernels import packing
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, needs_statistics, takes_statistics
@@ -165,9 +166,9 @@ def quantize_model(
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
     reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module, hooks, a rank
-    above its smaller side, a depthwise convolution that would grow. Layers are swapped as they are done, so a model
-    whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still works, and a second call
-    goes on.
+    above its smaller side, a depthwise convolution that would grow, adapter="qalora" for any but a linear layer. Layers
+    are swapped as they are done, so a model whose conversion was cut short (Ctrl-C, or scales of a later layer that do
+    not fit) still works, and a second call goes on.
 
     Args:
         model: changed in place; its modules keep their device and training mode.
@@ -231,14 +232,37 @@ def _planned_shapes(
     return shapes
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every lora_A and lora_B of the quantized layers of a model, by name; a layer used twice appears once."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLoRAModule)
+        for key in ("lora_A", "lora_B")
+        if (parameter := getattr(module, key)) is not None
+    }
+
+
 def train_only_adapters(model: nn.Module) -> None:
     """requires_grad = True for every lora_A and lora_B of quantized layers, False for all other parameters."""
-    adapters = set()
-    for module in model.modules():
-        if isinstance(module, QuantLoRAModule):
-            adapters.update(id(p) for p in (module.lora_A, module.lora_B) if p is not None)
+    adapters = {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in adapters)
+
+
+def merge_adapters(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+    """`merge_adapter` of every quantized layer of a model, in place: the error that each merge added, by name.
+
+    Raises ValueError, naming a layer and before anything is changed, where an adapter can only be merged with
+    ``requantize=True``, or is disabled.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLoRAModule)}
+    for name, layer in layers.items():
+        try:
+            layer.check_mergeable(requantize=requantize)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    return {name: layer.merge_adapter(requantize=requantize) for name, layer in layers.items()}
 
 
 def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[_Candidate]:
@@ -290,6 +314,12 @@ def _reason_to_skip(
     smaller = min(matrix.shape)
     if smaller == 0 or (layer_cfg.rank or 0) > smaller:
         return f"rank={layer_cfg.rank} exceeds the smaller side of its shape {tuple(matrix.shape)}"
+    if layer_cfg.has_qalora:
+        if layer_type(module) != "linear":
+            return f"is an nn.{type(module).__name__}: adapter='qalora' is for linear layers alone"
+        groups = packing.num_groups(matrix.shape[1], layer_cfg.group_size)
+        if layer_cfg.rank > groups:
+            return f"rank={layer_cfg.rank} of adapter='qalora' exceeds its {groups} groups"
     if layer_type(module) == "conv" and (packed := packed_bytes(matrix, layer_cfg)) >= matrix.nbytes:
         # A depthwise kernel has k * k columns, of which a packed row makes 64.
         return f"packed it would take {packed} bytes, its kernel {tuple(weight.shape)} takes {matrix.nbytes}"

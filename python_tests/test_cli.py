@@ -79,6 +79,18 @@ class TestQuantize:
         expected = lk.quantize(weight, "nf2", 128, scale_dtype=torch.bfloat16, scale_search=True)
         assert torch.equal(value.dequantize(), expected.dequantize())
 
+    def test_adapter_of_group_means(self, bert, tmp_path, capsys):
+        options = ["--adapter", "qalora", "--rank", 2, "--layer-type", "linear", "--layer-type", "embedding"]
+        options += ["--group-size", 32]
+        status, out, _ = run(capsys, "quantize", bert, tmp_path / "out", *options)
+        assert status == 0 and "13 layers" in out
+        assert "is an nn.Embedding: adapter='qalora' is for linear layers alone" in out
+        model = lk.load_quantized(tmp_path / "out")
+        assert model.pooler.dense.adapter == "qalora" and model.pooler.dense.lora_A.shape == (2, 2)
+        assert set(lk.merge_adapters(model).values()) == {0.0}
+        status, _, err = run(capsys, "quantize", bert, tmp_path / "other", "--adapter", "qalora", "--init", "eora")
+        assert status == 2 and "adapter='qalora' takes init of" in err and not (tmp_path / "other").exists()
+
     @pytest.mark.parametrize("init", ["eora", "aser", "loftq"])
     def test_calibration(self, bert, tmp_path, capsys, init):
         tokens = torch.randint(0, 50, (20, 12))

@@ -22,7 +22,8 @@ class PackedTensor:
     Attributes:
         codes: uint8 [N, K_pad * bits / 8], laid out as in `loftq_kernels.packing`.
         scale: [N, G], float16, bfloat16 or float32; G groups of ``group_size`` columns (the last may be partial).
-        offset: [N, G] of the dtype of scale, or None for formats without one.
+        offset: [N, G] of the dtype of scale. Affine formats have one; of others only weights into which an adapter was
+            merged, otherwise None. Merging a float64 adapter makes both float64, which no kernel reads: it is slow.
         codebook: float32 [2^bits].
         shape, group_size, format: (N, K), columns a group (-1: the row) and the `Format`.
 
@@ -53,9 +54,8 @@ class PackedTensor:
             raise ValueError(
                 f"format {self.format.name} has {self.bits} bits, codebook has {self.codebook.numel()} entries"
             )
-        if (self.offset is not None) != self.format.affine:
-            has = "has none" if self.offset is None else "has one"
-            raise ValueError(f"format {self.format.name}: affine={self.format.affine}, but the weight {has} of offset")
+        if self.offset is None and self.format.affine:
+            raise ValueError(f"format {self.format.name} is affine, but the weight has no offset")
         checks.check_packed(self.codes, self.scale, self.offset, self.codebook, self.shape[1], self.group_size)
         if not torch.equal(self.codebook, self.format.codebook(self.codebook.device)):
             raise ValueError(f"codebook is not that of format {self.format.name}: {self.codebook[:4].tolist()}...")
@@ -132,6 +132,8 @@ class PackedTensor:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; an existing one stays as it was if that fails."""
         metadata = {"format": self.format.name, "in_features": self.shape[1], "group_size": self.group_size}
+        if self.offset is not None and not self.format.affine:
+            metadata["merged"] = True  # told apart from a file that claims another format
         storage.save_tensors(path, self.tensors(), {_METADATA_KEY: json.dumps(metadata)})
 
     @classmethod
@@ -142,7 +144,10 @@ class PackedTensor:
             raise ValueError(f"{path} is not a saved PackedTensor: its header has no {_METADATA_KEY!r}")
         try:
             described = json.loads(metadata[_METADATA_KEY])
-            return _rebuild(tensors, described["in_features"], described["group_size"], described["format"]).validate()
+            packed = _rebuild(tensors, described["in_features"], described["group_size"], described["format"])
+            if packed.offset is not None and not (packed.format.affine or described.get("merged") is True):
+                raise ValueError(f"format {packed.format.name}: affine=False, but the weight has an offset")
+            return packed.validate()
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -199,22 +204,27 @@ def empty_packed(
     group_size: int,
     *,
     scale_dtype: torch.dtype = torch.float16,
+    offset: bool = False,
     device: torch.device | str | None = None,
 ) -> PackedTensor:
-    """A packed weight of zeros [out_features, in_features], to be filled by a checkpoint; works on the meta device."""
+    """A packed weight of zeros [out_features, in_features], to be filled by a checkpoint; works on the meta device.
+
+    ``offset``: with one, also in a format that has none, as after merging an adapter; scale_dtype may then be float64.
+    """
     fmt = get_format(format)
     packing.check_group_size(group_size)
     for what, size in (("out_features", out_features), ("in_features", in_features)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{what}={size!r} must be an integer >= 1")
-    if scale_dtype not in checks.SCALE_DTYPES:
-        raise ValueError(f"scale_dtype={scale_dtype} is not one of {checks.SCALE_DTYPES}")
+    dtypes = checks.STORED_DTYPES if offset else checks.SCALE_DTYPES
+    if scale_dtype not in dtypes:
+        raise ValueError(f"scale_dtype={scale_dtype} is not one of {dtypes}")
     groups = (out_features, packing.num_groups(in_features, group_size))
     scale = torch.zeros(groups, dtype=scale_dtype, device=device)
     return PackedTensor(
         torch.zeros(out_features, packing.row_bytes(in_features, fmt.bits), dtype=torch.uint8, device=device),
         scale,
-        torch.zeros_like(scale) if fmt.affine else None,
+        torch.zeros_like(scale) if fmt.affine or offset else None,
         fmt.codebook(scale.device),
         in_features=in_features,
         group_size=group_size,

@@ -3,6 +3,7 @@
 from loftq_kernels.initializers.aser import aser_init
 from loftq_kernels.initializers.eora import eora_init
 from loftq_kernels.initializers.loftq import loftq_init, loftq_init_batch
+from loftq_kernels.initializers.qalora import qalora_init
 from loftq_kernels.initializers.qlora import qlora_init
 from loftq_kernels.initializers.registry import initialize, initializer_names, needs_statistics, takes_statistics
 from loftq_kernels.initializers.result import AdapterInit
@@ -19,6 +20,7 @@ __all__ = [
     "loftq_init",
     "loftq_init_batch",
     "needs_statistics",
+    "qalora_init",
     "qlora_init",
     "takes_statistics",
     "weighted_low_rank",

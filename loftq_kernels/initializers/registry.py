@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from loftq_kernels.initializers.aser import aser_init_batch
 from loftq_kernels.initializers.loftq import loftq_init_batch
+from loftq_kernels.initializers.qalora import qalora_init
 from loftq_kernels.initializers.qlora import qlora_init
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.initializers.statistics import InputStatistics
@@ -65,9 +67,10 @@ def _aser(weights: Sequence[Tensor], cfg: QuantConfig, *, statistics: Statistics
     )
 
 
-def _qlora(
+def _one_by_one(
     weights: Sequence[Tensor],
     cfg: QuantConfig,
+    method: Callable[..., AdapterInit],
     *,
     device,
     progress: Progress,
@@ -77,8 +80,7 @@ def _qlora(
     """Data-free: statistics are not looked at."""
     results = []
     for i, weight in enumerate(weights):
-        name = names[i] if names is not None else f"weights[{i}]"
-        init = qlora_init(
+        init = method(
             weight if device is None else weight.to(device),
             cfg.format,
             cfg.rank,
@@ -87,12 +89,21 @@ def _qlora(
             scale_dtype=cfg.scale_dtype,
             scale_search=cfg.scale_search,
             seed=cfg.seed + i,
-            name=name,
+            name=names[i] if names is not None else f"weights[{i}]",
         )
         results.append(init.to(weight.device))
         if progress is not None:
             progress(1)
     return results
+
+
+def _qlora(weights: Sequence[Tensor], cfg: QuantConfig, **options):
+    return _one_by_one(weights, cfg, qlora_init, **options)
+
+
+def _qalora(weights: Sequence[Tensor], cfg: QuantConfig, **options):
+    """Data-free in both its starts."""
+    return _one_by_one(weights, cfg, partial(qalora_init, num_iter=cfg.num_iter, init=cfg.init), **options)
 
 
 _INITIALIZERS = {"loftq": _loftq, "qlora": _qlora, "eora": _eora, "aser": _aser}
@@ -107,12 +118,12 @@ def initializer_names() -> tuple[str, ...]:
 
 def needs_statistics(cfg: QuantConfig) -> bool:
     """Whether a layer with this config cannot be initialized without statistics of its input."""
-    return cfg.rank is not None and cfg.init in _NEED_STATISTICS
+    return takes_statistics(cfg) and cfg.init in _NEED_STATISTICS
 
 
 def takes_statistics(cfg: QuantConfig) -> bool:
     """Whether a layer with this config is initialized otherwise when there are statistics of its input."""
-    return cfg.rank is not None and cfg.init in _TAKE_STATISTICS
+    return cfg.rank is not None and not cfg.has_qalora and cfg.init in _TAKE_STATISTICS
 
 
 def initialize(
@@ -126,10 +137,13 @@ def initialize(
 ) -> list[AdapterInit]:
     """Quantize same-shape weights and choose their adapters as cfg says; ``rank=None`` rounds to nearest without one.
 
-    ``statistics``, one a weight, are what init "eora" and "aser" need (ValueError without) and "loftq" takes;
-    ``device`` is where to compute, ``progress(n)`` is told of n more matrices done, ``names`` appear in errors.
+    ``statistics``, one a weight, are what init "eora" and "aser" need (ValueError without) and "loftq" takes, unless
+    the adapter is "qalora", whose starts are data-free; ``device`` is where to compute, ``progress(n)`` is told of n
+    more matrices done, ``names`` appear in errors.
     """
     if statistics is None and needs_statistics(cfg):
         raise ValueError(f"init={cfg.init!r} needs statistics of the layer's input: see collect_activations")
     run = _qlora if cfg.rank is None else _INITIALIZERS[cfg.init]
+    if cfg.has_qalora:
+        run = _qalora
     return run(weights, cfg, statistics=statistics, device=device, progress=progress, names=names)

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
 
+ADAPTERS = ("lora", "qalora")
+
 
 @dataclass
 class AdapterInit:
     """A quantized weight and the adapter that goes with it: W ~ Q + scaling * lora_B @ lora_A.
+
+    With adapter "qalora" lora_A is [r, G] and stands for `qalora.expand_groups` of it.
 
     Attributes:
         packed: Q, [N, K].
@@ -27,6 +31,7 @@ class AdapterInit:
         smoothing: float32 [K], ASER's m: what activations are to be divided by, and columns of the weight multiplied
             by, before activations are quantized; 1 but for outlier channels. None for other methods. The returned
             Q, A and B are those of the unsmoothed x: without quantized activations there is nothing to do.
+        adapter: "lora", or "qalora" for one of group means.
     """
 
     packed: PackedTensor
@@ -38,6 +43,7 @@ class AdapterInit:
     weighted_error: float | None = None
     weighted_errors: list[float] = field(default_factory=list)
     smoothing: Tensor | None = None
+    adapter: str = "lora"
 
     def to(self, device: torch.device | str) -> AdapterInit:
         """The same on another device."""

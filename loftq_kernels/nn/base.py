@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from loftq_kernels.config import adapter_scaling
-from loftq_kernels.formats import PackedTensor, empty_packed, get_format
+from loftq_kernels.formats import PackedTensor, empty_packed, get_format, quantize
 from loftq_kernels.initializers import AdapterInit
-from loftq_kernels.ops.checks import check_rank
+from loftq_kernels.initializers.qalora import expand_groups
+from loftq_kernels.ops.checks import SCALE_DTYPES, check_rank
 
 PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
 
@@ -22,9 +23,13 @@ class QuantLoRAModule(nn.Module):
     The base of the layers, which say what they compute with it. The packed weight lives in buffers whose dtypes never
     change (`.to(dtype)` moves the adapter and the bias only) and is constant; the adapter is trained, the bias frozen.
     A new one holds the zero weight, lora_A Kaiming-uniform and lora_B zero.
+
+    With ``adapter="qalora"`` lora_A is [rank, G], and `over_columns` of it stands above. ``offset``: have offsets also
+    in a format without, as a layer has that such an adapter was merged into. Both are for `QuantLoRALinear` alone.
     """
 
     kind: str  # of layer, in checkpoints
+    adapters: tuple[str, ...] = ("lora",)  # that a layer of this kind can have
     geometry_names: tuple[str, ...] = ()  # attributes beside the matrix's shape that a layer of this kind is made from
 
     def __init__(
@@ -41,13 +46,18 @@ class QuantLoRAModule(nn.Module):
         scale_dtype: torch.dtype,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        adapter: str = "lora",
+        offset: bool = False,
     ):
         super().__init__()
+        self._check_adapter(adapter)
+        self.adapter = adapter
+        packed = empty_packed(rows, columns, format, group_size, scale_dtype=scale_dtype, offset=offset, device=device)
+        inner, called = (packed.scale.shape[1], "groups") if adapter == "qalora" else (columns, "in_features")
         if rank is not None:
-            check_rank(rank, rows, columns)
+            check_rank(rank, rows, inner, called)
         self.rank, self.scaling = rank, adapter_scaling(rank, lora_alpha, use_rslora)
         self.adapter_enabled = True
-        packed = empty_packed(rows, columns, format, group_size, scale_dtype=scale_dtype, device=device)
         self.format, self.group_size = packed.format, group_size
         self._columns = columns
         for name in PACKED_BUFFERS:
@@ -59,16 +69,23 @@ class QuantLoRAModule(nn.Module):
         for name in ("lora_A", "lora_B", "bias"):
             self.register_parameter(name, None)
         if rank is not None:
-            self.lora_A = parameter(rank, columns, trained=True)
+            self.lora_A = parameter(rank, inner, trained=True)
             self.lora_B = parameter(rows, rank, trained=True)
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if bias:
             self.bias = parameter(rows, trained=False)
 
-    @staticmethod
-    def _init_options(init: AdapterInit, dtype: torch.dtype | None) -> dict:
+    @classmethod
+    def _check_adapter(cls, adapter: str) -> None:
+        """Raise ValueError unless layers of this kind can have such an adapter."""
+        if adapter not in cls.adapters:
+            raise ValueError(f"adapter={adapter!r} is not one of {cls.adapters}, those of {cls.__name__}")
+
+    @classmethod
+    def _init_options(cls, init: AdapterInit, dtype: torch.dtype | None) -> dict:
         """The arguments of a layer, made on the meta device, that `_fill` can put an initializer's result into."""
-        return {
+        cls._check_adapter(init.adapter)
+        options = {
             "format": init.packed.format.name,
             "group_size": init.packed.group_size,
             "rank": None if init.lora_A is None else init.lora_A.shape[0],
@@ -76,6 +93,13 @@ class QuantLoRAModule(nn.Module):
             "device": "meta",
             "dtype": dtype,
         }
+        if "qalora" in cls.adapters:
+            options |= {"adapter": init.adapter, "offset": init.packed.offset is not None}
+        elif init.packed.offset is not None and not init.packed.format.affine:
+            raise ValueError(
+                f"{cls.__name__} takes no {init.packed.format.name} weight with offsets, as merging an adapter makes"
+            )
+        return options
 
     def _fill(self, init: AdapterInit, bias: Tensor | None) -> None:
         """Take over what an initializer returned, and a copy of bias."""
@@ -128,7 +152,9 @@ class QuantLoRAModule(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         parameter = self.lora_A if self.lora_A is not None else self.bias
-        return torch.get_default_dtype() if parameter is None else parameter.dtype
+        if parameter is None:  # float64 scales are those of a float64 layer
+            return self.scale.dtype if self.scale.dtype == torch.float64 else torch.get_default_dtype()
+        return parameter.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -142,12 +168,78 @@ class QuantLoRAModule(nn.Module):
         dense = self.packed.dequantize(torch.promote_types(self._dtype, torch.float32))
         if self.has_adapter:
             lora_A, lora_B = self.lora_A.detach().to(dense.dtype), self.lora_B.detach().to(dense.dtype)
-            dense.addmm_(lora_B, lora_A, alpha=self.scaling)
+            dense.addmm_(lora_B, self.over_columns(lora_A), alpha=self.scaling)
         return dense
+
+    def over_columns(self, lora_A: Tensor) -> Tensor:
+        """lora_A as the matrix [rank, columns] that x itself is multiplied by: "qalora" has one of groups."""
+        return expand_groups(lora_A, self._columns, self.group_size) if self.adapter == "qalora" else lora_A
+
+    def check_mergeable(self, *, requantize: bool = False) -> None:
+        """Raise the ValueError that `merge_adapter` would raise for the kind or state of the adapter."""
+        if self.lora_A is None:
+            return
+        if not self.adapter_enabled:
+            raise ValueError("the adapter is disabled, and merging would add it: call enable_adapter first")
+        if self.adapter == "lora" and not requantize:
+            raise ValueError(
+                f"a rank-{self.rank} adapter changes each weight of a group differently, which the group's scale and "
+                "offset cannot hold: merge_adapter(requantize=True) rounds again and returns the error that adds, the "
+                "dense merged_linear() (or its like) is exact, and adapter='qalora' of linear layers merges exactly"
+            )
+
+    def merge_adapter(self, *, requantize: bool = False) -> float:
+        """Move the adapter into the packed weight, in place; returns the relative error ||W - W'||_F / ||W||_F it adds.
+
+        adapter="qalora": exact, the error is 0. The codes stay; the offsets (of zero where the format has none) become
+
+            offset'[n, g] = offset[n, g] + scaling / group_size * (lora_B @ lora_A)[n, g]
+
+        and are stored, with the scales, in float32 (float64 in a float64 layer, for which there is no fast kernel): in
+        float16 they would be rounded by 5e-4 of themselves. adapter="lora": the merged weight is quantized anew,
+        only with ``requantize=True``. A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
+
+        Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, or NaN
+        or Inf in the adapter.
+        """
+        self.check_mergeable(requantize=requantize)
+        if self.lora_A is None:
+            return 0.0
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
+            packed, error = self._with_offsets() if self.adapter == "qalora" else self._requantized()
+        for name in PACKED_BUFFERS:
+            setattr(self, name, getattr(packed, name))
+        self.lora_A = self.lora_B = self.rank = None
+        self.scaling, self.adapter = 1.0, "lora"
+        return error
+
+    def _with_offsets(self) -> tuple[PackedTensor, float]:
+        wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        width = self._columns if self.group_size == -1 else self.group_size
+        offset = (self.scaling / width) * (self.lora_B.double() @ self.lora_A.double())
+        if self.offset is not None:
+            offset += self.offset.double()
+        offset = offset.to(wide)
+        if not torch.isfinite(offset).all():
+            raise ValueError(
+                f"merged offsets are not finite: lora_A or lora_B holds NaN, Inf or more than {wide} can hold"
+            )
+        packed = self.packed
+        packed.scale, packed.offset = self.scale.to(wide), offset
+        return packed, 0.0
+
+    def _requantized(self) -> tuple[PackedTensor, float]:
+        dense = self._merged()
+        dtype = self.scale.dtype if self.scale.dtype in SCALE_DTYPES else torch.float32
+        packed = quantize(dense, self.format.name, self.group_size, scale_dtype=dtype, name="the merged weight")
+        norm, difference = dense.norm().item(), (dense - packed.dequantize(dense.dtype)).norm().item()
+        return packed, difference / norm if norm > 0 else 0.0
 
     def _describe_weight(self) -> str:
         """The end of `extra_repr`: format and adapter."""
         adapter = "no adapter" if self.rank is None else f"rank={self.rank}, scaling={self.scaling:g}"
+        if self.rank is not None and self.adapter != "lora":
+            adapter = f"adapter={self.adapter}, {adapter}"
         if self.rank is not None and not self.adapter_enabled:
             adapter += " (disabled)"
         return f"format={self.format.name}, group_size={self.group_size}, {adapter}"

@@ -81,11 +81,15 @@ class _QuantLoRAConv(QuantLoRAModule):
         """Quantize the kernel of a convolution as cfg says (default: LoftQ, NF4, rank 16); conv is not changed.
 
         Raises TypeError unless conv is of exactly the class that this one replaces, and ValueError as the initializer:
-        for NaN or Inf, naming the flattened kernel's row, and for ranks above min(c_out, c_in / groups * k).
+        for NaN or Inf, naming the flattened kernel's row, for ranks above min(c_out, c_in / groups * k) and for
+        adapter="qalora".
         """
         if type(conv) is not cls._dense_class:
             raise TypeError(f"from_conv takes a torch.nn.{cls._dense_class.__name__}, got {type(conv).__name__}")
-        init = initialize([conv.weight.detach().flatten(1)], cfg or QuantConfig())[0]
+        cfg = cfg or QuantConfig()
+        if cfg.has_qalora:
+            cls._check_adapter(cfg.adapter)
+        init = initialize([conv.weight.detach().flatten(1)], cfg)[0]
         return cls.from_init(init, conv)
 
     @classmethod

@@ -77,13 +77,16 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         """Quantize the table of an `nn.Embedding` as cfg says (default: LoftQ, NF4, rank 16); it is not changed.
 
         Raises TypeError for other classes, subclasses included, and ValueError for an embedding with max_norm,
-        scale_grad_by_freq or sparse gradients, and as the initializer.
+        scale_grad_by_freq or sparse gradients, for adapter="qalora", and as the initializer.
         """
         if type(embedding) is not nn.Embedding:
             raise TypeError(f"from_embedding takes a torch.nn.Embedding, got {type(embedding).__name__}")
         if reason := unsupported(embedding):
             raise ValueError(f"the embedding has {reason}")
-        init = initialize([embedding.weight.detach()], cfg or QuantConfig())[0]
+        cfg = cfg or QuantConfig()
+        if cfg.has_qalora:
+            cls._check_adapter(cfg.adapter)
+        init = initialize([embedding.weight.detach()], cfg)[0]
         return cls.from_init(init, embedding.padding_idx, dtype=embedding.weight.dtype).train(embedding.training)
 
     @classmethod

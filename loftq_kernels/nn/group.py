@@ -28,8 +28,9 @@ class QuantLoRALinearGroup:
         q, k, v = self.qkv(x)
 
     Args:
-        layers: `QuantLoRALinear`s of one in_features, format, group_size, scale dtype and device; ranks, scalings and
-            biases may differ.
+        layers: `QuantLoRALinear`s of one in_features, format, group_size, scale dtype and device, all with offsets or
+            none; ranks, scalings, biases and kinds of adapter may differ. Merging the adapters (`merge_adapter`) of
+            some alone may make layers differ: the next call then says in what.
 
     Shapes: x [..., in_features] -> a tuple of [..., layers[i].out_features], views of one tensor. Differentiable as the
     layers are. Raises TypeError for other modules, ValueError for layers that do not fit together.
@@ -57,6 +58,9 @@ class QuantLoRALinearGroup:
                 raise ValueError(f"layers[{i}] has format {layer.format.name}, layers[0] {first.format.name}")
             if layer.scale.dtype != first.scale.dtype:
                 raise ValueError(f"layers[{i}] has scales in {layer.scale.dtype}, layers[0] in {first.scale.dtype}")
+            if (layer.offset is None) != (first.offset is None):
+                has = ["no offsets" if one.offset is None else "offsets" for one in (layer, first)]
+                raise ValueError(f"layers[{i}] has {has[0]}, layers[0] {has[1]}: merge the adapters of all or of none")
             if layer.codes.device != first.codes.device:
                 raise ValueError(f"layers[{i}] is on {layer.codes.device}, layers[0] on {first.codes.device}")
 
@@ -129,7 +133,7 @@ class QuantLoRALinearGroup:
         lora_A = lora_B = bias = None
         adapted = [layer for layer in self.layers if layer.has_adapter]
         if adapted:
-            lora_A = torch.cat([layer.lora_A for layer in adapted])
+            lora_A = torch.cat([layer.over_columns(layer.lora_A) for layer in adapted])
             blocks, column = [], 0
             for layer in self.layers:
                 rank = layer.rank if layer.has_adapter else 0

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
+from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import linear_tensors
 
@@ -19,10 +20,18 @@ class QuantLoRALinear(QuantLoRAModule):
     A new layer holds the zero weight, lora_A Kaiming-uniform and lora_B zero, to be filled by a checkpoint;
     `from_linear` and `from_init` make one from a weight.
 
+    With ``adapter="qalora"`` (Xu et al., ICLR 2024) the adapter sees the means of x over the quantization groups,
+
+        scaling * (avg(x) @ lora_A.T) @ lora_B.T,   lora_A [rank, G],   avg(x) [..., G] = sums over groups / group_size,
+
+    so that it is constant in each group and `merge_adapter` can move it into the offsets exactly.
+
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`; dtype is that of adapter and bias.
         format, group_size, scale_dtype: as for `quantize`.
-        rank: 1 .. min(in_features, out_features), or None for no adapter.
+        rank: 1 .. min(in_features, out_features), or None for no adapter; for "qalora" 1 .. min(G, out_features).
+        adapter: "lora" or "qalora".
+        offset: have offsets in any format, as a layer has that an adapter was merged into.
         lora_alpha, use_rslora: scaling = lora_alpha / rank (/ sqrt(rank) with use_rslora); None means scaling 1.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x. Parameters lora_A [rank, in_features],
@@ -30,6 +39,7 @@ class QuantLoRALinear(QuantLoRAModule):
     """
 
     kind = "linear"
+    adapters = ADAPTERS
 
     def __init__(
         self,
@@ -42,7 +52,9 @@ class QuantLoRALinear(QuantLoRAModule):
         rank: int | None = 16,
         lora_alpha: float | None = None,
         use_rslora: bool = False,
+        adapter: str = "lora",
         scale_dtype: torch.dtype = torch.float16,
+        offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -55,7 +67,9 @@ class QuantLoRALinear(QuantLoRAModule):
             rank=rank,
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
+            adapter=adapter,
             scale_dtype=scale_dtype,
+            offset=offset,
             device=device,
             dtype=dtype,
         )
@@ -90,6 +104,9 @@ class QuantLoRALinear(QuantLoRAModule):
     def forward(self, x: Tensor) -> Tensor:
         buffers, parameters = self._buffers, self._parameters  # nn.Module's attribute look-up takes longer, eight times
         adapted = self.adapter_enabled
+        lora_A = parameters["lora_A"] if adapted else None
+        if lora_A is not None and self.adapter != "lora":
+            lora_A = self.over_columns(lora_A)
         return linear_tensors(
             x,
             buffers["codes"],
@@ -97,7 +114,7 @@ class QuantLoRALinear(QuantLoRAModule):
             buffers["offset"],
             buffers["codebook"],
             self.group_size,
-            parameters["lora_A"] if adapted else None,
+            lora_A,
             parameters["lora_B"] if adapted else None,
             self.scaling,
             parameters["bias"],

@@ -10,6 +10,9 @@ from loftq_kernels.ops.reference import SCALE_RULES
 
 SCALE_DTYPES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCALE_DTYPES = tuple(SCALE_DTYPES_BY_NAME.values())
+# What scale and offset may be stored in: float64 is what merging a float64 adapter makes, `quantize` never does.
+STORED_DTYPES_BY_NAME = {**SCALE_DTYPES_BY_NAME, "float64": torch.float64}
+STORED_DTYPES = tuple(STORED_DTYPES_BY_NAME.values())
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -90,8 +93,8 @@ def check_packed(
         raise ValueError(
             f"codes rows have {codes.shape[1]} bytes; {in_features} columns at {bits} bits need {expected}"
         )
-    if scale.dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale has dtype {scale.dtype}, expected one of {SCALE_DTYPES}")
+    if scale.dtype not in STORED_DTYPES:
+        raise ValueError(f"scale has dtype {scale.dtype}, expected one of {STORED_DTYPES}")
     groups = (codes.shape[0], packing.num_groups(in_features, group_size))
     for name, tensor in (("scale", scale), ("offset", offset)):
         if tensor is None:
@@ -215,13 +218,14 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
         raise ValueError(f"adapter_ids holds {wrong}; {adapters} adapters have ids 0..{adapters - 1}, and -1 is none")
 
 
-def check_rank(rank: int, out_features: int, in_features: int) -> None:
+def check_rank(rank: int, out_features: int, in_features: int, inner: str = "in_features") -> None:
+    """``inner`` is what messages call in_features: the columns of lora_A."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an int, got {rank!r} (None means no adapter)")
     if not 1 <= rank <= min(out_features, in_features):
         raise ValueError(
             f"rank={rank} is outside 1..{min(out_features, in_features)} = min(out_features={out_features}, "
-            f"in_features={in_features}); rank=None means no adapter"
+            f"{inner}={in_features}); rank=None means no adapter"
         )
 
 

@@ -226,9 +226,12 @@ def _linear_multi(
             )
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
-    return _kernels(backend, x.device).qlora_linear_multi(
-        autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias
-    )
+    kernels = _kernels(backend, x.device)
+    if packed.scale.dtype == torch.float64:  # as `_wide_linear`
+        kernels = reference if x.dtype == torch.float64 else kernels
+        scale, offset = (_narrow(t, x.dtype) for t in (packed.scale, packed.offset))
+        weight = packed.codes, scale, offset, packed.codebook, packed.group_size
+    return kernels.qlora_linear_multi(autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias)
 
 
 def linear_tensors(
@@ -250,6 +253,8 @@ def linear_tensors(
     from wild memory, and only when they refuse do the checks of this package look for the reason."""
     checks.check_floating("x", x)
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
+    if scale.dtype == torch.float64:
+        return _wide_linear(x, *args, scaling, bias, in_features=in_features, backend=backend)
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         return _kernels(backend, x.device).qlora_linear(autocast(x), *args, float(scaling), bias)
@@ -258,6 +263,37 @@ def linear_tensors(
     except Exception:
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         raise
+
+
+def _wide_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    group_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    in_features: int,
+    backend: str | None,
+) -> Tensor:
+    """Float64 scales and offsets, which the kernels do not read: plain torch for float64 x, rounded for any other."""
+    adapter = lora_A, lora_B, scaling, bias
+    checks.check_qlora_linear(x, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, bias)
+    if x.dtype == torch.float64:
+        return reference.qlora_linear(x, codes, scale, offset, codebook, group_size, *adapter)
+    scale, offset = _narrow(scale, x.dtype), _narrow(offset, x.dtype)
+    return linear_tensors(
+        x, codes, scale, offset, codebook, group_size, *adapter, in_features=in_features, backend=backend
+    )
+
+
+def _narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Float64 scales or offsets as x of dtype is multiplied by them."""
+    return stored if stored is None or dtype == torch.float64 else stored.float()
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -281,4 +317,7 @@ def dequantize_tensors(
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dequantize to dtype={dtype}: a floating-point dtype is needed")
+    if scale.dtype == torch.float64:  # which the kernels do not read
+        wide = reference.dequantize(codes, scale, offset, codebook, in_features, group_size, torch.float64)
+        return wide.to(dtype)
     return _kernels(backend, codes.device).dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)

@@ -1,0 +1,1 @@
+"""Whole tasks, each one command: ``python -m loftq_kernels.recipes.finetune``."""

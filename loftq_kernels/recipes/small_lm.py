@@ -1,0 +1,139 @@
+"""A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+
+BYTES = 256  # the vocabulary
+CONTEXT = 128
+_CODE_BYTES = 1_500_000  # of the standard library's sources, a third of them
+_HELD_OUT = 0.1  # of a text, its end
+_WINDOWS = 96  # of held-out text that perplexity is measured on
+
+
+class SmallLM(nn.Module):
+    """A Llama-like decoder: RMSNorm, rotary positions, causal attention, SwiGLU. Returns (final states, logits).
+
+    tokens [B, T] int64 below 256 -> states after the last norm [B, T, width], logits [B, T, 256].
+    """
+
+    def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, hidden: int = 384):
+        super().__init__()
+        self.embed = nn.Embedding(BYTES, width)
+        self.layers = nn.ModuleList(_Block(width, heads, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, BYTES, bias=False)
+        angles = torch.outer(torch.arange(CONTEXT), 1e4 ** (-torch.arange(0, width // heads, 2) / (width // heads)))
+        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]))  # [2, T, head / 2]
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x, rotation = self.embed(tokens), self.rotation[:, : tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rotation)
+        x = self.norm(x)
+        return x, self.lm_head(x)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        y = self.attention_norm(x)
+        q, k, v = (
+            p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
+        y = self.mlp_norm(x)
+        return x + self.down_proj(silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions: the pair (x[i], x[i + half]) turned by the position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def english() -> tuple[Tensor, Tensor]:
+    """Bytes to train on and held-out ones: the language reference as `pydoc` carries it, about 0.45 MB."""
+    from pydoc_data.topics import topics
+
+    return _split("\n\n".join(topics[key] for key in sorted(topics)).encode())
+
+
+def code() -> tuple[Tensor, Tensor]:
+    """The same of the standard library's sources: other text, with much that English has not."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return _split(b"\n".join(file.read_bytes() for file in files)[:_CODE_BYTES])
+
+
+def _split(text: bytes) -> tuple[Tensor, Tensor]:
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    held_out = int(_HELD_OUT * len(tokens))
+    return tokens[:-held_out], tokens[-held_out:]
+
+
+def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Tokens [count, CONTEXT] int64 from random places of a text."""
+    starts = torch.randint(len(text) - CONTEXT, (count, 1), generator=generator)
+    return text[starts + torch.arange(CONTEXT)].long()
+
+
+def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of each byte but the first given those before it."""
+    logits = model(tokens)[1]
+    return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, held_out: Tensor) -> float:
+    """exp(loss) over windows spread evenly over held-out text; the same ones for every model."""
+    starts = torch.linspace(0, len(held_out) - CONTEXT, _WINDOWS).long().unsqueeze(1)
+    tokens = held_out[starts + torch.arange(CONTEXT)].long()
+    return math.exp(sum(next_byte_loss(model, part).item() for part in tokens.chunk(4)) / 4)
+
+
+def train(
+    model: nn.Module, text: Tensor, *, steps: int, lr: float, batch: int, seed: int, warmup: int = 20
+) -> Iterator[tuple[int, float]]:
+    """AdamW with a cosine schedule on what requires gradients; yields (steps done, loss) after each step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps, warmup))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        loss = next_byte_loss(model, windows(text, batch, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step, loss.item()
+
+
+def _cosine(steps: int, warmup: int) -> Callable[[int], float]:
+    return lambda step: min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def pretrained(steps: int, seed: int, progress: Callable[[int], None] | None = None, **sizes: int) -> SmallLM:
+    """A model trained from scratch on `english`; ``progress`` is told of each step."""
+    torch.manual_seed(seed)
+    model = SmallLM(**sizes)
+    for step, _ in train(model, english()[0], steps=steps, lr=3e-3, batch=16, seed=seed):
+        if progress is not None:
+            progress(step)
+    return model.eval()

@@ -1,0 +1,83 @@
+"""What resuming `rilq_tune` takes, in a folder: a JSON file and the safetensors file that it names.
+
+The JSON is replaced last, so that a reader finds either the state before a save or the one after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from loftq_kernels import storage
+
+_INDEX = "rilq.json"
+_VERSION = 1
+
+
+class RilqPoint(NamedTuple):
+    """Losses after ``step`` updates: the whole, the discrepancy and the cross-entropy."""
+
+    step: int
+    loss: float
+    mse: float
+    ce: float
+
+
+@dataclass
+class RilqProgress:
+    """How far a run is; ``waiting`` counts the validations since the best one."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    waiting: int = 0
+    train: list[RilqPoint] = field(default_factory=list)
+    validation: list[RilqPoint] = field(default_factory=list)
+
+
+def save(folder: Path, settings: Mapping[str, Any], done: RilqProgress, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state; the one before it stays if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"state-{done.step}.safetensors"
+    storage.save_tensors(folder / name, tensors, {"step": str(done.step)})
+    values = {"loftq_rilq_version": _VERSION, "tensors": name, "settings": settings, "done": dataclasses.asdict(done)}
+    with storage.replacing(folder / _INDEX) as temporary:
+        temporary.write_text(json.dumps(values), encoding="utf-8")
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> tuple[RilqProgress, dict[str, Tensor]] | None:
+    """The state in folder, None if there is none.
+
+    Raises ValueError for one that is damaged or was saved with other settings, which it names.
+    """
+    file = folder / _INDEX
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version, stored, name = values["loftq_rilq_version"], values["settings"], values["tensors"]
+        if version != _VERSION:
+            raise ValueError(f"its version is {version!r}, this version reads {_VERSION}")
+        done = RilqProgress(**values["done"])
+        done.train, done.validation = ([RilqPoint(*p) for p in points] for points in (done.train, done.validation))
+        if Path(name).name != name:
+            raise ValueError(f"tensors lie in {name!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read (truncated or corrupted?): {error!r}") from error
+    expected = json.loads(json.dumps(settings))
+    if changed := sorted(key for key in expected.keys() | stored.keys() if expected.get(key) != stored.get(key)):
+        raise ValueError(f"{folder} holds the state of another run: {', '.join(changed)} differ; choose another folder")
+    tensors, metadata = storage.load_tensors(folder / name)
+    if metadata.get("step") != str(done.step):
+        raise ValueError(f"{folder / name} is of update {metadata.get('step')}, {_INDEX} of {done.step}")
+    return done, tensors
