@@ -103,7 +103,8 @@ class Layer:
         """The product in float64, and how far from it each element may be.
 
         Every operation rounds by at most u of its type; n of them, in any order, by n u of the sum of magnitudes. Where
-        x is bfloat16 the operands may be rounded to it: the weight once; A, the hidden values and B, three in all.
+        x is bfloat16 the operands may be rounded to it: the weight once (for few rows of x its code book, to either
+        side, so by 2 u); A, the hidden values and B, three in all.
         """
         u, operand = ROUNDING[x.dtype], ROUNDING[x.dtype] if x.dtype == torch.bfloat16 else 0.0
         summand = min(u, ROUNDING[torch.float32])
@@ -121,7 +122,8 @@ class Layer:
             terms += first.shape[1]
         if self.bias is not None and not transposed:
             y, size = y + self.bias.double(), size + self.bias.double().abs()
-        before_rounding = terms * summand * (size + low_rank) + 1.01 * operand * (size + 3 * low_rank)
+        of_weight = 1 if transposed or x.numel() > 8 * x.shape[-1] else 2
+        before_rounding = terms * summand * (size + low_rank) + 1.01 * operand * (of_weight * size + 3 * low_rank)
         return y, before_rounding * (1 + u) + u * y.abs() + smallest
 
 
@@ -290,7 +292,7 @@ class TestErrorBudget:
                     "around 1": 1 + 0.3 * x,
                     "around 0": x,
                 }[kind].bfloat16()
-                ours, plain = (relative_error(layer.multiply(x, ops=ops), layer, x) for ops in (OPS, reference))
+                ours, plain = (relative_error(layer.multiply(x, ops=ops), layer, x, False) for ops in (OPS, reference))
                 assert ours <= 1.2 * plain, f"m={m}: error {ours:.3g}, plain torch {plain:.3g}"
 
     @pytest.mark.parametrize("codebook", ["nf4", "int8"])
@@ -372,7 +374,8 @@ class TestDecode:
     @TRANSPOSED
     @pytest.mark.parametrize("codebook", CODEBOOKS)
     def test_bfloat16_within_one_rounding(self, isa, codebook, transposed):
-        """Exactly the weight in bfloat16, but for few rows x the code book may be rounded instead of it."""
+        """Exactly the weight in bfloat16, but for few rows x the code book may be rounded instead of it, to either
+        side."""
         for group_size in (32, 64, -1):
             layer = random_layer(codebook, 9, 200, group_size)
             for m in (1, 2, 4, 8, 10, 40):  # divisors of 200: no two rows are left over
@@ -380,7 +383,7 @@ class TestDecode:
                 if m > 8 or transposed or group_size == 32 or "8" in codebook:
                     assert torch.equal(y, layer.dense(torch.bfloat16)), m
                 error, u = (y.double() - layer.dense()).abs(), ROUNDING[torch.bfloat16]
-                assert (error <= 1.01 * u * (layer.magnitudes() + layer.dense().abs())).all(), m
+                assert (error <= 2.02 * u * (layer.magnitudes() + layer.dense().abs())).all(), m
 
 
 class TestNonFinite:
