@@ -90,18 +90,33 @@ def _is_exact(value: float, dtype: torch.dtype) -> bool:
 
 # ---- the values of a code book's tensor, read from its device once
 
-_values: dict[int, tuple[weakref.ref, int, tuple[float, ...]]] = {}  # by id; a dead reference removes its entry
+
+class Entries(tuple):
+    """The entries of a code book. Equal ones are one object, so that they hash and compare as fast as one."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
-def codebook_values(codebook: Tensor) -> tuple[float, ...]:
+_interned: dict[tuple[float, ...], Entries] = {}
+_values: dict[int, tuple[weakref.ref, int, Entries]] = {}  # by id; a dead reference removes its entry
+
+
+def codebook_values(codebook: Tensor) -> Entries:
     """The entries of codebook. Remembered by the tensor itself, not its memory, which another tensor may be given."""
     key = id(codebook)
     known = _values.get(key)
-    if known is not None and known[0]() is codebook and known[1] == codebook._version:
+    if known is not None and known[0]() is codebook and known[1] == _version(codebook):
         return known[2]
     values = tuple(codebook.tolist())
-    _values[key] = weakref.ref(codebook, lambda _: _values.pop(key, None)), codebook._version, values
-    return values
+    entries = _interned.setdefault(values, Entries(values))
+    _values[key] = weakref.ref(codebook, lambda _: _values.pop(key, None)), _version(codebook), entries
+    return entries
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # tensors made in inference mode do not count theirs
 
 
 # ---- PTX

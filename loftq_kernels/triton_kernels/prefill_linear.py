@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
+from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tile_configs import TileConfig, cdiv
 from loftq_kernels.triton_kernels.tiles import scaled, tile_of_program
 
 
@@ -122,7 +122,7 @@ def launch_prefill_linear(
     lora_B: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    tile: TileConfig,
+    tile: Config,
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B [N, R].T + bias [N]; x, h and y float16 or bfloat16, last stride 1.
 
@@ -157,8 +157,8 @@ def launch_prefill_linear(
         BLOCK_N=tile.block_n,
         BLOCK_R=block_r(rank),
         SWIZZLE=8,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
         enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )
     return y
