@@ -70,9 +70,10 @@ def _decode_linear_kernel(
     columns each; the others wait for its sum with the weights' part done. The last of the programs that share a tile of
     y adds up their parts.
 
-    Devices have been seen to start programs in the order of their index, but CUDA does not promise it, and more
-    programs than fit on the device at once do not all start before the first of them ends. So nobody waits for a
-    program that may not have started: chunks are not assigned but claimed, and who would wait claims first.
+    Devices have been seen to start programs in the order of their index, but CUDA does not promise it, and where there
+    are more programs than fit on the device at once, waiting for one that has not started would be waiting for ever. So
+    with adapters a program's work is not that of its index but of a ticket drawn at its start: who waits has drawn
+    later than those it waits for, which run, and wait for nobody. It costs the latency of one atomic.
     """
     pid = tl.program_id(0)
     row_block = tl.program_id(1)
@@ -81,21 +82,25 @@ def _decode_linear_kernel(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
             M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid, row_block,
             BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
+            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
         )  # fmt: skip
-    elif pid < num_chunks:
-        _lora_down(
-            x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, row_block,
-            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK, STAGES=3,
-        )  # fmt: skip
-        _leave(counters + 4 * row_block, N, num_chunks, BLOCK_N)
     else:
-        _one_tile(
-            x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
-            M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
-            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
-        )  # fmt: skip
+        ticket = counters + 4 * row_block + 3
+        pid = tl.atomic_add(ticket, 1, sem="relaxed")
+        if pid == tl.num_programs(0) - 1:
+            tl.store(ticket, 0)  # the last one: nobody draws any more
+        if pid < num_chunks:
+            _lora_down(
+                x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, pid, row_block,
+                SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+            )  # fmt: skip
+        else:
+            _one_tile(
+                x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
+                M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
+                BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -106,7 +111,6 @@ def _one_tile(
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
     tile = index // SPLITS
@@ -119,8 +123,8 @@ def _one_tile(
         acc *= UNIT
     if SPLITS == 1:
         _finish(
-            acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, scaling, num_chunks,
-            tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+            acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
+            tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     else:
         num_tiles = tl.cdiv(N, BLOCK_N)
@@ -137,8 +141,8 @@ def _one_tile(
             for i in tl.static_range(1, SPLITS):
                 total += tl.load(parts + i * size, cache_modifier=".cg")
             _finish(
-                total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, scaling, num_chunks,
-                tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+                total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
+                tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
             )  # fmt: skip
 
 
@@ -343,71 +347,54 @@ def _down_at(
 
 @triton.jit
 def _lora_down(
-    x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, row_block,
+    x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, chunk, row_block,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Claims chunks of columns of (x @ lora_A[id].T).T until none is left, and computes them. Who is done with the last
-    adds the chunks up and says so. Counters: chunks done, whether the sum is there, programs done, chunks claimed."""
+    """One chunk of columns of (x @ lora_A[id].T).T; the last program to be done adds the chunks up and says so.
+
+    Counters of a block of rows: chunks done, whether their sum is there, its readers that are done, tickets drawn."""
     m = tl.arange(0, BLOCK_M)
     row = row_block * BLOCK_M + m
     down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, K)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        down = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+        if adapter_ids is None:
+            down = _down_product(down, x, lora_A, row, row < M, r, first, last, K, R)
+        else:
+            ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
+            for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
+                # Each adapter of the block once: at the first row that has it.
+                adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
+                if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
+                    down = _down_product(down, x, lora_A + adapter * R * K, row, ids == adapter, r, first, last, K, R)
+        at = down_at + chunk.to(tl.int64) * R * BLOCK_M + r[:, None] * BLOCK_M + m[None, :]
+        tl.store(at, down, mask=(r < R)[:, None], cache_modifier=".cg")
     counters += 4 * row_block
-    chunk = tl.atomic_add(counters + 3, 1, sem="relaxed")
-    while chunk < num_chunks:
-        first = chunk * CHUNK
-        last = tl.minimum(first + CHUNK, K)
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            down = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-            if adapter_ids is None:
-                down = _down_product(down, x, lora_A, row, row < M, r, first, last, K, R, STAGES)
-            else:
-                ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
-                for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
-                    # Each adapter of the block once: at the first row that has it.
-                    adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
-                    if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
-                        own = lora_A + adapter * R * K
-                        down = _down_product(down, x, own, row, ids == adapter, r, first, last, K, R, STAGES)
-            at = down_at + chunk.to(tl.int64) * R * BLOCK_M + r[:, None] * BLOCK_M + m[None, :]
-            tl.store(at, down, mask=(r < R)[:, None], cache_modifier=".cg")
+    tl.debug_barrier()
+    if tl.atomic_add(counters, 1, sem="acq_rel") == num_chunks - 1:
+        tl.store(counters, 0)
+        size = R * BLOCK_M
+        for e0 in range(0, size, BLOCK_R * BLOCK_M):
+            e = e0 + tl.arange(0, BLOCK_R * BLOCK_M)
+            total = tl.zeros((BLOCK_R * BLOCK_M,), tl.float32)
+            for c0 in range(0, num_chunks, 16):
+                c = c0 + tl.arange(0, 16)
+                mask = (c < num_chunks)[:, None] & (e < size)[None, :]
+                parts = tl.load(down_at + c[:, None] * size + e[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                total += tl.sum(parts, axis=0)
+            tl.store(down_at + num_chunks * size + e, total, mask=e < size, cache_modifier=".cg")
         tl.debug_barrier()
-        if tl.atomic_add(counters, 1, sem="acq_rel") == num_chunks - 1:
-            tl.debug_barrier()
-            tl.store(counters, 0)
-            size = R * BLOCK_M
-            for e0 in range(0, size, BLOCK_R * BLOCK_M):
-                e = e0 + tl.arange(0, BLOCK_R * BLOCK_M)
-                total = tl.zeros((BLOCK_R * BLOCK_M,), tl.float32)
-                for c0 in range(0, num_chunks, 16):
-                    c = c0 + tl.arange(0, 16)
-                    mask = (c < num_chunks)[:, None] & (e < size)[None, :]
-                    parts = tl.load(
-                        down_at + c[:, None] * size + e[None, :], mask=mask, other=0.0, cache_modifier=".cg"
-                    )
-                    total += tl.sum(parts, axis=0)
-                tl.store(down_at + num_chunks * size + e, total, mask=e < size, cache_modifier=".cg")
-            tl.debug_barrier()
-            tl.atomic_xchg(counters + 1, 1, sem="release")
-        chunk = tl.atomic_add(counters + 3, 1, sem="relaxed")
+        tl.atomic_xchg(counters + 1, 1, sem="release")
 
 
 @triton.jit
-def _leave(counters, N, num_chunks, BLOCK_N: tl.constexpr):
-    """The last program that will look at a block's counters resets them."""
-    tl.debug_barrier()  # all threads have read
-    if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) + num_chunks - 1:
-        tl.store(counters + 1, 0)
-        tl.store(counters + 2, 0)
-        tl.store(counters + 3, 0)
-
-
-@triton.jit
-def _down_product(down, x, lora_A, row, used, r, first, last, K, R, STAGES: tl.constexpr):
+def _down_product(down, x, lora_A, row, used, r, first, last, K, R):
     """down + lora_A @ x.T over columns first..last, for the rows of x that are used."""
     PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
-    for k0 in tl.range(first, last, 64, num_stages=STAGES):
+    for k0 in range(first, last, 64):
         k = k0 + tl.arange(0, 64)
         a = tl.load(lora_A + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < last)[None, :], other=0.0)
         xs = tl.load(x + row[None, :] * K + k[:, None], mask=used[None, :] & (k < last)[:, None], other=0.0)
@@ -417,17 +404,16 @@ def _down_product(down, x, lora_A, row, used, r, first, last, K, R, STAGES: tl.c
 
 @triton.jit
 def _finish(
-    acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, scaling, num_chunks, tile,
-    row_block,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+    acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks, tile, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Adds adapters and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     if lora_A is not None:
         acc = _lora_up(
-            acc, x, lora_A, lora_B, adapter_ids, workspace, counters, M, N, K, R, S, scaling, num_chunks, n, row_block,
-            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+            acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
+            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -437,20 +423,15 @@ def _finish(
 
 @triton.jit
 def _lora_up(
-    acc, x, lora_A, lora_B, adapter_ids, workspace, counters, M, N, K, R, S, scaling, num_chunks, n, row_block,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+    acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + scaling * lora_B[id] @ (x @ lora_A[id].T).T, once the latter is there."""
     down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
     down_at += num_chunks.to(tl.int64) * R * BLOCK_M
-    ready = counters + 4 * row_block + 1
-    if tl.atomic_add(ready, 0, sem="acquire") == 0:
-        _lora_down(
-            x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, row_block,
-            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK, STAGES=1,
-        )  # fmt: skip
-        while tl.atomic_add(ready, 0, sem="acquire") == 0:  # for programs that run, and wait for nobody
-            pass
+    counters += 4 * row_block
+    while tl.atomic_add(counters + 1, 0, sem="acquire") == 0:
+        pass
     tl.debug_barrier()
     m = tl.arange(0, BLOCK_M)
     row = row_block * BLOCK_M + m
@@ -465,7 +446,10 @@ def _lora_up(
                 up = _up_product(up, x, down_at, lora_B + adapter * N * R, ids == adapter, n, N, R, BLOCK_M, BLOCK_R)
         # An adapter that is not there shows in its row, not in a neighbour's memory.
         up += tl.where(ids < S, 0.0, float("nan"))[None, :]
-    _leave(counters + 4 * row_block, N, num_chunks, BLOCK_N)
+    tl.debug_barrier()  # all threads have read: the last of the readers may reset
+    if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) - 1:
+        tl.store(counters + 1, 0)
+        tl.store(counters + 2, 0)
     return acc + scaling * up
 
 
@@ -650,6 +634,7 @@ def _plan(
             "CHUNK": CHUNK,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            **({"maxnreg": configs.ADAPTER_REGISTERS} if rank else {}),
         },
     )
 
