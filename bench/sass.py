@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from loftq_kernels.formats.format import get_format
 from loftq_kernels.triton_kernels.codebooks import make_decoder
 from loftq_kernels.triton_kernels.configs import ADAPTER_REGISTERS, Config
-from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel
+from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel, wide
 
 TARGETS = (80, 89, 90, 100)
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -73,6 +73,7 @@ def compile_decode_linear(
         **{"BITS": fmt.bits, "SETUP": decoder.setup, "ASM": decoder.asm, "TABLE": decoder.table},
         **{"PLANES": decoder.planes, "CONSTANTS": decoder.constants, "CONSTANT_ASM": decoder.constant_asm},
         **{"UNIT": decoder.unit, "CENTER": decoder.center, "GROUP": max(group_size, 0), "EVEN": even},
+        "WIDE": wide(config, group_size, 64, torch.float16),
         **{"SPLITS": splits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": config.tiles},
         **{"BLOCK_R": 16 if rank <= 16 else 32, "CHUNK": CHUNK},
     }
@@ -85,7 +86,7 @@ def compile_decode_linear(
         _decode_linear_kernel, signature, constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options |= {"maxnreg": ADAPTER_REGISTERS} if rank else {}
+    options |= {"maxnreg": ADAPTER_REGISTERS[fmt.affine]} if rank else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

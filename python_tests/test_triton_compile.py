@@ -22,13 +22,13 @@ from loftq_kernels.triton_kernels.configs import (
 )
 
 # Instructions a weight in the main loop, sm_90, g=64: the limits of the issue, with what the best tile has below them.
-LIMITS = {"nf4": 4.1, "nf2": 2.3, "int4": 2.5, "int4_sym": 2.2, "int2_sym": 1.9, "int2": 2.4}
+LIMITS = {"nf4": 3.6, "nf2": 2.2, "int4": 2.5, "int4_sym": 2.2, "int2_sym": 1.8, "int2": 2.25}
 CASES = [
     (format, capability, block_m, "tall")
     for format in ("nf2", "nf4", "int4", "int8")
     for capability in TARGETS
     for block_m in DECODE_BLOCK_M
-] + [(format, 90, 16, "small") for format in ("nf2", "nf4", "int4", "int8")]
+] + [("int2", 90, rows, shape) for rows in DECODE_BLOCK_M for shape in ("tall", "small")]
 
 
 def config_of(format: str, capability: int, rows: int, shape: str) -> Config:

@@ -32,6 +32,8 @@ CASES: dict[str, dict] = {
     },
     "one by one": dict(format="nf4", M=1, N=1, K=1),
     "whole steps": dict(format="int4", M=1, N=32, K=256, tiles=2),
+    "scales by four": dict(format="int2", M=2, N=33, K=480, tiles=4),
+    "scales by four, bfloat16": dict(format="int4", M=2, N=33, K=250, group_size=32, tiles=2, scale_dtype="bfloat16"),
     "half": dict(format="int4", M=2, N=40, K=200, dtype="float16"),
     "float32 scales": dict(format="int4", M=2, N=40, K=200, scale_dtype="float32"),
     "two blocks of rows": dict(format="nf4", M=18, N=32, K=64),

@@ -95,9 +95,9 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
 DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # without tensor cores: x in float32 stays exact
-# Registers a thread of decode with adapters: 6 programs of 64 threads a multiprocessor. Left alone, ptxas stops at 96
-# or 128 for the sake of more programs than there are, and spills.
-ADAPTER_REGISTERS = 168
+# Registers a thread of decode with adapters, without and with offsets: 6 and 4 programs of 64 threads a multiprocessor.
+# Left alone, ptxas stops at 96 or 128 for the sake of more programs than there are, and spills.
+ADAPTER_REGISTERS = {False: 168, True: 255}
 
 # What a search tries, besides the table's own: each product of these that is valid.
 _CANDIDATES = {

@@ -56,6 +56,7 @@ def _decode_linear_kernel(
     CENTER: tl.constexpr,
     GROUP: tl.constexpr,  # columns of a group; 0: the row
     EVEN: tl.constexpr,  # K is a multiple of 64 * TILES
+    WIDE: tl.constexpr,  # scales that are loaded at a time: 4 or 2, of 16 bits and aligned; or 1
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,7 +82,7 @@ def _decode_linear_kernel(
         _one_tile(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
             M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid, row_block,
-            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
             SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
         )  # fmt: skip
     else:
@@ -98,7 +99,7 @@ def _decode_linear_kernel(
             _one_tile(
                 x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
                 M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
-                BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+                BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
                 SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
             )  # fmt: skip
 
@@ -109,7 +110,7 @@ def _one_tile(
     M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, index, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
@@ -117,7 +118,8 @@ def _one_tile(
     split = index % SPLITS
     acc = _multiply(
         x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
-        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, BLOCK_M, BLOCK_N, TILES,
+        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
+        BLOCK_M, BLOCK_N, TILES,
     )  # fmt: skip
     if UNIT != 1.0:
         acc *= UNIT
@@ -151,7 +153,7 @@ def _multiply(
     x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
@@ -177,8 +179,8 @@ def _multiply(
     group = first * 64 // GROUP if GROUP else 0
     scale_at = scale + n * G
     offset_at = offset + n * G if offset is not None else scale_at
-    scales = _load_groups(scale_at, group, G, GROUPS)
-    offsets = _load_groups(offset_at, group, G, GROUPS) if offset is not None else scales
+    scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
+    offsets = _load_groups(offset_at, group, G, GROUPS, WIDE) if offset is not None else scales
 
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zeros
@@ -192,9 +194,9 @@ def _multiply(
         next_offsets = offsets
         if GROUP:  # loaded a whole iteration ahead of their use
             group += GROUPS
-            next_scales = _load_groups(scale_at, group, G, GROUPS)
+            next_scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
             if offset is not None:
-                next_offsets = _load_groups(offset_at, group, G, GROUPS)
+                next_offsets = _load_groups(offset_at, group, G, GROUPS, WIDE)
         for b in tl.static_range(TILES // SPAN):
             xs = _load_x(x_at + b * (SPAN * 64), K - (t + b * SPAN) * 64, k, 4 * SPAN, EVEN)
             if GROUP:
@@ -310,11 +312,19 @@ def _decode_tile(
 
 
 @triton.jit
-def _load_groups(at, group, G, GROUPS: tl.constexpr):
-    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, its again."""
+def _load_groups(at, group, G, GROUPS: tl.constexpr, WIDE: tl.constexpr):
+    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, any of its row."""
     values = ()
-    for i in tl.static_range(GROUPS):
-        values = values + (tl.load(at + tl.minimum(group + i, G - 1)),)
+    if WIDE == 1:
+        for i in tl.static_range(GROUPS):
+            values = values + (tl.load(at + tl.minimum(group + i, G - 1)),)
+    else:
+        DTYPE: tl.constexpr = at.dtype.element_ty
+        WORD: tl.constexpr = tl.int64 if WIDE == 4 else tl.int32
+        for i in tl.static_range(GROUPS // WIDE):
+            word = tl.load((at + tl.minimum(group + i * WIDE, G - WIDE)).to(tl.pointer_type(WORD)))
+            for j in tl.static_range(WIDE):
+                values = values + ((word >> 16 * j).to(tl.int16).to(DTYPE, bitcast=True),)
     return values
 
 
@@ -530,7 +540,9 @@ def decode_linear(
     rows = x.numel() // columns
     lora = None if lora_A is None else lora_A.shape
     entries = codebook_values(codebook)
-    key = rows, columns, out_features, group_size, device, dtype, affine, lora, entries, config, splits
+    aligned = scale.data_ptr() % 8 == 0 and (offset is None or offset.data_ptr() % 8 == 0)
+    scales = scale.dtype, aligned
+    key = rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
     plan = _plans.get(key)
     if plan is None:
         if config is None and autotune.enabled(device) and dtype != torch.float32:
@@ -539,7 +551,7 @@ def decode_linear(
         if len(_plans) >= 4096:
             _plans.clear()
         plan = _plans[key] = _plan(
-            rows, columns, out_features, group_size, device, dtype, affine, lora, entries, config, splits
+            rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
         )
     workspace = counters = None
     if plan.workspace:
@@ -579,6 +591,7 @@ def _plan(
     group_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    scales: tuple[torch.dtype, bool],
     affine: bool,
     lora: tuple[int, ...] | None,
     entries: tuple[float, ...],
@@ -597,6 +610,7 @@ def _plan(
     decoder = make_decoder(entries, dtype, asm=not knobs.runtime.interpret, sums=affine)
     rank = 0 if lora is None or 0 in lora else lora[-2]
     chunks = cdiv(columns, CHUNK) if rank else 0
+    groups = 1 if group_size < 0 else cdiv(columns, group_size)
     block_m = config.block_m
     row_blocks, tiles = cdiv(rows, block_m), cdiv(out_features, config.block_n)
     parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
@@ -608,7 +622,7 @@ def _plan(
         counters=row_blocks * (_COUNTERS + tiles),
         sizes=(
             cdiv(columns, configs.TILE) * bits,
-            1 if group_size < 0 else cdiv(columns, group_size),
+            groups,
             rank,
             lora[0] if lora is not None and len(lora) == 3 else 1,
         ),
@@ -626,6 +640,7 @@ def _plan(
             "CENTER": decoder.center,
             "GROUP": max(group_size, 0),
             "EVEN": columns % config.block_k == 0,
+            "WIDE": wide(config, group_size, groups, scales[0]) if scales[1] else 1,
             "SPLITS": splits,
             "BLOCK_M": block_m,
             "BLOCK_N": config.block_n,
@@ -634,14 +649,22 @@ def _plan(
             "CHUNK": CHUNK,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            **({"maxnreg": configs.ADAPTER_REGISTERS} if rank else {}),
+            **({"maxnreg": configs.ADAPTER_REGISTERS[affine]} if rank else {}),
         },
     )
 
 
+def wide(config: Config, group_size: int, groups: int, dtype: torch.dtype) -> int:
+    """Scales of a row that the kernel may load at a time, aligned to as many."""
+    if group_size < 0 or dtype == torch.float32:
+        return 1
+    step = config.block_k // group_size
+    return next(count for count in (4, 2, 1) if step % count == 0 and groups % count == 0)
+
+
 def _tuned(key: tuple, arguments: tuple) -> Config:
     """The fastest configuration for a launch with these arguments, measured unless it is known."""
-    rows, _, out_features, group_size, device, _, _, _, entries, _, _ = key
+    rows, _, out_features, group_size, device, _, _, _, _, entries, _, _ = key
     capability, multiprocessors = _device(device)
     bits = len(entries).bit_length() - 1
     place = configs.key_of("decode", capability, bits, rows, out_features, multiprocessors)
