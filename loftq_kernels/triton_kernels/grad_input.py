@@ -48,6 +48,7 @@ def _grad_input_kernel(
     SETUP: tl.constexpr,
     ASM: tl.constexpr,
     TABLE: tl.constexpr,
+    FIELD: tl.constexpr,
     UNIT: tl.constexpr,
     SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -88,7 +89,7 @@ def _grad_input_kernel(
         packed = tl.load(codes + rows_in[:, None] * stride_codes + byte[None, :], mask=column[None, :] < K, other=0)
         s, o = _load_groups(scale, offset, rows_in * stride_scale, group)
         s, o = spread(s, RUN), spread(o, RUN)
-        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
+        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
         for i in tl.static_range(FIELDS):
             if SPLIT_FIELDS and 2 * i == FIELDS:
                 s, o = _load_groups(scale, offset, rows_in * stride_scale, upper)

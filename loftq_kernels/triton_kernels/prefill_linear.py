@@ -56,6 +56,7 @@ def _prefill_linear_kernel(
     SETUP: tl.constexpr,
     ASM: tl.constexpr,
     TABLE: tl.constexpr,
+    FIELD: tl.constexpr,
     UNIT: tl.constexpr,
     SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -89,7 +90,7 @@ def _prefill_linear_kernel(
         packed = tl.load(code_tile + step * WIDTH)
         # All fields are decoded before the first product: on Hopper only the last product of a step runs
         # asynchronously, beside the decoding of the next.
-        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
+        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
         ws = ()
         for i in tl.static_range(FIELDS):
             s = s0 if i * PARTS < FIELDS else s1
