@@ -107,21 +107,18 @@ def test_dequantize(format, device):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_decoded_weights_are_exact(format, dtype, device):
-    """One-hot x: entries rounded to the dtype of x, scaled in float32 and rounded once. Integers are exact."""
+    """One-hot x: entries, as float32 where interpreted and float16 on a device, scaled in float32 and rounded once."""
     packed = lk.quantize(gaussian(5, 130), format, 32).to(device)
-    rounded = packed.codebook.to(dtype).float()
-    expected = lk.ops.functional.reference.dequantize(
-        packed.codes, packed.scale, packed.offset, rounded, 130, 32, dtype
-    )
-    if format.startswith("int"):
-        assert torch.equal(expected, packed.dequantize(dtype))
-    for path in ("prefill",):
-        eye = torch.eye(130, dtype=dtype, device=device)
-        y = triton_backend.qlora_linear(eye, *op_arguments(packed), 32, None, None, 1.0, None, path=path)
-        assert torch.equal(y.T, expected)
+    eye = torch.eye(130, dtype=dtype, device=device)
+    y = triton_backend.qlora_linear(eye, *op_arguments(packed), 32, None, None, 1.0, None, path="prefill").T
     eye = torch.eye(5, dtype=dtype, device=device)
     arguments = (eye, *op_arguments(packed), 130, 32, None, None, 1.0)
-    assert torch.equal(triton_backend.qlora_linear_grad_input(*arguments, path="fused"), expected)
+    transposed = triton_backend.qlora_linear_grad_input(*arguments, path="fused")
+    exact, unit = packed.dequantize(torch.float64), torch.finfo(dtype).eps / 2
+    for weight in (y, transposed):
+        if device == "cpu" or format.startswith("int"):
+            assert torch.equal(weight, packed.dequantize(dtype))
+        assert ((weight.double() - exact).abs() <= (unit + 2.0**-10) * exact.abs()).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
