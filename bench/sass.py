@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from loftq_kernels.formats.format import get_format
 from loftq_kernels.triton_kernels.codebooks import make_decoder
-from loftq_kernels.triton_kernels.configs import ADAPTER_REGISTERS, Config
+from loftq_kernels.triton_kernels.configs import Config, decode_registers
 from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel, wide
 
 TARGETS = (80, 89, 90, 100)
@@ -86,7 +86,8 @@ def compile_decode_linear(
         _decode_linear_kernel, signature, constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options |= {"maxnreg": ADAPTER_REGISTERS[fmt.affine]} if rank else {}
+    registers = decode_registers(config, fmt.bits, affine=fmt.affine, adapters=rank > 0)
+    options |= {} if registers is None else {"maxnreg": registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -272,7 +272,8 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return False
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        "qlora_linear" in triton_backend.registered
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )

@@ -388,12 +388,16 @@ def _warn_unavailable(device: torch.device) -> None:
         extension.warn_slow(device.type, reason)
 
 
+registered: set[str] = set()  # ops whose CUDA kernels are these
+
+
 def _register() -> None:
     """CUDA kernels of the ops; dequantize only where the extension was built without one of its own."""
     for kernel in (qlora_linear, qlora_linear_multi, qlora_linear_grad_input, dequantize):
         name = f"{NAMESPACE}::{kernel.__name__}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             torch.library.impl(name, "CUDA", kernel)
+            registered.add(kernel.__name__)
 
 
 _register()

@@ -95,10 +95,6 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
 DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # without tensor cores: x in float32 stays exact
-# Registers a thread of decode with adapters, without and with offsets: 6 and 4 programs of 64 threads a multiprocessor.
-# Left alone, ptxas stops at 96 or 128 for the sake of more programs than there are, and spills.
-ADAPTER_REGISTERS = {False: 168, True: 255}
-
 # What a search tries, besides the table's own: each product of these that is valid.
 _CANDIDATES = {
     "decode": {"block_n": (32, 64, 128), "block_k": (64, 128, 256), "num_warps": (2, 4), "num_stages": (3, 4, 6)},
@@ -177,6 +173,14 @@ def splits(config: Config, out_features: int, in_features: int, multiprocessors:
     while count < 16 and 4 * programs * count < 3 * config.fill * multiprocessors and steps >= 4 * count:
         count *= 2
     return count
+
+
+def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool) -> int | None:
+    """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
+    than there are, and spills: 168 or, with offsets, 255, for 6 or 4 programs of 64 threads a multiprocessor."""
+    if adapters or (bits == 2 and config.block_m == 16 and config.block_n >= 64):
+        return 255 if affine else 168
+    return None
 
 
 def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_size: int = TILE) -> str | None:

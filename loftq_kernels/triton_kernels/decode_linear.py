@@ -611,6 +611,7 @@ def _plan(
     rank = 0 if lora is None or 0 in lora else lora[-2]
     chunks = cdiv(columns, CHUNK) if rank else 0
     groups = 1 if group_size < 0 else cdiv(columns, group_size)
+    registers = configs.decode_registers(config, bits, affine=affine, adapters=rank > 0)
     block_m = config.block_m
     row_blocks, tiles = cdiv(rows, block_m), cdiv(out_features, config.block_n)
     parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
@@ -649,7 +650,7 @@ def _plan(
             "CHUNK": CHUNK,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            **({"maxnreg": configs.ADAPTER_REGISTERS[affine]} if rank else {}),
+            **({} if registers is None else {"maxnreg": registers}),
         },
     )
 
