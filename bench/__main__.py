@@ -12,18 +12,19 @@ import torch
 
 GPU_SUBJECTS = ("small_matrix", "gpu")
 SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", "plan", "quality", *GPU_SUBJECTS)
+ON_REQUEST = ("autotune", "overhead")  # searches for minutes; times what a busy machine blurs
 RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS + ON_REQUEST)}")
     parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions, to try it out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.subjects) - set(SUBJECTS))
+    unknown = sorted(set(args.subjects) - set(SUBJECTS + ON_REQUEST))
     if unknown:
-        parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS)}")
+        parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS + ON_REQUEST)}")
     args.output.mkdir(parents=True, exist_ok=True)
     here = [subject for subject in SUBJECTS if subject not in GPU_SUBJECTS or torch.cuda.is_available()]
     for subject in args.subjects or here:

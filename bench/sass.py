@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 
 from loftq_kernels.formats.format import get_format
 from loftq_kernels.triton_kernels.codebooks import make_decoder
-from loftq_kernels.triton_kernels.configs import DecodeConfig
-from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel
+from loftq_kernels.triton_kernels.configs import Config, decode_registers
+from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel, wide
 
 TARGETS = (80, 89, 90, 100)
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -43,8 +43,7 @@ class Machine:
 
 def compile_decode_linear(
     format: str,
-    config: DecodeConfig,
-    block_m: int,
+    config: Config,
     capability: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
@@ -74,7 +73,8 @@ def compile_decode_linear(
         **{"BITS": fmt.bits, "SETUP": decoder.setup, "ASM": decoder.asm, "TABLE": decoder.table},
         **{"PLANES": decoder.planes, "CONSTANTS": decoder.constants, "CONSTANT_ASM": decoder.constant_asm},
         **{"UNIT": decoder.unit, "CENTER": decoder.center, "GROUP": max(group_size, 0), "EVEN": even},
-        **{"SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "TILES": config.tiles},
+        "WIDE": wide(config, group_size, 64, torch.float16),
+        **{"SPLITS": splits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": config.tiles},
         **{"BLOCK_R": 16 if rank <= 16 else 32, "CHUNK": CHUNK},
     }
     kinds = {"x": x, "codes": "*u8", "scale": "*fp16", "codebook": "*fp32", "y": x, "scaling": "fp32"}
@@ -86,6 +86,8 @@ def compile_decode_linear(
         _decode_linear_kernel, signature, constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    registers = decode_registers(config, fmt.bits, affine=fmt.affine, adapters=rank > 0)
+    options |= {} if registers is None else {"maxnreg": registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

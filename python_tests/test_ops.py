@@ -136,12 +136,14 @@ class TestDecode:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("format", FORMATS)
     def test_bit_exact_on_cuda(self, format, dtype):
-        """Tensor cores are given code book entries in the dtype of x, which all integers fit, scaled in float32."""
+        """Tensor cores are given weights rounded to the dtype of x; integers on the way there are exact, other code
+        books in float16."""
         packed = lk.quantize(gaussian(7, 130), format).to("cuda")
-        y = lk.qlora_linear(torch.eye(130, dtype=dtype, device="cuda"), packed)
-        rounded = packed.codebook.to(dtype).float()
-        stored = packed.codes, packed.scale, packed.offset, rounded
-        assert torch.equal(y.T, lk.ops.functional.reference.dequantize(*stored, 130, 64, dtype))
+        y = lk.qlora_linear(torch.eye(130, dtype=dtype, device="cuda"), packed).T
+        if format.startswith("int"):
+            assert torch.equal(y, packed.dequantize(dtype))
+        exact = packed.dequantize(torch.float64)
+        assert ((y.double() - exact).abs() <= (torch.finfo(dtype).eps / 2 + 2.0**-10) * exact.abs()).all()
 
 
 def budget_case(packed, x, lora_A, lora_B, bias, scaling=0.5, backend=None):

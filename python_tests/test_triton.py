@@ -67,12 +67,12 @@ def _launch(kind: str, tile, format: str, group_size: int, dtype=torch.bfloat16)
 
 def _tile_cases() -> list:
     """Every tile of every architecture for nf4; Hopper's largest for other widths, affine scales and groups of 32."""
-    from loftq_kernels.triton_kernels import tile_configs
+    from loftq_kernels.triton_kernels.configs import Key, rows_of_table
 
     cases = []
-    for kind, tables in (("prefill", tile_configs.PREFILL_TILES), ("grad_input", tile_configs.GRAD_INPUT_TILES)):
+    for kind in ("prefill", "grad_input"):
         for architecture in (80, 89, 90, 100):
-            tiles = tile_configs._nearest(tables, architecture)
+            tiles = rows_of_table(Key(kind, architecture, 4, 64, "tall"))
             cases += [(kind, architecture, tile, "nf4", 64) for tile in tiles]
             if architecture == 90:
                 others = (("nf2", 64), ("int4", 32), ("int8", 128))

@@ -9,7 +9,7 @@ import torch
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
-from loftq_kernels.triton_kernels.codebooks import affine_map, codebook_values, make_decoder
+from loftq_kernels.triton_kernels.codebooks import affine_map, codebook_values, make_decoder, two_roundings
 
 HALVES = (torch.float16, torch.bfloat16)
 MASK = 0xFFFFFFFF
@@ -97,6 +97,8 @@ def test_every_code(format, dtype, sums):
     """decoded + constant, times unit after center: the code book's entry, rounded to dtype where it is a table's."""
     values = tuple(get_format(format).codebook().tolist())
     decoder = make_decoder(values, dtype, sums=sums)
+    unit, *rounded = two_roundings(values, dtype)
+    tables = [(unit * table.double()).tolist() for table in rounded]
     constants = decoder.constants or (0.0,) * (decoder.planes * 8 // decoder.bits)
     for word in words():
         fields = decoded(decoder, dtype, word)
@@ -106,21 +108,35 @@ def test_every_code(format, dtype, sums):
                 planes = range(i * decoder.planes, (i + 1) * decoder.planes)
                 value = sum(fields[plane][byte] + constants[plane] for plane in planes)
                 got = decoder.unit * (value + decoder.center)
-                entry = torch.tensor(values[code]).to(dtype).item() if decoder.table else values[code]
+                entry = tables[byte // 2][code] if decoder.table else values[code]
                 assert got == pytest.approx(entry, rel=0 if decoder.table else 2e-7, abs=0 if decoder.table else 2e-7)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("format", [name for name in lk.format_names() if get_format(name).bits < 8])
 def test_exact_tables(format, dtype):
-    """exact=True: any code book of 4 or 16 entries comes out entry by entry, without constants."""
+    """exact=True: any code book of 4 or 16 entries comes out entry by entry, in its unit, without constants."""
     values = tuple(get_format(format).codebook().tolist())
     decoder = make_decoder(values, dtype, exact=True)
-    assert (decoder.constants, decoder.unit, decoder.center, decoder.planes) == ((), 1.0, 0.0, 1)
-    rounded = torch.tensor(values).to(dtype).double().tolist()
+    unit, *tables = two_roundings(values, dtype)
+    assert (decoder.constants, decoder.unit, decoder.center, decoder.planes) == ((), unit, 0.0, 1)
+    rounded = [table.double().tolist() for table in tables]
     for word in words():
         for i, field in enumerate(decoded(decoder, dtype, word)):
-            assert field == [rounded[word >> 8 * j + decoder.bits * i & len(values) - 1] for j in range(4)]
+            codes = [word >> 8 * j + decoder.bits * i & len(values) - 1 for j in range(4)]
+            assert field == [rounded[j // 2][code] for j, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("format", ["nf4", "nf2", "uniform4", "int4"])
+def test_two_roundings(format, dtype):
+    """Errors of the mean of both tables, next to those of rounding once; the tables lie around the values."""
+    values = torch.tensor(tuple(get_format(format).codebook().tolist()), dtype=torch.float64)
+    unit, near, other = two_roundings(tuple(values.tolist()), dtype)
+    mean = unit * (near.double() + other.double()) / 2
+    once = (values.to(dtype).double() - values).square().mean()
+    assert (mean - values).square().mean() <= once / 4
+    assert ((unit * near.double() - values) * (unit * other.double() - values) <= 0).logical_or(near == other).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

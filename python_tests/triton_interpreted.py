@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
+import interpreter
 import torch
 from torch import Tensor
 
@@ -37,7 +40,7 @@ def decode_linear_case(
 
     adapters: how many there are to choose from, by random ids with -1 among them; 0: one for all rows.
     """
-    from loftq_kernels.triton_kernels.configs import DecodeConfig
+    from loftq_kernels.triton_kernels.configs import Config
     from loftq_kernels.triton_kernels.decode_linear import decode_linear
 
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +70,7 @@ def decode_linear_case(
         ids,
         0.5,
         bias_values,
-        config=DecodeConfig(block_n, tiles, 2, 2, 4),
+        config=Config(8 if M <= 8 else 16, block_n, 64 * tiles, 2, 2, 4),
         splits=splits,
     )
     exact, plain = (
@@ -91,20 +94,26 @@ def _expected(x, packed, lora_A, lora_B, ids, bias, precision) -> Tensor:
     return (y if bias is None else y + bias.to(precision)).double()
 
 
-def _allow_newest_numpy() -> None:
-    """Triton 3.6's interpreter takes int() of arrays of one element, which NumPy 2.4 no longer has."""
-    from triton.runtime import interpreter
+@contextmanager
+def grid_reversed() -> Iterator[None]:
+    """Programs run one after the other, here from the last to the first: nobody may wait for one that comes later."""
+    from triton.runtime.interpreter import InterpreterBuilder
 
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
+    builder, set_index = InterpreterBuilder, InterpreterBuilder.set_grid_idx
+    builder.set_grid_idx = lambda self, *at: set_index(
+        self, *(count - 1 - i for count, i in zip(self.grid_dim, at, strict=True))
+    )
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = set_index
 
 
 if __name__ == "__main__":
     assert os.environ["TRITON_INTERPRET"] == "1"
-    _allow_newest_numpy()
-    print(json.dumps([decode_linear_case("cpu", **case) for case in json.load(sys.stdin)]))
+    interpreter.repair()
+    results = []
+    for case in json.load(sys.stdin):
+        with grid_reversed() if case.pop("reversed", False) else nullcontext():
+            results.append(decode_linear_case("cpu", **case))
+    print(json.dumps(results))

@@ -251,10 +251,14 @@ def linear_tensors(
 ) -> Tensor:
     """`qlora_linear` on the stored tensors. A decode step calls it hundreds of times: the kernels check what keeps them
     from wild memory, and only when they refuse do the checks of this package look for the reason."""
-    checks.check_floating("x", x)
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
     if scale.dtype == torch.float64:
         return _wide_linear(x, *args, scaling, bias, in_features=in_features, backend=backend)
+    if backend is None and not torch.compiler.is_compiling() and _by_hand(x, codes, lora_A, lora_B, bias):
+        if x.shape[-1:] != (in_features,):
+            checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
+        return triton_backend.qlora_linear(autocast(x), *args, float(scaling), bias)
+    checks.check_floating("x", x)
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         return _kernels(backend, x.device).qlora_linear(autocast(x), *args, float(scaling), bias)
@@ -294,6 +298,21 @@ def _wide_linear(
 def _narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Float64 scales or offsets as x of dtype is multiplied by them."""
     return stored if stored is None or dtype == torch.float64 else stored.float()
+
+
+def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but call the Triton backend, in tens of microseconds: CUDA tensors of no
+    subclass, no gradient wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
+    if type(x) is not Tensor or not x.is_cuda or type(codes) is not Tensor:
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
+        return False
+    return (
+        "qlora_linear" in triton_backend.registered
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -56,8 +56,10 @@ def _device(device: torch.device) -> SimpleNamespace:
 @functools.cache
 def _launchers() -> SimpleNamespace:
     from loftq_kernels.triton_kernels import (
+        autotune,
         chunked,
         codebooks,
+        configs,
         decode_linear,
         dequantize,
         grad_input,
@@ -65,7 +67,6 @@ def _launchers() -> SimpleNamespace:
         prefill_linear,
         tiles,
     )
-    from loftq_kernels.triton_kernels import tile_configs as configs
 
     return SimpleNamespace(
         **{name: getattr(module, name) for module, name in (
@@ -80,6 +81,7 @@ def _launchers() -> SimpleNamespace:
             (prefill_linear, "launch_prefill_linear"),
             (tiles, "decode_constexprs"),
         )},
+        autotune=autotune,
         configs=configs,
     )  # fmt: skip
 
@@ -125,19 +127,19 @@ def qlora_linear(
     path: str | None = None,
 ) -> Tensor:
     """As `reference.qlora_linear`. path: "decode", "prefill" or "chunked" instead of what `choose_path` says."""
-    checks.check_qlora_linear(x, codes, scale, offset, codebook, x.shape[-1], group_size, lora_A, lora_B, bias)
-    if x.dtype not in DTYPES or unavailable(x.device):
+    weight = codes, scale, offset, codebook, group_size
+    decision = _decision(x, *weight, lora_A, lora_B, None, bias, path)
+    if decision == "reference":
         _warn_unavailable(x.device)
-        return reference.qlora_linear(
-            x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias, dequantize=_dequantize
-        )
-    leaves = (x, lora_A, lora_B, bias)
+        return reference.qlora_linear(x, *weight, lora_A, lora_B, scaling, bias, dequantize=_dequantize)
+    leaves = x, lora_A, lora_B, bias
     if x.device.type == "cpu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         raise RuntimeError("backend='triton' on CPU tensors is for tests and has no derivatives: use torch.no_grad()")
+    if decision == "decode":
+        return _decode(x, weight, lora_A, lora_B, None, scaling, bias)
     if lora_A is not None:
         lora_A, lora_B = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
-    weight = codes, scale, offset, codebook, group_size
-    return _linear(x, weight, lora_A, lora_B, None, scaling, bias, path)
+    return _linear(x, weight, lora_A, lora_B, None, scaling, bias, decision)
 
 
 def qlora_linear_multi(
@@ -157,13 +159,104 @@ def qlora_linear_multi(
 ) -> Tensor:
     """As `reference.qlora_linear_multi`; a row whose id is not below the number of adapters becomes NaN."""
     weight = codes, scale, offset, codebook, group_size
-    checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias)
-    if x.dtype not in DTYPES or unavailable(x.device):
+    decision = _decision(x, *weight, lora_A, lora_B, adapter_ids, bias, path)
+    if decision == "reference":
         _warn_unavailable(x.device)
         return reference.qlora_linear_multi(
             x, *weight, lora_A, lora_B, adapter_ids, scaling, bias, dequantize=_dequantize
         )
-    return _linear(x, weight, lora_A, lora_B, adapter_ids.reshape(-1).contiguous(), scaling, bias, path)
+    adapter_ids = adapter_ids.reshape(-1).contiguous()
+    if decision == "decode":
+        return _decode(x, weight, lora_A, lora_B, adapter_ids, scaling, bias)
+    return _linear(x, weight, lora_A, lora_B, adapter_ids, scaling, bias, decision)
+
+
+_decisions: dict[tuple, str] = {}
+
+
+def _decision(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, bias, path) -> str:
+    """ "decode", "prefill", "chunked", "empty" or "reference", for arguments that have been checked.
+
+    A decode step calls it hundreds of times, so what has been decided for dtypes, shapes and devices is remembered:
+    the checks look at nothing else.
+    """
+    try:
+        key = (
+            *(x.dtype, x.shape, x.device, codes.dtype, codes.shape, codes.device, group_size, path),
+            *(scale.dtype, scale.shape, scale.device, codebook.dtype, codebook.shape, codebook.device),
+            None if offset is None else (offset.dtype, offset.shape, offset.device),
+            None if lora_A is None else (lora_A.dtype, lora_A.shape, lora_A.device),
+            None if lora_B is None else (lora_B.dtype, lora_B.shape, lora_B.device),
+            None if adapter_ids is None else (adapter_ids.dtype, adapter_ids.shape, adapter_ids.device),
+            None if bias is None else (bias.dtype, bias.shape, bias.device),
+        )
+        known = _decisions.get(key)
+    except (AttributeError, TypeError):  # not tensors: the checks say so
+        key = known = None
+    if known is not None:
+        return known
+    weight = codes, scale, offset, codebook
+    if adapter_ids is None:
+        checks.check_floating("x", x)
+        checks.check_qlora_linear(x, *weight, x.shape[-1] if x.dim() else 0, group_size, lora_A, lora_B, bias)
+    else:
+        checks.check_qlora_linear_multi(x, *weight, group_size, lora_A, lora_B, adapter_ids, bias)
+    if x.dtype not in DTYPES or unavailable(x.device):
+        return "reference"
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if rows == 0 or codes.shape[0] == 0:
+        decision = "empty"
+    elif path is not None:
+        decision = path
+    else:
+        choose = _launchers().configs.choose_path
+        decision = choose(rows, _device(x.device).architecture, half_precision=x.dtype != torch.float32)
+    if key is not None:
+        if len(_decisions) >= 4096:
+            _decisions.clear()
+        _decisions[key] = decision
+    return decision
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return _contiguous(tensor if tensor.dtype == dtype else tensor.to(dtype))
+
+
+def _decode(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    adapter_ids: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """The decode launch with everything contiguous and adapters in the dtype of x."""
+    codes, scale, offset, codebook, group_size = weight
+    dtype, device = x.dtype, x.device
+    if lora_A is not None:
+        lora_A, lora_B = _like(lora_A, dtype), _like(lora_B, dtype)
+    arguments = (
+        _contiguous(x),
+        _contiguous(codes),
+        _contiguous(scale),
+        _contiguous(offset),
+        codebook,
+        group_size,
+        lora_A,
+        lora_B,
+        adapter_ids,
+        scaling,
+        _contiguous(bias),
+    )
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _launchers().decode_linear(*arguments)
+    with torch.cuda.device(device):
+        return _launchers().decode_linear(*arguments)
 
 
 def _linear(
@@ -174,39 +267,32 @@ def _linear(
     adapter_ids: Tensor | None,
     scaling: float,
     bias: Tensor | None,
-    path: str | None,
+    path: str,
 ) -> Tensor:
-    """qlora_linear with adapters [S, r, K] and [S, N, r], and with adapter_ids [M] the adapter of each row."""
+    """qlora_linear by large tiles, with adapters [S, r, K] and [S, N, r]; adapter_ids [M]: which of them a row has."""
     launch, device = _launchers(), _device(x.device)
     rows, out_features = _rows(x), weight[0].shape[0]
-    if lora_A is not None and (lora_A.shape[1] == 0 or lora_A.shape[0] == 0 or rows.shape[1] == 0):
+    if lora_A is not None and (lora_A.shape[1] == 0 or lora_A.shape[0] == 0):
         lora_A = lora_B = None  # an adapter of nothing
-    if rows.shape[0] == 0 or out_features == 0 or rows.shape[1] == 0:
+    if path == "empty":
         y = x.new_zeros(*x.shape[:-1], out_features)
         return y if bias is None else y + bias.to(y.dtype)
-    weight = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in weight)
-    bias = None if bias is None else bias.contiguous()
+    weight = tuple(_contiguous(t) if isinstance(t, Tensor) else t for t in weight)
+    bias = _contiguous(bias)
     half = x.dtype != torch.float32
-    path = path or launch.configs.choose_path(rows.shape[0], device.architecture, half_precision=half)
     with _on(x.device):
-        if path == "decode":
-            lora_A, lora_B = (None if t is None else t.to(x.dtype).contiguous() for t in (lora_A, lora_B))
-            y = launch.decode_linear(rows.contiguous(), *weight, lora_A, lora_B, adapter_ids, scaling, bias)
-            return y.view(*x.shape[:-1], out_features)
         y = x.new_empty(rows.shape[0], out_features)
         h = None
         if lora_A is not None:
             h = launch.launch_lora_shrink(rows, lora_A, adapter_ids, scaling, device.multiprocessors)
         if path == "prefill" and half:
-            tiles = launch.configs.PREFILL_TILES
-            tile = launch.configs.choose_tile(
-                tiles, device.architecture, rows.shape[0], out_features, device.multiprocessors
-            )
             decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm)
             fused = adapter_ids is None and h is not None
-            launch.launch_prefill_linear(
-                rows, *weight, decoding, h if fused else None, lora_B[0] if fused else None, bias, y, tile
-            )
+            arguments = *weight, decoding, h if fused else None, lora_B[0] if fused else None, bias, y
+            tile = _tile("prefill", x.device, decoding["BITS"], rows, out_features, weight[4], lambda tile: (
+                launch.launch_prefill_linear(rows, *arguments, tile)
+            ))  # fmt: skip
+            launch.launch_prefill_linear(rows, *arguments, tile)
             if fused:
                 h = None
         else:
@@ -215,6 +301,16 @@ def _linear(
         if h is not None:
             launch.launch_lora_expand(y, h, lora_B, adapter_ids)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _tile(kernel: str, device: torch.device, bits: int, rows: Tensor, columns: int, group_size: int, run):
+    """The configuration for a launch that makes [rows, columns]; run: launches with one, for a search to time."""
+    configs, autotune, about = _launchers().configs, _launchers().autotune, _device(device)
+    shape = about.architecture, bits, rows.shape[0], columns, about.multiprocessors
+    tuned = None
+    if autotune.enabled(device):
+        tuned = autotune.tuned(configs.key_of(kernel, *shape), group_size, device, run)
+    return tuned or configs.choose(kernel, *shape)
 
 
 def qlora_linear_grad_input(
@@ -253,12 +349,12 @@ def qlora_linear_grad_input(
         if lora_A is not None and lora_A.shape[0] > 0:
             h = launch.launch_lora_shrink(rows, lora_B.T.unsqueeze(0), None, scaling, device.multiprocessors)
         if fused and grad_y.dtype != torch.float32:
-            tiles = launch.configs.GRAD_INPUT_TILES
-            tile = launch.configs.choose_tile(
-                tiles, device.architecture, rows.shape[0], in_features, device.multiprocessors
-            )
             decoding = launch.decode_constexprs(launch.codebook_values(codebook), grad_y.dtype, device.asm)
-            launch.launch_grad_input(rows, *weight, decoding, h, None if h is None else lora_A, grad_x, tile)
+            arguments = *weight, decoding, h, None if h is None else lora_A, grad_x
+            tile = _tile("grad_input", grad_y.device, decoding["BITS"], rows, in_features, group_size, lambda tile: (
+                launch.launch_grad_input(rows, *arguments, tile)
+            ))  # fmt: skip
+            launch.launch_grad_input(rows, *arguments, tile)
         else:
             launch.chunked_grad_input(rows, *weight, grad_x, limits.chunk_bytes)
             if h is not None:
@@ -292,12 +388,16 @@ def _warn_unavailable(device: torch.device) -> None:
         extension.warn_slow(device.type, reason)
 
 
+registered: set[str] = set()  # ops whose CUDA kernels are these
+
+
 def _register() -> None:
     """CUDA kernels of the ops; dequantize only where the extension was built without one of its own."""
     for kernel in (qlora_linear, qlora_linear_multi, qlora_linear_grad_input, dequantize):
         name = f"{NAMESPACE}::{kernel.__name__}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             torch.library.impl(name, "CUDA", kernel)
+            registered.add(kernel.__name__)
 
 
 _register()

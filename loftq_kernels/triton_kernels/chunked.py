@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loftq_kernels.triton_kernels.configs import cdiv
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
-from loftq_kernels.triton_kernels.tile_configs import cdiv
 
 # Chunks end where groups and tiles do; 256 is also a whole number of the library's own tiles.
 ALIGNMENT = 256

@@ -1,98 +1,274 @@
-"""Launch configurations as data, and what makes one valid. Nothing here touches a device."""
+"""Launch configurations of every kernel as data, what makes one valid, and how one is chosen. Touches no device.
+
+The table's figures were chosen by what ptxas makes of them (``python -m bench sass``): instructions a weight for
+decode, the largest tile without spills for the others. ``LOFTQ_AUTOTUNE=1`` measures instead: see `autotune`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
 
 TILE = 64  # columns: the tile of the storage contract
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block, by compute capability
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block
+KERNELS = ("decode", "prefill", "grad_input")
+SHAPES = ("small", "tall")
 DECODE_BLOCK_M = (8, 16)  # columns of an mma instruction; fewer rows of x are padded
+ANY = 0  # in a key: bits or rows that a row of the table does not depend on
+MOST_ROWS = 4096  # more rows of x than this are tuned as this many
+
+
+class Key(NamedTuple):
+    """What a configuration is for. rows: a power of two; shape: one of SHAPES, or "" for any."""
+
+    kernel: str
+    architecture: int  # 90 for compute capability 9.0
+    bits: int
+    rows: int
+    shape: str
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """How `decode_linear` is cut up: a program has `block_n` rows of the weight and reads `tiles` * 64 columns a step.
+class Config:
+    """How a kernel is cut up.
 
-    `fill`: programs a multiprocessor below which K is split among programs.
+    block_m: rows of x (or grad_y) a program. block_n: rows of y's transpose a program has, which are the weight's (for
+    grad_input columns of grad_x). block_k: what is summed over at a time; decode: columns of whole tiles; grad_input:
+    rows of the weight; prefill: TILE, which the format fixes. fill: programs a multiprocessor below which decode splits
+    K.
     """
 
+    block_m: int
     block_n: int
-    tiles: int
+    block_k: int
     num_warps: int
     num_stages: int
-    fill: int
+    fill: int = 0
 
-    def for_group(self, group_size: int) -> DecodeConfig:
-        """The configuration with steps that hold whole groups."""
-        tiles = max(self.tiles, group_size // TILE)
-        return (
-            self
-            if tiles == self.tiles
-            else DecodeConfig(self.block_n, tiles, self.num_warps, self.num_stages, self.fill)
-        )
+    @property
+    def tiles(self) -> int:
+        return self.block_k // TILE
+
+    def for_group(self, group_size: int) -> Config:
+        """Decode: the configuration with steps that hold whole groups."""
+        return self if self.block_k >= group_size else replace(self, block_k=group_size)
 
 
-# By (architecture, bits, block_m, shape class); chosen by instructions a weight in the main loop, as `python -m bench
-# sass` counts them; not yet measured on a device. Two warps: with four, a tile of 64 rows would become wgmma, which
-# takes the weight through shared memory. "tall": enough rows for 64 of them a program to fill the device.
-_DECODE = {
-    ("sm80", 2, 8, "tall"): DecodeConfig(64, 4, 2, 4, 4),
-    ("sm80", 2, 8, "small"): DecodeConfig(32, 4, 2, 4, 4),
-    ("sm80", 2, 16, "tall"): DecodeConfig(64, 4, 2, 4, 4),
-    ("sm80", 2, 16, "small"): DecodeConfig(32, 4, 2, 4, 4),
-    ("sm80", 4, 8, "tall"): DecodeConfig(64, 4, 2, 4, 4),
-    ("sm80", 4, 8, "small"): DecodeConfig(32, 4, 2, 4, 4),
-    ("sm80", 4, 16, "tall"): DecodeConfig(64, 2, 2, 4, 4),
-    ("sm80", 4, 16, "small"): DecodeConfig(32, 4, 2, 4, 4),
-    ("sm80", 8, 8, "tall"): DecodeConfig(64, 2, 2, 4, 4),
-    ("sm80", 8, 8, "small"): DecodeConfig(32, 2, 2, 4, 4),
-    ("sm80", 8, 16, "tall"): DecodeConfig(32, 2, 2, 4, 4),  # 64 rows spill with adapters
-    ("sm80", 8, 16, "small"): DecodeConfig(32, 2, 2, 4, 4),
+# Of several configurations the first that fits the rows and fills the device is taken: largest first.
+# Decode has two warps: with four, a tile of 64 rows would become wgmma, which takes the weight through shared memory.
+# "tall": enough rows for 64 of them a program to fill the device.
+TABLE: dict[Key, tuple[Config, ...]] = {
+    Key("decode", 80, 2, 8, "tall"): (Config(8, 64, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 16, "tall"): (Config(16, 64, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 4, 8, "tall"): (Config(8, 64, 256, 2, 4, 4),),
+    Key("decode", 80, 4, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 4, 16, "tall"): (Config(16, 64, 128, 2, 4, 4),),
+    Key("decode", 80, 4, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 8, 8, "tall"): (Config(8, 64, 128, 2, 4, 4),),
+    Key("decode", 80, 8, 8, "small"): (Config(8, 32, 128, 2, 4, 4),),
+    Key("decode", 80, 8, 16, "tall"): (Config(16, 32, 128, 2, 4, 4),),  # 64 rows spill with adapters
+    Key("decode", 80, 8, 16, "small"): (Config(16, 32, 128, 2, 4, 4),),
+    Key("prefill", 80, ANY, ANY, ""): (
+        Config(128, 128, 64, 8, 3),
+        Config(64, 64, 64, 4, 4),
+        Config(32, 64, 64, 4, 4),
+    ),
+    Key("prefill", 90, ANY, ANY, ""): (
+        Config(256, 128, 64, 8, 3),  # decodes a weight once for 256 rows: 1024 clocks of tensor core, 570 of issue
+        Config(128, 128, 64, 8, 3),
+        Config(128, 64, 64, 4, 3),
+        Config(64, 64, 64, 4, 4),
+        Config(32, 64, 64, 4, 4),
+    ),
+    Key("prefill", 100, ANY, ANY, ""): (
+        Config(128, 128, 64, 8, 3),
+        Config(64, 128, 64, 4, 4),
+        Config(32, 128, 64, 4, 4),
+    ),
+    # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
+    Key("grad_input", 80, ANY, ANY, ""): (Config(128, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)),
+    Key("grad_input", 90, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+    Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
-_DECODE_FLOAT32 = DecodeConfig(32, 1, 4, 2, 4)  # without tensor cores: x in float32 stays exact
+DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # without tensor cores: x in float32 stays exact
+# What a search tries, besides the table's own: each product of these that is valid.
+_CANDIDATES = {
+    "decode": {"block_n": (32, 64, 128), "block_k": (64, 128, 256), "num_warps": (2, 4), "num_stages": (3, 4, 6)},
+    "prefill": {
+        "block_m": (32, 64, 128, 256),
+        "block_n": (64, 128),
+        "block_k": (64,),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "grad_input": {
+        "block_m": (32, 64, 128),
+        "block_n": (64, 128),
+        "block_k": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+}
 
 
-def architecture(capability: int) -> str:
-    """The newest architecture at or below a compute capability (10 * major + minor) that has rows of its own."""
-    names = sorted({int(key[0][2:]) for key in _DECODE})
-    fitting = [number for number in names if number <= capability]
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is jitted: tens of microseconds on the host."""
+    return -(-a // b)
+
+
+def architectures(capability: int, kernel: str) -> list[int]:
+    """Architectures of the kernel's rows that are not newer than a compute capability (10 * major + minor), newest
+    first. sm_120 has sm_89's shared memory and sm_80's kind of tensor cores."""
+    known = sorted({key.architecture for key in TABLE if key.kernel == kernel}, reverse=True)
+    fitting = [number for number in known if number <= (89 if capability >= 120 else capability)]
     if not fitting:
-        raise ValueError(f"compute capability {capability / 10} is below {names[0] / 10}, the oldest that is served")
-    return f"sm{fitting[-1]}"
+        raise ValueError(f"compute capability {capability / 10} is below {known[-1] / 10}, the oldest that is served")
+    return fitting
 
 
-def decode_config(capability: int, bits: int, rows: int, out_features: int, multiprocessors: int, float32: bool):
-    """(block_m, configuration) for `rows` rows of x."""
-    block_m = DECODE_BLOCK_M[0] if rows <= DECODE_BLOCK_M[0] else DECODE_BLOCK_M[1]
-    if float32:
-        return 16, _DECODE_FLOAT32
-    shape = "tall" if out_features >= 64 * 2 * multiprocessors else "small"
-    return block_m, _DECODE[architecture(capability), bits, block_m, shape]
+def bucket(kernel: str, rows: int) -> int:
+    """The power of two that stands for `rows` rows of x in keys; for decode, also its block_m."""
+    least, most = (DECODE_BLOCK_M[0], DECODE_BLOCK_M[1]) if kernel == "decode" else (32, MOST_ROWS)
+    return min(max(1 << (rows - 1).bit_length(), least), most)
 
 
-def decode_configs() -> dict[tuple[str, int, int, str], DecodeConfig]:
-    """Every row of the table."""
-    return dict(_DECODE)
+def shape_class(out_features: int, multiprocessors: int) -> str:
+    return "tall" if out_features >= 64 * 2 * multiprocessors else "small"
 
 
-def splits(config: DecodeConfig, out_features: int, in_features: int, multiprocessors: int) -> int:
-    """Programs that share a tile's K: doubled while programs are too few for the device, and steps enough to share."""
-    programs = -(-out_features // config.block_n)
-    steps = -(-in_features // (TILE * config.tiles))
+def key_of(kernel: str, capability: int, bits: int, rows: int, out_features: int, multiprocessors: int) -> Key:
+    """The key of a launch, in the table and in what a search found; its architecture is the device's own."""
+    return Key(kernel, capability, bits, bucket(kernel, rows), shape_class(out_features, multiprocessors))
+
+
+def rows_of_table(key: Key) -> tuple[Config, ...]:
+    """The table's configurations for a launch, of the nearest architecture that has any."""
+    for number in architectures(key.architecture, key.kernel):
+        for row in (key._replace(architecture=number), Key(key.kernel, number, ANY, ANY, "")):
+            if row in TABLE:
+                return TABLE[row]
+    raise ValueError(f"the table has no row for {key}")
+
+
+def choose(kernel: str, capability: int, bits: int, rows: int, out_features: int, multiprocessors: int) -> Config:
+    """The first configuration of the table's row that gives every multiprocessor a program, among those that are not
+    larger than the rows; else the smallest of them. Decode gives programs enough by splitting K."""
+    configs = rows_of_table(key_of(kernel, capability, bits, rows, out_features, multiprocessors))
+    if len(configs) == 1:
+        return configs[0]
+    fitting = [config for config in configs if config.block_m < 2 * max(rows, 16)] or [configs[-1]]
+    filling = [c for c in fitting if cdiv(rows, c.block_m) * cdiv(out_features, c.block_n) >= multiprocessors]
+    return (filling or fitting[-1:])[0]
+
+
+def splits(config: Config, out_features: int, in_features: int, multiprocessors: int) -> int:
+    """Programs that share a decode tile's K: doubled while they are too few for the device, and steps are enough."""
+    programs = cdiv(out_features, config.block_n)
+    steps = cdiv(in_features, config.block_k)
     count = 1
     while count < 16 and 4 * programs * count < 3 * config.fill * multiprocessors and steps >= 4 * count:
         count *= 2
     return count
 
 
-def why_invalid(config: DecodeConfig, bits: int, block_m: int, group_size: int, capability: int) -> str | None:
-    """The first rule that a configuration breaks, or None. The one statement of the rules, for table and search."""
-    if config.block_n < 16 * config.num_warps:
-        return f"block_n={config.block_n} leaves {config.num_warps} warps less than the 16 rows of an instruction"
-    if group_size > 0 and config.tiles * TILE % group_size:
-        return f"tiles={config.tiles} do not hold whole groups of {group_size}"
-    needed = (config.num_stages - 1) * config.tiles * TILE * (config.block_n * bits // 8 + 2 * block_m)
-    limit = SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= capability)]
+def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool) -> int | None:
+    """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
+    than there are, and spills: 168 or, with offsets, 255, for 6 or 4 programs of 64 threads a multiprocessor."""
+    if adapters or (bits == 2 and config.block_m == 16 and config.block_n >= 64):
+        return 255 if affine else 168
+    return None
+
+
+def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_size: int = TILE) -> str | None:
+    """The first rule that a configuration breaks, or None. The one statement of the rules: for the table, for the
+    candidates of a search, and for what is read from its cache."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    sizes = block_m, block_n, block_k, config.num_warps
+    if any(size < 1 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8 or config.fill < 0:
+        return f"{config} has sizes that are no powers of two, or stages beyond 1..8"
+    if kernel == "decode":
+        if block_m not in DECODE_BLOCK_M:
+            return f"block_m={block_m} is not one of {DECODE_BLOCK_M}"
+        if block_n < 16 * config.num_warps:
+            return f"block_n={block_n} leaves {config.num_warps} warps less than the 16 rows of an instruction"
+        if block_k % TILE or (group_size > 0 and block_k % group_size):
+            return f"block_k={block_k} does not hold whole tiles and groups of {group_size}"
+        if config.fill < 1:
+            return "fill=0 programs a multiprocessor"
+    else:
+        if min(block_m, block_k) < 16 or block_n < TILE:
+            return f"{config} is smaller than an instruction's 16, or than a tile"
+        if block_m * block_n > 128 * 32 * config.num_warps:
+            return f"{block_m} x {block_n} are more than 128 accumulators a thread of {config.num_warps} warps"
+        if block_m * block_n < 16 * 8 * config.num_warps:
+            return f"{block_m} x {block_n} are less than an instruction for each of {config.num_warps} warps"
+        if kernel == "prefill" and block_k != TILE:
+            return f"block_k={block_k}: the format fixes a step of {TILE} columns"
+    needed = (config.num_stages - 1) * block_k * (block_n * bits // 8 + 2 * block_m)  # bytes of codes and of x
+    limit = SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= max(capability, 80))]
     if needed > limit:
         return f"{needed} bytes of shared memory are more than the {limit} of capability {capability / 10}"
     return None
+
+
+def candidates(key: Key, group_size: int = TILE) -> Iterator[Config]:
+    """Valid configurations for a key, the table's own first."""
+    seen = set()
+    choices = dict(_CANDIDATES[key.kernel])
+    if key.kernel == "decode":
+        choices = {"block_m": (key.rows,), **choices, "fill": (2, 4, 8)}
+    listed = [config.for_group(group_size) if key.kernel == "decode" else config for config in rows_of_table(key)]
+    for config in (
+        *listed,
+        *(Config(**dict(zip(choices, sizes, strict=True))) for sizes in product(*choices.values())),
+    ):
+        if config.block_m >= 2 * max(key.rows, 32) or config in seen:
+            continue
+        seen.add(config)
+        if why_invalid(key.kernel, config, key.bits, key.architecture, group_size) is None:
+            yield config
+
+
+# ---- which kernel
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Rows of x up to which each way serves; beyond the last one, weights are decoded in chunks for a library GEMM.
+
+    chunk_bytes: dense bytes of a chunk, small enough to stay in L2 between its decoding and its product.
+    """
+
+    decode: int
+    prefill: int
+    grad_input: int
+    chunk_bytes: int
+
+
+# Decoding a chunk costs its bytes in L2 whatever M is, 1/4 of a bf16 GEMM's time at M=512 and 1/16 at M=2048 [counted];
+# decoding inside the product costs issue slots, a constant share. Unmeasured.
+CROSSOVERS = {
+    80: Crossover(decode=16, prefill=512, grad_input=128, chunk_bytes=16 << 20),  # A100: 40 MB of L2 in two halves
+    89: Crossover(decode=16, prefill=512, grad_input=128, chunk_bytes=24 << 20),
+    90: Crossover(decode=16, prefill=1024, grad_input=1024, chunk_bytes=24 << 20),  # H100, H200: 50 MB in two halves
+    100: Crossover(decode=16, prefill=512, grad_input=512, chunk_bytes=48 << 20),
+}
+
+
+def crossover(capability: int) -> Crossover:
+    return CROSSOVERS[max((known for known in CROSSOVERS if known <= capability), default=min(CROSSOVERS))]
+
+
+def choose_path(rows: int, capability: int, *, half_precision: bool) -> str:
+    """ "decode", "prefill" or "chunked" for `qlora_linear` with that many rows of x.
+
+    float32 x has no tensor-core kernel for large tiles: beyond decoding's rows it goes to the library GEMM.
+    """
+    limits = crossover(capability)
+    if rows <= limits.decode:
+        return "decode"
+    return "prefill" if half_precision and rows <= limits.prefill else "chunked"

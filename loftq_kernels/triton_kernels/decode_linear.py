@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from loftq_kernels.triton_kernels import configs
+from loftq_kernels.triton_kernels import autotune, configs
 from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
-from loftq_kernels.triton_kernels.configs import DecodeConfig, decode_config
+from loftq_kernels.triton_kernels.configs import Config, cdiv
 
 # Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
 # of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
@@ -33,7 +34,7 @@ def _decode_linear_kernel(
     bias,  # [N], or None
     y,  # [M, N]
     workspace,  # float32: of splits, then [chunks + 1, row blocks, BLOCK_M, R] of x A^T, the last of them the sum
-    counters,  # int32, zeros, and left so: 3 a block of rows, then one a tile of y
+    counters,  # int32, zeros, and left so: 4 a block of rows, then one a tile of y
     M,
     N,
     K,
@@ -55,6 +56,7 @@ def _decode_linear_kernel(
     CENTER: tl.constexpr,
     GROUP: tl.constexpr,  # columns of a group; 0: the row
     EVEN: tl.constexpr,  # K is a multiple of 64 * TILES
+    WIDE: tl.constexpr,  # scales that are loaded at a time: 4 or 2, of 16 bits and aligned; or 1
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -66,8 +68,13 @@ def _decode_linear_kernel(
 
     The weight is the left operand and the rows of x are the columns of the right one, so that M = 1 wastes 7 columns of
     an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a chunk of
-    columns each; the others wait for its sum with the weights' part done. Programs start in the order of their index,
-    so those that are waited for run already. The last of the programs that share a tile of y adds up their parts.
+    columns each; the others wait for its sum with the weights' part done. The last of the programs that share a tile of
+    y adds up their parts.
+
+    Devices have been seen to start programs in the order of their index, but CUDA does not promise it, and where there
+    are more programs than fit on the device at once, waiting for one that has not started would be waiting for ever. So
+    with adapters a program's work is not that of its index but of a ticket drawn at its start: who waits has drawn
+    later than those it waits for, which run, and wait for nobody. It costs the latency of one atomic.
     """
     pid = tl.program_id(0)
     row_block = tl.program_id(1)
@@ -75,21 +82,26 @@ def _decode_linear_kernel(
         _one_tile(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
             M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid, row_block,
-            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
+            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
             SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
-        )  # fmt: skip
-    elif pid < num_chunks:
-        _lora_down(
-            x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, pid, row_block,
-            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
         )  # fmt: skip
     else:
-        _one_tile(
-            x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
-            M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
-            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
-        )  # fmt: skip
+        ticket = counters + 4 * row_block + 3
+        pid = tl.atomic_add(ticket, 1, sem="relaxed")
+        if pid == tl.num_programs(0) - 1:
+            tl.store(ticket, 0)  # the last one: nobody draws any more
+        if pid < num_chunks:
+            _lora_down(
+                x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, pid, row_block,
+                SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+            )  # fmt: skip
+        else:
+            _one_tile(
+                x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
+                M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
+                BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
+                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -98,7 +110,7 @@ def _one_tile(
     M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, index, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
@@ -106,7 +118,8 @@ def _one_tile(
     split = index % SPLITS
     acc = _multiply(
         x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
-        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, BLOCK_M, BLOCK_N, TILES,
+        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
+        BLOCK_M, BLOCK_N, TILES,
     )  # fmt: skip
     if UNIT != 1.0:
         acc *= UNIT
@@ -121,7 +134,7 @@ def _one_tile(
         part = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         parts = workspace + (row_block * num_tiles + tile).to(tl.int64) * SPLITS * size + part
         tl.store(parts + split * size, acc, cache_modifier=".cg")
-        counter = counters + 3 * tl.num_programs(1) + row_block * num_tiles + tile
+        counter = counters + 4 * tl.num_programs(1) + row_block * num_tiles + tile
         tl.debug_barrier()  # all threads' parts are written before one of them counts
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
             tl.debug_barrier()
@@ -140,7 +153,7 @@ def _multiply(
     x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
@@ -166,8 +179,8 @@ def _multiply(
     group = first * 64 // GROUP if GROUP else 0
     scale_at = scale + n * G
     offset_at = offset + n * G if offset is not None else scale_at
-    scales = _load_groups(scale_at, group, G, GROUPS)
-    offsets = _load_groups(offset_at, group, G, GROUPS) if offset is not None else scales
+    scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
+    offsets = _load_groups(offset_at, group, G, GROUPS, WIDE) if offset is not None else scales
 
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zeros
@@ -181,9 +194,9 @@ def _multiply(
         next_offsets = offsets
         if GROUP:  # loaded a whole iteration ahead of their use
             group += GROUPS
-            next_scales = _load_groups(scale_at, group, G, GROUPS)
+            next_scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
             if offset is not None:
-                next_offsets = _load_groups(offset_at, group, G, GROUPS)
+                next_offsets = _load_groups(offset_at, group, G, GROUPS, WIDE)
         for b in tl.static_range(TILES // SPAN):
             xs = _load_x(x_at + b * (SPAN * 64), K - (t + b * SPAN) * 64, k, 4 * SPAN, EVEN)
             if GROUP:
@@ -299,11 +312,19 @@ def _decode_tile(
 
 
 @triton.jit
-def _load_groups(at, group, G, GROUPS: tl.constexpr):
-    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, its again."""
+def _load_groups(at, group, G, GROUPS: tl.constexpr, WIDE: tl.constexpr):
+    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, any of its row."""
     values = ()
-    for i in tl.static_range(GROUPS):
-        values = values + (tl.load(at + tl.minimum(group + i, G - 1)),)
+    if WIDE == 1:
+        for i in tl.static_range(GROUPS):
+            values = values + (tl.load(at + tl.minimum(group + i, G - 1)),)
+    else:
+        DTYPE: tl.constexpr = at.dtype.element_ty
+        WORD: tl.constexpr = tl.int64 if WIDE == 4 else tl.int32
+        for i in tl.static_range(GROUPS // WIDE):
+            word = tl.load((at + tl.minimum(group + i * WIDE, G - WIDE)).to(tl.pointer_type(WORD)))
+            for j in tl.static_range(WIDE):
+                values = values + ((word >> 16 * j).to(tl.int16).to(DTYPE, bitcast=True),)
     return values
 
 
@@ -339,7 +360,9 @@ def _lora_down(
     x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, chunk, row_block,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of columns of (x @ lora_A[id].T).T; the last program to be done adds the chunks up and says so."""
+    """One chunk of columns of (x @ lora_A[id].T).T; the last program to be done adds the chunks up and says so.
+
+    Counters of a block of rows: chunks done, whether their sum is there, its readers that are done, tickets drawn."""
     m = tl.arange(0, BLOCK_M)
     row = row_block * BLOCK_M + m
     down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
@@ -359,7 +382,7 @@ def _lora_down(
                     down = _down_product(down, x, lora_A + adapter * R * K, row, ids == adapter, r, first, last, K, R)
         at = down_at + chunk.to(tl.int64) * R * BLOCK_M + r[:, None] * BLOCK_M + m[None, :]
         tl.store(at, down, mask=(r < R)[:, None], cache_modifier=".cg")
-    counters += 3 * row_block
+    counters += 4 * row_block
     tl.debug_barrier()
     if tl.atomic_add(counters, 1, sem="acq_rel") == num_chunks - 1:
         tl.store(counters, 0)
@@ -416,7 +439,7 @@ def _lora_up(
     """acc + scaling * lora_B[id] @ (x @ lora_A[id].T).T, once the latter is there."""
     down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
     down_at += num_chunks.to(tl.int64) * R * BLOCK_M
-    counters += 3 * row_block
+    counters += 4 * row_block
     while tl.atomic_add(counters + 1, 0, sem="acquire") == 0:
         pass
     tl.debug_barrier()
@@ -456,10 +479,27 @@ def _up_product(up, x, down_at, lora_B, used, n, N, R, BLOCK_M: tl.constexpr, BL
     return up
 
 
-# ---- launcher
+# ---- launcher: a decode step calls it hundreds of times, so that all that shapes decide is decided once a shape
 
 CHUNK = 512  # columns of x A^T a program
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # zeros, by device and stream
+_COUNTERS = 4  # a block of rows, beside those of its tiles
+
+
+class Plan(NamedTuple):
+    """What shapes decide of a launch."""
+
+    block_m: int
+    splits: int
+    grid: tuple[int, int]
+    workspace: int  # float32 elements
+    counters: int
+    sizes: tuple[int, ...]  # the kernel's row_units, G, R, S
+    chunks: int
+    split_tiles: int
+    constexprs: dict[str, object]
+
+
+_plans: dict[tuple, Plan] = {}
 
 
 def decode_linear(
@@ -475,47 +515,51 @@ def decode_linear(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     *,
-    config: DecodeConfig | None = None,
+    config: Config | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
 
     Args:
-        x: [M, K] contiguous, float16, bfloat16 or float32; meant for M <= 16, right for any.
+        x: [..., K] contiguous, float16, bfloat16 or float32; meant for M <= 16 rows, right for any.
         codes, scale, offset, codebook, group_size: the stored weight [N, K].
         lora_A, lora_B: [R, K] and [N, R], or [S, R, K] and [S, N, R]; contiguous, of x's dtype. Both or neither.
         adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id of S or more
             becomes NaN. None: all rows have the first.
         bias: [N], contiguous.
         config, splits: in place of the table's.
-
-    Calls on one stream share counters, so two CUDA graphs captured on the same stream must not run at the same time.
     """
-    rows, columns = x.shape
-    out_features = codes.shape[0]
-    y = x.new_empty(rows, out_features)
-    if rows == 0 or out_features == 0:
+    shape, out_features = x.shape, codes.shape[0]
+    columns = shape[-1]
+    y = x.new_empty((*shape[:-1], out_features))
+    if y.numel() == 0:
         return y
     if columns == 0:
-        return y.zero_() if bias is None else y.copy_(bias.expand(rows, -1))
-    capability, multiprocessors = _device(x.device)
-    bits = codebook.numel().bit_length() - 1
-    block_m, chosen = decode_config(capability, bits, rows, out_features, multiprocessors, x.dtype == torch.float32)
-    config = (config or chosen).for_group(group_size)
-    if splits is None:
-        splits = configs.splits(config, out_features, columns, multiprocessors)
-    decoder = make_decoder(codebook_values(codebook), x.dtype, asm=not knobs.runtime.interpret, sums=offset is not None)
-    rank = 0 if lora_A is None else lora_A.shape[-2]
-    if rank == 0:
-        lora_A = lora_B = None
-    chunks = 0 if lora_A is None else triton.cdiv(columns, CHUNK)
-    row_blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(out_features, config.block_n)
-    parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
-    needed = parts + row_blocks * (chunks + 1) * rank * block_m
-    workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
-    counters = _zeros(x.device, row_blocks * (3 + tiles)) if needed else None
-    steps = triton.cdiv(triton.cdiv(columns, 64 * config.tiles), splits)
-    _decode_linear_kernel[(chunks + tiles * splits, row_blocks)](
+        return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
+    device, dtype, affine = x.device, x.dtype, offset is not None
+    rows = x.numel() // columns
+    lora = None if lora_A is None else lora_A.shape
+    entries = codebook_values(codebook)
+    aligned = scale.data_ptr() % 8 == 0 and (offset is None or offset.data_ptr() % 8 == 0)
+    scales = scale.dtype, aligned
+    key = rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
+    plan = _plans.get(key)
+    if plan is None:
+        if config is None and autotune.enabled(device) and dtype != torch.float32:
+            arguments = x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias
+            config = _tuned(key, arguments)
+        if len(_plans) >= 4096:
+            _plans.clear()
+        plan = _plans[key] = _plan(
+            rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
+        )
+    workspace = counters = None
+    if plan.workspace:
+        workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
+        counters = _zeros(device, plan.counters)
+    if plan.chunks == 0:
+        lora_A = lora_B = adapter_ids = None
+    _decode_linear_kernel[plan.grid](
         x,
         codes,
         scale,
@@ -523,7 +567,7 @@ def decode_linear(
         codebook,
         lora_A,
         lora_B,
-        adapter_ids if lora_A is not None else None,
+        adapter_ids,
         bias,
         y,
         workspace,
@@ -531,34 +575,101 @@ def decode_linear(
         rows,
         out_features,
         columns,
-        codes.shape[1] // 8,
-        scale.shape[1],
-        rank,
-        lora_A.shape[0] if lora_A is not None and lora_A.dim() == 3 else 1,
+        *plan.sizes,
         scaling,
-        chunks,
-        steps * config.tiles,
-        BITS=bits,
-        SETUP=decoder.setup,
-        ASM=decoder.asm,
-        TABLE=decoder.table,
-        PLANES=decoder.planes,
-        CONSTANTS=decoder.constants,
-        CONSTANT_ASM=decoder.constant_asm,
-        UNIT=decoder.unit,
-        CENTER=decoder.center,
-        GROUP=max(group_size, 0),
-        EVEN=columns % (64 * config.tiles) == 0,
-        SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        BLOCK_R=16 if rank <= 16 else 32,
-        CHUNK=CHUNK,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        plan.chunks,
+        plan.split_tiles,
+        **plan.constexprs,
     )
     return y
+
+
+def _plan(
+    rows: int,
+    columns: int,
+    out_features: int,
+    group_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    scales: tuple[torch.dtype, bool],
+    affine: bool,
+    lora: tuple[int, ...] | None,
+    entries: tuple[float, ...],
+    config: Config | None,
+    splits: int | None,
+) -> Plan:
+    capability, multiprocessors = _device(device)
+    bits = len(entries).bit_length() - 1
+    if config is None and dtype == torch.float32:
+        config = configs.DECODE_FLOAT32
+    elif config is None:
+        config = configs.choose("decode", capability, bits, rows, out_features, multiprocessors)
+    config = config.for_group(group_size)
+    if splits is None:
+        splits = configs.splits(config, out_features, columns, multiprocessors)
+    decoder = make_decoder(entries, dtype, asm=not knobs.runtime.interpret, sums=affine)
+    rank = 0 if lora is None or 0 in lora else lora[-2]
+    chunks = cdiv(columns, CHUNK) if rank else 0
+    groups = 1 if group_size < 0 else cdiv(columns, group_size)
+    registers = configs.decode_registers(config, bits, affine=affine, adapters=rank > 0)
+    block_m = config.block_m
+    row_blocks, tiles = cdiv(rows, block_m), cdiv(out_features, config.block_n)
+    parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
+    return Plan(
+        block_m=block_m,
+        splits=splits,
+        grid=(chunks + tiles * splits, row_blocks),
+        workspace=parts + (row_blocks * (chunks + 1) * rank * block_m if rank else 0),
+        counters=row_blocks * (_COUNTERS + tiles),
+        sizes=(
+            cdiv(columns, configs.TILE) * bits,
+            groups,
+            rank,
+            lora[0] if lora is not None and len(lora) == 3 else 1,
+        ),
+        chunks=chunks,
+        split_tiles=cdiv(cdiv(columns, config.block_k), splits) * config.tiles,
+        constexprs={
+            "BITS": bits,
+            "SETUP": decoder.setup,
+            "ASM": decoder.asm,
+            "TABLE": decoder.table,
+            "PLANES": decoder.planes,
+            "CONSTANTS": decoder.constants,
+            "CONSTANT_ASM": decoder.constant_asm,
+            "UNIT": decoder.unit,
+            "CENTER": decoder.center,
+            "GROUP": max(group_size, 0),
+            "EVEN": columns % config.block_k == 0,
+            "WIDE": wide(config, group_size, groups, scales[0]) if scales[1] else 1,
+            "SPLITS": splits,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n,
+            "TILES": config.tiles,
+            "BLOCK_R": 16 if rank <= 16 else 32,
+            "CHUNK": CHUNK,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **({} if registers is None else {"maxnreg": registers}),
+        },
+    )
+
+
+def wide(config: Config, group_size: int, groups: int, dtype: torch.dtype) -> int:
+    """Scales of a row that the kernel may load at a time, aligned to as many."""
+    if group_size < 0 or dtype == torch.float32:
+        return 1
+    step = config.block_k // group_size
+    return next(count for count in (4, 2, 1) if step % count == 0 and groups % count == 0)
+
+
+def _tuned(key: tuple, arguments: tuple) -> Config:
+    """The fastest configuration for a launch with these arguments, measured unless it is known."""
+    rows, _, out_features, group_size, device, _, _, _, _, entries, _, _ = key
+    capability, multiprocessors = _device(device)
+    bits = len(entries).bit_length() - 1
+    place = configs.key_of("decode", capability, bits, rows, out_features, multiprocessors)
+    return autotune.tuned(place, group_size, device, lambda config: decode_linear(*arguments, config=config))
 
 
 @cache
@@ -570,11 +681,56 @@ def _device(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+class _Arena:
+    """Zeros of one device that launches count with, and leave at zero.
+
+    Eager launches of a stream, which run one after the other, share theirs. A launch that is captured into a CUDA graph
+    gets its own for good: its graph may run beside others, long after, and zeros made during a capture would be zeros
+    only once that graph has run. So they are made ahead, by the eager launches that come before any capture.
+    """
+
+    AHEAD = 1 << 20
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []  # of captured launches: as long as the process, for nobody tells when graphs end
+        self.ahead = self._new(self.AHEAD)
+
+    def _new(self, count: int) -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # other streams will use it
+        return zeros
+
+    def take(self, stream: int, count: int) -> Tensor:
+        known = self.of_stream.get(stream)
+        if known is None or known.numel() < count:
+            known = self.of_stream[stream] = self._new(max(count, 4096))
+        if self.ahead.numel() < self.AHEAD // 2:
+            self.ahead = self._new(self.AHEAD)
+        return known
+
+    def take_captured(self, count: int) -> Tensor:
+        count = cdiv(count, 32) * 32
+        if self.ahead.numel() < count:  # more launches than foreseen in one graph: each replay zeroes these
+            taken = torch.zeros(count, dtype=torch.int32, device=self.device)
+        else:
+            taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        self.kept.append(taken)
+        return taken
+
+
+_arenas: dict[torch.device, _Arena] = {}
+
+
 def _zeros(device: torch.device, count: int) -> Tensor:
-    """At least `count` counters of the current stream, which every launch leaves at zero."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    known = _counters.get((device, stream))
-    if known is None or known.numel() < count:
-        known = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _counters[device, stream] = known
-    return known
+    """At least `count` counters of the current stream."""
+    arena = _arenas.get(device)
+    if arena is None:
+        arena = _arenas[device] = _Arena(device)
+    if device.type != "cuda":
+        return arena.take(0, count)
+    if torch.cuda.is_current_stream_capturing():
+        return arena.take_captured(count)
+    return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
+from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tile_configs import TileConfig, cdiv
 from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of_program
 
 
@@ -48,6 +48,7 @@ def _grad_input_kernel(
     SETUP: tl.constexpr,
     ASM: tl.constexpr,
     TABLE: tl.constexpr,
+    FIELD: tl.constexpr,
     UNIT: tl.constexpr,
     SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -88,7 +89,7 @@ def _grad_input_kernel(
         packed = tl.load(codes + rows_in[:, None] * stride_codes + byte[None, :], mask=column[None, :] < K, other=0)
         s, o = _load_groups(scale, offset, rows_in * stride_scale, group)
         s, o = spread(s, RUN), spread(o, RUN)
-        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
+        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
         for i in tl.static_range(FIELDS):
             if SPLIT_FIELDS and 2 * i == FIELDS:
                 s, o = _load_groups(scale, offset, rows_in * stride_scale, upper)
@@ -123,7 +124,7 @@ def launch_grad_input(
     h: Tensor | None,
     lora_A: Tensor | None,
     grad_x: Tensor,
-    tile: TileConfig,
+    tile: Config,
 ) -> Tensor:
     """grad_x [M, K] = grad_y [M, N] @ W + h [M, R] @ lora_A [R, K]; grad_y, h and grad_x float16 or bfloat16, last
     stride 1. h and lora_A are both given or neither; lora_A of any dtype and strides."""
@@ -156,8 +157,8 @@ def launch_grad_input(
         BLOCK_N=tile.block_k,
         BLOCK_R=block_r(rank),
         SWIZZLE=8,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
         enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )
     return grad_x

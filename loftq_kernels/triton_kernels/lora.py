@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels.tile_configs import cdiv
+from loftq_kernels.triton_kernels.configs import cdiv
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
+from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tile_configs import TileConfig, cdiv
 from loftq_kernels.triton_kernels.tiles import scaled, tile_of_program
 
 
@@ -56,6 +56,7 @@ def _prefill_linear_kernel(
     SETUP: tl.constexpr,
     ASM: tl.constexpr,
     TABLE: tl.constexpr,
+    FIELD: tl.constexpr,
     UNIT: tl.constexpr,
     SHIFT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -89,7 +90,7 @@ def _prefill_linear_kernel(
         packed = tl.load(code_tile + step * WIDTH)
         # All fields are decoded before the first product: on Hopper only the last product of a step runs
         # asynchronously, beside the decoding of the next.
-        fields = decode(packed, codebook, ASM, TABLE, BITS, dtype)
+        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
         ws = ()
         for i in tl.static_range(FIELDS):
             s = s0 if i * PARTS < FIELDS else s1
@@ -122,7 +123,7 @@ def launch_prefill_linear(
     lora_B: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    tile: TileConfig,
+    tile: Config,
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B [N, R].T + bias [N]; x, h and y float16 or bfloat16, last stride 1.
 
@@ -157,8 +158,8 @@ def launch_prefill_linear(
         BLOCK_N=tile.block_n,
         BLOCK_R=block_r(rank),
         SWIZZLE=8,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
         enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )
     return y

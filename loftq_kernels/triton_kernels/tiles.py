@@ -50,15 +50,17 @@ def scaled(
 def decode_constexprs(values: tuple[float, ...], dtype: torch.dtype, asm: bool) -> dict[str, object]:
     """What a kernel that multiplies by scaled weights is compiled with for a code book's values and x of dtype.
 
-    Entries are rounded to dtype before they are scaled; integers stay exact. 8-bit codes are too many for PTX's byte
-    permutations: those of integers are converted, others looked up in the tensor.
+    Entries come as float16, which has 3 bits more than bfloat16, and are rounded to dtype only once they are scaled;
+    those beyond its range, and 8-bit codes, of which PTX's byte permutations cannot tell 256 apart, as float32.
     """
-    decoder = make_decoder(values, dtype, asm=asm and len(values) < 256, exact=len(values) < 256)
+    fits = all(value == 0 or 2.0**-10 <= abs(value) <= 2.0**10 for value in values)
+    decoder = make_decoder(values, torch.float16, asm=asm and fits and len(values) < 256, exact=len(values) < 256)
     return {
         "BITS": decoder.bits,
         "SETUP": decoder.setup,
         "ASM": decoder.asm,
         "TABLE": decoder.table,
         "UNIT": decoder.unit,
+        "FIELD": tl.float16 if decoder.asm else tl.float32,
         "SHIFT": decoder.center + (decoder.constants[0] if decoder.constants else 0.0),
     }

@@ -1,0 +1,164 @@
+"""``LOFTQ_AUTOTUNE=1``: configurations measured on the device at hand instead of the table's, and remembered on disk.
+
+The first eager launch of a `Key` times every candidate on its own arguments, which takes seconds to minutes, most of
+them for compiling; later processes read what it found. Nothing is read, queried or made before that first launch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from loftq_kernels.triton_kernels import configs
+from loftq_kernels.triton_kernels.configs import Config, Key
+
+VERSION = 1  # of the file, and of what the fields of `Config` mean to the kernels
+Run = Callable[[Config], object]
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether launches are to be tuned now: a CUDA graph that is being captured must not be timed."""
+    if os.environ.get("LOFTQ_AUTOTUNE") != "1" or device.type != "cuda":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq_kernels" / "autotune"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def measure(run: Callable[[], object]) -> float:
+    """Microseconds of a call with L2 flushed before it, as weights of a whole model leave it."""
+    from triton.testing import do_bench
+
+    return 1e3 * do_bench(run, warmup=10, rep=40, return_mode="median")
+
+
+def search(
+    candidates: Iterable[Config], run: Run, time: Callable[[Callable[[], object]], float]
+) -> dict[Config, float]:
+    """Microseconds of the candidates, fastest first. Those that do not compile or fit the device are left out."""
+    times = {}
+    for config in candidates:
+        try:
+            microseconds = time(lambda config=config: run(config))
+        except Exception as error:  # of many kinds: out of shared memory, of registers, failures of ptxas
+            if isinstance(error, torch.cuda.OutOfMemoryError) or "illegal memory access" in str(error):
+                raise
+            continue
+        if math.isfinite(microseconds) and microseconds > 0:
+            times[config] = microseconds
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+class Cache:
+    """What was found for one kind of device: a JSON file, which a failure leaves as it was."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[Key, tuple[Config, float]] = {}
+        self.load()
+
+    def load(self) -> None:
+        """Adds the file's rows. What cannot be read, or breaks a rule of `configs.why_invalid`, is ignored, aloud."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored["version"] != VERSION:
+                return  # of other kernels
+            rows = list(stored["rows"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._warn(f"is ignored: {type(error).__name__}: {error}")
+            return
+        for row in rows:
+            try:
+                key, config, microseconds = Key(**row["key"]), Config(**row["config"]), float(row["microseconds"])
+                wrong = _why_invalid(key, config)
+            except (KeyError, TypeError, ValueError) as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong is None:
+                self.rows.setdefault(key, (config, microseconds))
+            else:
+                self._warn(f"has a row that is ignored: {wrong}")
+
+    def store(self, key: Key, config: Config, microseconds: float) -> None:
+        """Remembers a row, and writes it beside those that other processes wrote meanwhile."""
+        self.rows[key] = config, microseconds
+        self.load()
+        rows = [
+            {"key": key._asdict(), "config": asdict(config), "microseconds": time}
+            for key, (config, time) in sorted(self.rows.items(), key=lambda item: item[0])
+        ]
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self.path.parent, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            self._warn(f"cannot be written: {error}; what was found serves this process alone")
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"loftq_kernels: the autotune cache {self.path} {what}", RuntimeWarning, stacklevel=3)
+
+
+def _why_invalid(key: Key, config: Config) -> str | None:
+    if key.kernel not in configs.KERNELS or key.shape not in configs.SHAPES or key.bits not in (2, 4, 8):
+        return f"there is no key {key}"
+    if not all(type(value) is int for value in (key.architecture, key.rows, *asdict(config).values())):
+        return f"{key}: {config} holds what is no whole number"
+    return configs.why_invalid(key.kernel, config, key.bits, key.architecture)
+
+
+_caches: dict[str, Cache] = {}
+_lock = threading.Lock()
+
+
+def cache_of(device: torch.device) -> Cache:
+    """The cache of the devices of this name."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", device_name(device)).strip("-") or "unknown"
+    path = folder() / f"{name}.json"
+    if str(path) not in _caches:
+        _caches[str(path)] = Cache(path)
+    return _caches[str(path)]
+
+
+def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config | None:
+    """The fastest configuration for a key: the cache's, or what a search finds with `run`; None: none works."""
+    with _lock:
+        cache = cache_of(device)
+        if key not in cache.rows:
+            times = search(configs.candidates(key, group_size), run, measure)
+            if not times:
+                return None
+            cache.store(key, *next(iter(times.items())))
+        return cache.rows[key][0]
+
+
+def table_rows(cache: Cache) -> str:
+    """The rows of a cache as `configs.TABLE` has them, to be pasted there."""
+    lines = []
+    for key, (config, microseconds) in sorted(cache.rows.items(), key=lambda item: item[0]):
+        sizes = [config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages]
+        sizes += [config.fill] if config.fill else []
+        name = f'Key("{key.kernel}", {key.architecture}, {key.bits}, {key.rows}, "{key.shape}")'
+        lines.append(f"    {name}: (Config({', '.join(map(str, sizes))}),),  # {microseconds:.1f} us")
+    return "\n".join(lines)
