@@ -250,19 +250,28 @@ def train_only_adapters(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in adapters)
 
 
-def merge_adapters(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+def merge_adapters(model: nn.Module, *, requantize: bool = False, scale_search: bool = False) -> dict[str, float]:
     """`merge_adapter` of every quantized layer of a model, in place: the error that each merge added, by name.
 
+    With ``requantize=True`` old and new packed weights of all layers exist together for a while.
+
     Raises ValueError, naming a layer and before anything is changed, where an adapter can only be merged with
-    ``requantize=True``, or is disabled.
+    ``requantize=True``, is disabled, or holds NaN or Inf.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLoRAModule)}
+    merged = {}
+    for check in (True, False):  # what takes no time first
+        for name, layer in layers.items():
+            try:
+                if check:
+                    layer.check_mergeable(requantize=requantize)
+                else:
+                    merged[name] = layer.merged_packed(requantize=requantize, scale_search=scale_search)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
     for name, layer in layers.items():
-        try:
-            layer.check_mergeable(requantize=requantize)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
-    return {name: layer.merge_adapter(requantize=requantize) for name, layer in layers.items()}
+        layer.take_merged(merged[name][0])
+    return {name: error for name, (_, error) in merged.items()}
 
 
 def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[_Candidate]:
