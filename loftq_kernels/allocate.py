@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
-from loftq_kernels.convert import _batches, _Candidate, _candidates
-from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, takes_statistics
+from loftq_kernels.convert import (
+    _batches,
+    _Candidate,
+    _candidates,
+    _check_statistics,
+    _statistics_of,
+    layer_type,
+)
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
 from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
@@ -31,7 +39,12 @@ from loftq_kernels.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_
 DEFAULT_CANDIDATES = ("nf2", "nf4", "int8")
 _NEEDS_SCIPY = "plans are solved by SciPy: pip install 'loftq_kernels[plan]'"
 _MIP_GAP = 1e-4  # of the total error, HiGHS' default. At 1e-6 it took three times as long, and wrote to standard output
+_AT_LIMIT = 1  # SciPy's status
 _SECONDS = 60.0  # then the best plan found so far is taken; 700 layers under nine candidates took 1.5 s
+
+
+class UnsolvedError(RuntimeError):
+    """The solver of integer programs gave no plan."""
 
 
 def plan_bits(
@@ -59,7 +72,8 @@ def plan_bits(
         cfg: everything else: initializer, patterns, layer_types. Its overrides choose layers to leave dense and fields
             that candidates cannot set.
         statistics: by layer name, from `collect_activations`; the initializer that cfg names gets them, too, where it
-            takes them.
+            takes them. Convolutions and embeddings, which calibration does not observe, are initialized without and
+            count by the error of their weights, which only relative errors can be added to.
         count: "codes", "packed" or "total", see `BitPlan`; candidates of different ranks need "total".
         relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.
             docs/mixed_precision.md compares the two: relative errors gave the better models.
@@ -68,7 +82,8 @@ def plan_bits(
 
     Raises ImportError without SciPy; ValueError for a budget below what the cheapest candidates take (saying how much
     that is), bad candidates, count="total" with adapter="qalora", NaN or Inf in a weight or in statistics, statistics
-    that lack a layer or do not fit it, and a model with no layer to quantize.
+    that lack a layer or do not fit it, and a model with no layer to quantize; RuntimeError when the solver fails. Warns
+    when its time is over, and the best plan so far is returned.
     """
     _milp()  # before hours of work
     cfg = cfg or QuantConfig()
@@ -93,8 +108,8 @@ def plan_bits(
 def solve_plan(plan: BitPlan, budget: float | None = None) -> BitPlan:
     """The plan with the best choice of each layer for a budget (default: its own), from the errors that it holds.
 
-    Nothing is measured again. Raises as `plan_bits`, and ValueError for a plan without layers, or a layer without
-    measured errors.
+    Nothing is measured again. Raises and warns as `plan_bits`, and raises ValueError for a plan without layers, or a
+    layer without measured errors.
     """
     _milp()
     from scipy.sparse import csr_array
@@ -155,7 +170,12 @@ def _run_milp(errors, one_each, bits, budget: float):
         options={"mip_rel_gap": _MIP_GAP, "time_limit": _SECONDS},
     )
     if result.x is None:
-        raise RuntimeError(f"the integer program was not solved: {result.message}")
+        raise UnsolvedError(f"the integer program was not solved: {result.message}")
+    if result.status == _AT_LIMIT:
+        warnings.warn(
+            f"the plan may not be optimal: the solver's {_SECONDS:g} seconds were over (gap {result.mip_gap:.2%})",
+            stacklevel=3,
+        )
     return (result.x > 0.5).nonzero()[0]
 
 
@@ -203,19 +223,27 @@ def _measure(
 ) -> dict[str, PlannedLayer]:
     """Every layer in the order of the model, with its error under each candidate that it can take."""
     weights = {c.names[0]: c.weight for listed in found.values() for c in listed}
-    grams = {name: None if statistics is None else _gram(statistics, name, w) for name, w in weights.items()}
+    grams = {c.names[0]: _gram(statistics, c) for listed in found.values() for c in listed}
+    unknown = [name for name, gram in grams.items() if gram is None]
+    if statistics is not None and unknown and not relative:
+        raise ValueError(
+            f"layer {unknown[0]!r} has no statistics: absolute errors of its weights and of other layers' outputs "
+            "cannot be added; use relative errors"
+        )
+    for candidate in (c for listed in found.values() for c in listed):
+        _check_statistics(candidate, statistics)
     for name, weight in weights.items():
         check_finite(weight, f"{name}.weight")
     errors: dict[str, dict[str, float]] = {name: {} for name in weights}
     with tqdm(total=sum(map(len, found.values())), desc="plan", unit="layer", disable=not progress) as bar:
         for candidate, listed in found.items():
-            for batch in _batches(listed):
+            for batch in _batches(listed, statistics):
                 names = [c.names[0] for c in batch]
-                own = None if statistics is None else [statistics[name] for name in names]
+                own = [_statistics_of(c, statistics) for c in batch]
                 inits = initialize(
                     [c.weight for c in batch],
                     batch[0].cfg,
-                    statistics=own if takes_statistics(batch[0].cfg) else None,
+                    statistics=None if own[0] is None else own,
                     device=device,
                     progress=bar.update,
                     names=[f"{name}.weight" for name in names],
@@ -229,10 +257,16 @@ def _measure(
     }
 
 
-def _gram(statistics: Mapping[str, InputStatistics], name: str, weight: Tensor) -> Tensor:
+def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: _Candidate) -> Tensor | None:
+    """What the errors of a layer's outputs are measured with; None for those of its weight."""
+    name = candidate.names[0]
+    if statistics is None:
+        return None
     if name not in statistics:
+        if layer_type(candidate.module) != "linear":
+            return None
         raise ValueError(f"the statistics lack layer {name!r}: they are of another model, or no token reached it")
-    return check_statistics(statistics[name], f"layer {name!r}", weight.shape[1]).gram
+    return check_statistics(statistics[name], f"layer {name!r}", candidate.weight.shape[1]).gram
 
 
 def _error(weight: Tensor, init: AdapterInit, gram: Tensor | None, relative: bool) -> float:

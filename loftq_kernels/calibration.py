@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -152,7 +153,9 @@ def collect_activations(
         batches: each a tensor (model(x)), a tuple or list (model(*batch)) or a mapping (model(**batch)); tensors are
             moved to the model's device. A mapping's "attention_mask" [batch, tokens] says which tokens count (those
             that are not 0), in layers whose input is [batch, tokens, K] or [batch * tokens, K]; others, such as a
-            pooler's, count whole, and masks of other dimensions are left to the model.
+            pooler's, count whole, and masks of other dimensions are left to the model. In encoder-decoder models it is
+            the mask of the encoder's layers and of what the decoder is given of the encoder's output; the decoder's
+            own tokens count as "decoder_attention_mask" says, all without one.
         cfg: which layers, by ``include``, ``exclude`` and ``overrides``; default `QuantConfig()`.
         progress: show a bar on standard error.
         device: where the sums are kept; default: where the inputs are.
@@ -162,7 +165,8 @@ def collect_activations(
     Layers that no token reached (experts never chosen) have no entry. Warns of layers with fewer tokens than channels:
     S is singular then, which the initializers here can do with, but it says nothing about most directions.
     Raises ValueError when no layer is selected, for no batch or no token, for NaN, Inf or squares beyond float32 in a
-    layer's input (naming layer and batch); TypeError for a batch of another kind.
+    layer's input (naming layer and batch), for an encoder-decoder model whose encoder is not to be found
+    (``get_encoder()``) where a mask could be either's; TypeError for a batch of another kind.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
@@ -173,14 +177,15 @@ def collect_activations(
     layers = {name: module for name, module in model.named_modules() if _is_selected(name, module, cfg)}
     if not layers:
         raise ValueError(f"no linear layer to observe: include={cfg.include}, exclude={cfg.exclude}")
+    encoder = _encoder(model)
     target = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = len(batches) if isinstance(batches, Sized) else None
-    with _observing(model, layers, collector):
+    with _observing(model, layers, encoder, collector):
         for number, batch in enumerate(
             tqdm(batches, desc="calibrate", unit="batch", total=total, disable=not progress)
         ):
             arguments, keywords = _arguments(_to_device(batch, target))
-            collector.start(number, keywords.get("attention_mask"))
+            collector.start(number, keywords, _is_encoder_decoder(model, keywords), encoder is not None)
             model(*arguments, **keywords)
             collector.finish()
     with torch.inference_mode(False), torch.no_grad():
@@ -191,6 +196,17 @@ def _is_selected(name: str, module: nn.Module, cfg: QuantConfig) -> bool:
     """As `quantize_model`, which leaves subclasses of nn.Linear alone."""
     known = type(module) is nn.Linear or isinstance(module, QuantLoRALinear) or is_conv1d(module)
     return known and cfg.selects(name) and cfg.for_layer(name) is not None
+
+
+def _is_encoder_decoder(model: nn.Module, keywords: Mapping[str, Any]) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) or "decoder_input_ids" in keywords
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """As transformers' models tell it, which return themselves if they have none."""
+    get_encoder = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
@@ -214,13 +230,18 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _observing(model: nn.Module, layers: Mapping[str, nn.Module], collector: _Collector) -> Iterator[None]:
+def _observing(
+    model: nn.Module, layers: Mapping[str, nn.Module], encoder: nn.Module | None, collector: _Collector
+) -> Iterator[None]:
     """Hooks on, eval mode, no gradients; all as before on the way out."""
     training = [(module, module.training) for module in model.modules()]
     handles = []
+    encoding = set() if encoder is None else set(encoder.modules())
     try:
+        if encoder is not None:
+            handles.append(encoder.register_forward_hook(functools.partial(_keep_encoded, collector)))
         for name, module in layers.items():
-            hook = functools.partial(_hook, collector, _Layer(name))
+            hook = functools.partial(_hook, collector, _Layer(name, module in encoding))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         model.eval()
         with torch.inference_mode(False), torch.no_grad():
@@ -239,9 +260,17 @@ def _hook(collector: _Collector, layer: _Layer, module: nn.Module, args: tuple, 
             collector.observe(layer, x)
 
 
+def _keep_encoded(collector: _Collector, module: nn.Module, args: tuple, output: Any) -> None:
+    state = getattr(output, "last_hidden_state", None)
+    if state is None:
+        state = output[0] if isinstance(output, tuple) and output else output
+    collector.encoded = state if isinstance(state, Tensor) else None
+
+
 @dataclass(eq=False)
 class _Layer:
     name: str
+    in_encoder: bool = False
     sums: _Sums | None = None
     inputs: int = 0  # that it has had; those of its sums, between two batches
 
@@ -294,6 +323,15 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
+def _mask(mask: Any) -> Tensor | None:
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _fits(x: Tensor, shape: torch.Size) -> bool:
+    """Whether x is [batch, tokens, K] or [batch * tokens, K]."""
+    return x.shape[:-1] in (shape, (math.prod(shape),))
+
+
 class _Collector:
     def __init__(self, share_inputs: bool, device: torch.device | str | None):
         self.share_inputs, self.device = share_inputs, device
@@ -301,15 +339,31 @@ class _Collector:
         self.by_input: dict[int, _Sums] = {}  # id of an input of this batch -> where it went
         self.batches = 0
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
+        self.decoder_shape: torch.Size | None = None  # [batch, tokens] of encoder-decoder models
+        self.encoded: Tensor | None = None
 
-    def start(self, number: int, mask: Any) -> None:
+    def start(self, number: int, keywords: Mapping[str, Any], encoder_decoder: bool, encoder_known: bool) -> None:
         self.batches = number + 1
         self.by_input.clear()
-        self.mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.encoded = None
+        self.mask, self.decoder_mask = (_mask(keywords.get(f"{of}attention_mask")) for of in ("", "decoder_"))
+        self.decoder_shape = None
+        if not encoder_decoder:
+            return
+        known = [keywords.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")]
+        self.decoder_shape = next((own.shape[:2] for own in known if isinstance(own, Tensor)), torch.Size())
+        one_for_both = self.mask is not None and not self.mask.all() and self.mask.shape == self.decoder_shape
+        if one_for_both and not encoder_known:
+            raise ValueError(
+                f"the attention_mask of batch {number} is the encoder's, but the decoder's inputs have its shape "
+                f"{tuple(self.mask.shape)}, too, and the model has no get_encoder() to tell whose layers are whose"
+            )
 
     def finish(self) -> None:
         """Layers with common sums must all have had every input: their calls, not only their first, are the same."""
         self.by_input.clear()
+        self.encoded = None
         for sums in self.sums:
             for layer in sums.layers:
                 if layer.inputs != sums.inputs:
@@ -339,17 +393,24 @@ class _Collector:
             return
         layer.inputs += 1
         self.by_input[id(x)] = layer.sums
-        rows = self._counted(x)
+        rows = self._counted(layer, x)
         if not layer.sums.add(x, rows):
             wrong = "holds NaN or Inf" if not torch.isfinite(rows).all() else "is too large: its squares overflow"
             raise ValueError(f"the input of layer {layer.name!r} {wrong} in batch {self.batches - 1}")
 
-    def _counted(self, x: Tensor) -> Tensor:
+    def _counted(self, layer: _Layer, x: Tensor) -> Tensor:
         """x [..., K] -> [n, K], without the tokens that the mask leaves out."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if self.mask is None or x.shape[:-1] not in (self.mask.shape, (self.mask.numel(),)):
+        rows, mask = x.detach().reshape(-1, x.shape[-1]), self._mask_of(layer, x)
+        if mask is None or not _fits(x, mask.shape):
             return rows
-        return rows[self.mask.flatten().to(x.device)]
+        return rows[mask.flatten().to(x.device)]
+
+    def _mask_of(self, layer: _Layer, x: Tensor) -> Tensor | None:
+        """Whose tokens x holds is told by the layer, by the tensor (cross-attention is given the encoder's output
+        itself) and, where the two have different lengths, by the shape."""
+        if self.decoder_shape is None or layer.in_encoder or x is self.encoded:
+            return self.mask
+        return self.decoder_mask if _fits(x, self.decoder_shape) else self.mask
 
     def results(self) -> ActivationStatistics:
         if self.batches == 0:

@@ -14,7 +14,7 @@ import torch
 
 import loftq_kernels as lk
 from loftq_kernels import pretrained
-from loftq_kernels.allocate import DEFAULT_CANDIDATES, solve_plan
+from loftq_kernels.allocate import DEFAULT_CANDIDATES, UnsolvedError, solve_plan
 from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig
 from loftq_kernels.config import LAYER_TYPES
 from loftq_kernels.initializers.result import ADAPTERS
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, UnsolvedError) as error:
         print(f"loftq-kernels: {error}", file=sys.stderr)
         return 2
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FORMAT[,FIELD=VALUE...]",
         help=f'e.g. "nf2" or "nf4,group_size=32,rank=8" (repeatable; default {" ".join(DEFAULT_CANDIDATES)})',
     )
-    plan.add_argument("--count", default="packed", choices=COUNTS, help="what counts as bits (default packed)")
+    plan.add_argument("--count", choices=COUNTS, help="what counts as bits (default packed)")
     plan.add_argument("--absolute", action="store_true", help="add up absolute errors instead of relative ones")
     plan.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="solve this plan again for the budget, measure nothing"
@@ -147,6 +147,9 @@ def _quantize(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     _check_device(args.device)
     if args.source is not None:
+        given = {name: getattr(args, name) for name in ("candidate", "count", "absolute", "calibration")}
+        if measured := [f"--{name}" for name, value in given.items() if value]:
+            raise ValueError(f"--from measures nothing: {', '.join(measured)} cannot change the errors of that plan")
         plan = solve_plan(lk.BitPlan.load(args.source), args.budget)
     else:
         plan = lk.plan_bits(
@@ -155,7 +158,7 @@ def _plan(args: argparse.Namespace) -> None:
             args.candidate or DEFAULT_CANDIDATES,
             _config(args),
             statistics=None if args.calibration is None else lk.ActivationStatistics.load(args.calibration),
-            count=args.count,
+            count=args.count or "packed",
             relative=not args.absolute,
             device=args.device,
         )

@@ -22,6 +22,7 @@ from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.ops.checks import check_scale_options
 
 _WILDCARDS = re.compile(r"[*?[]")
+_DEFAULT_ORDER = "quantize_first"
 LAYER_TYPES = ("linear", "conv", "embedding")
 
 
@@ -62,13 +63,14 @@ class QuantConfig:
         adapter: "lora", or "qalora" for one of group means, which merges exactly (`QuantLoRALinear.merge_adapter`); for
             linear layers alone, others are skipped with the reason.
         init: one of `initializer_names()`; of them "loftq" and "qlora" know adapter="qalora", without statistics.
-        num_iter, svd, order, seed: as for `loftq_init`.
-        rank_energy, outlier_channels: as for `aser_init`; with rank_energy, ``rank`` is the most that a layer may have,
-            and scaling is still that of ``rank``.
+        num_iter, svd, order, seed: as for `loftq_init`; order="svd_first" for init="loftq" with adapter="lora" alone.
+        rank_energy, outlier_channels: as for `aser_init`; with rank_energy, for init="aser" alone, ``rank`` is the most
+            that a layer may have, and scaling is still that of ``rank``.
         include, exclude: patterns of layer names (`nn.Module.named_modules`): a glob matched against the whole name, in
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
             quantized when it matches some of ``include`` and none of ``exclude``.
-        overrides: pattern -> changed fields (a dict), or None to leave the layers dense. The first match wins.
+        overrides: pattern -> changed fields (a dict), or None to leave the layers dense. The first match wins. With
+            another init or adapter in it, order and rank_energy go back to their defaults where they are for others.
         layer_types: which kinds of layers are quantized, of `LAYER_TYPES`. Linear layers alone by default, as LoftQ,
             QLoRA and bitsandbytes do: embeddings are read a few rows at a time and often tied to the head, and
             convolutions are a small part of most language models.
@@ -85,7 +87,7 @@ class QuantConfig:
     init: str = "loftq"
     num_iter: int = 5
     svd: str = "auto"
-    order: str = "quantize_first"
+    order: str = _DEFAULT_ORDER
     rank_energy: float | None = None
     outlier_channels: int = OUTLIER_CHANNELS
     scale_dtype: torch.dtype = torch.float16
@@ -110,6 +112,11 @@ class QuantConfig:
             raise ValueError(f"adapter='qalora' takes init of {QALORA_STARTS}, got {self.init!r}")
         check_schedule(self.num_iter, self.order, self.svd, self.seed)
         check_aser(self.rank_energy, self.outlier_channels)
+        if self.rank_energy is not None and self.init != "aser":
+            raise ValueError(f"rank_energy={self.rank_energy!r} is for init='aser' alone, got init={self.init!r}")
+        if self.order != _DEFAULT_ORDER and (self.init != "loftq" or self.adapter == "qalora"):
+            what = "adapter='qalora'" if self.adapter == "qalora" else f"init={self.init!r}"
+            raise ValueError(f"order={self.order!r} is for init='loftq' with adapter='lora' alone, got {what}")
         check_scale_options(self.scale_dtype, self.scale_search)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
@@ -143,7 +150,12 @@ class QuantConfig:
         unknown = sorted(set(changes) - fields)
         if unknown:
             raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(fields))}")
-        return dataclasses.replace(self, overrides={}, **changes)
+        unused = {}  # of fields that the base has for another init
+        if changes.get("init", self.init) != "aser":
+            unused["rank_energy"] = None
+        if changes.get("init", self.init) != "loftq" or changes.get("adapter", self.adapter) == "qalora":
+            unused["order"] = _DEFAULT_ORDER
+        return dataclasses.replace(self, **{"overrides": {}, **unused, **changes})
 
     def selects(self, name: str) -> bool:
         """Whether ``include`` and ``exclude`` let the layer of that name be quantized."""

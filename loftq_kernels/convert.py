@@ -23,6 +23,7 @@ from loftq_kernels.nn.embedding import unsupported
 from loftq_kernels.ops.functional import check_finite
 from loftq_kernels.plan import BitPlan
 
+_LEFT_DENSE = "left dense by an override"
 _LAYERS_A_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers
 
 
@@ -93,7 +94,11 @@ class QuantizationReport:
                 f"{layer.bits_per_weight:>7.3f} {layer.error:>7.4f}"
             )
         lines += [f"{name:<44} skipped: {reason}" for name, reason in self.skipped.items()]
-        output = "" if self.weighted_error is None else f" (of outputs: {self.weighted_error:.4f})"
+        output = ""
+        if self.weighted_error is not None:
+            unknown = sum(layer.weighted_error is None for layer in self.layers)
+            without = f"; {unknown} layers without statistics" if unknown else ""
+            output = f" (of outputs: {self.weighted_error:.4f}{without})"
         lines.append(
             f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits/weight, mean error {self.error:.4f}{output}, "
             f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB, {self.seconds:.1f} s"
@@ -174,7 +179,8 @@ def quantize_model(
         model: changed in place; its modules keep their device and training mode.
         cfg: default `QuantConfig()`: LoftQ, NF4, rank 16.
         statistics: by layer name, from `collect_activations` on the dense model: init "eora" and "aser" need them,
-            "loftq" takes them.
+            "loftq" takes them. Calibration observes linear layers alone: convolutions and embeddings get the data-free
+            LoftQ (their ``weighted_error`` is None), and cannot be initialized by "eora" and "aser".
         plan: a `BitPlan` or its file: chooses format, group size, rank and scales of the layers that it names; cfg says
             the rest, and all of layers that the plan does not name.
         progress: show a bar on standard error.
@@ -182,8 +188,8 @@ def quantize_model(
         device: where to compute, if not where the weights are.
 
     Raises ValueError, before anything is changed, for a weight with NaN or Inf (naming layer and row), for a model that
-    is itself such a layer, for a plan of another model, when no layer matches, and for statistics that lack a layer or
-    are of another width.
+    is itself such a layer, for a plan of another model or one that names a layer which is skipped (other than by an
+    override None), when no layer matches, and for statistics that lack a layer or are of another width.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
@@ -197,7 +203,7 @@ def quantize_model(
         cfg = plan.config(cfg)
     candidates = list(_candidates(model, cfg, report.skipped))
     if plan is not None:
-        plan.check_model(_planned_shapes(model, candidates, report.skipped))
+        plan.check_model(_planned_shapes(model, candidates, report.skipped, plan, cfg))
     already = any(isinstance(module, QuantLoRAModule) for module in model.modules())
     if not candidates and not already:
         raise ValueError(
@@ -208,7 +214,7 @@ def quantize_model(
         _check_statistics(candidate, statistics)
     try:
         with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
-            for batch in _batches(candidates):
+            for batch in _batches(candidates, statistics):
                 report.layers += _replace(model, batch, statistics, device, bar)
     finally:  # layers that were swapped before an interruption are as they would be after a whole run
         if freeze:
@@ -220,15 +226,25 @@ def quantize_model(
 
 
 def _planned_shapes(
-    model: nn.Module, candidates: list[_Candidate], skipped: Mapping[str, str]
+    model: nn.Module, candidates: list[_Candidate], skipped: Mapping[str, str], plan: BitPlan, cfg: QuantConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Matrix shapes of the layers that a plan may name: to be quantized, skipped with a reason, or done before."""
+    """Matrix shapes of the layers that a plan may name: to be quantized, left dense by hand, or done before.
+
+    Raises ValueError, with the reason, for a layer that the plan names and that would be left dense otherwise.
+    """
     shapes = {c.names[0]: tuple(c.weight.shape) for c in candidates}
     for name, module in model.named_modules():
         if isinstance(module, QuantLoRAModule):
             shapes[name] = tuple(module.packed.shape)
-        elif name in skipped:
+        elif name in skipped and skipped[name] == _LEFT_DENSE:
             shapes[name] = tuple(weight_matrix(module).shape)
+        elif name in plan.layers and name in skipped:
+            raise ValueError(f"the plan names layer {name!r}, which cannot be quantized: {skipped[name]}")
+        elif name in plan.layers and (kind := layer_type(module)) not in (None, *cfg.layer_types):
+            raise ValueError(
+                f"the plan names layer {name!r}, an nn.{type(module).__name__}: layer_types={cfg.layer_types} of the "
+                f"config must hold {kind!r}"
+            )
     return shapes
 
 
@@ -250,19 +266,28 @@ def train_only_adapters(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in adapters)
 
 
-def merge_adapters(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+def merge_adapters(model: nn.Module, *, requantize: bool = False, scale_search: bool = False) -> dict[str, float]:
     """`merge_adapter` of every quantized layer of a model, in place: the error that each merge added, by name.
 
+    With ``requantize=True`` old and new packed weights of all layers exist together for a while.
+
     Raises ValueError, naming a layer and before anything is changed, where an adapter can only be merged with
-    ``requantize=True``, or is disabled.
+    ``requantize=True``, is disabled, or holds NaN or Inf.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLoRAModule)}
+    merged = {}
+    for check in (True, False):  # what takes no time first
+        for name, layer in layers.items():
+            try:
+                if check:
+                    layer.check_mergeable(requantize=requantize)
+                else:
+                    merged[name] = layer.merged_packed(requantize=requantize, scale_search=scale_search)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
     for name, layer in layers.items():
-        try:
-            layer.check_mergeable(requantize=requantize)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
-    return {name: layer.merge_adapter(requantize=requantize) for name, layer in layers.items()}
+        layer.take_merged(merged[name][0])
+    return {name: error for name, (_, error) in merged.items()}
 
 
 def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[_Candidate]:
@@ -297,7 +322,7 @@ def _reason_to_skip(
     if not cfg.selects(name):
         return "excluded by include/exclude patterns"
     if layer_cfg is None:
-        return "left dense by an override"
+        return _LEFT_DENSE
     if reason := _reason_of_class(module):
         return reason
     weight = module.weight
@@ -342,21 +367,39 @@ def packed_bytes(matrix: Tensor, cfg: QuantConfig) -> int:
     return empty_packed(*matrix.shape, cfg.format, cfg.group_size, scale_dtype=cfg.scale_dtype, device="meta").nbytes
 
 
-def _batches(candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
-    """Layers that an initializer can take together: same shape, dtype, device and options."""
+def _batches(
+    candidates: list[_Candidate], statistics: Mapping[str, InputStatistics] | None
+) -> Iterator[list[_Candidate]]:
+    """Layers that an initializer can take together: of one shape, dtype, device and options, all with statistics or
+    none."""
     groups: dict[tuple, list[_Candidate]] = defaultdict(list)
     for candidate in candidates:
         weight = candidate.weight
-        groups[tuple(weight.shape), weight.dtype, weight.device, repr(candidate.cfg)].append(candidate)
+        known = _statistics_of(candidate, statistics) is not None
+        groups[tuple(weight.shape), weight.dtype, weight.device, repr(candidate.cfg), known].append(candidate)
     for group in groups.values():
         iterator = iter(group)
         while batch := list(itertools.islice(iterator, _LAYERS_A_BATCH)):
             yield batch
 
 
+def _statistics_of(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> InputStatistics | None:
+    """What the initializer of a layer gets."""
+    if statistics is None or not takes_statistics(candidate.cfg):
+        return None
+    return statistics.get(candidate.names[0])
+
+
 def _check_statistics(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> None:
     """Raise ValueError unless there are, where they are needed, statistics of the layer, and they fit it."""
     name, cfg = candidate.names[0], candidate.cfg
+    if layer_type(candidate.module) != "linear" and (statistics is None or name not in statistics):
+        if needs_statistics(cfg):
+            raise ValueError(
+                f"init={cfg.init!r} needs statistics of layer {name!r}, an nn.{type(candidate.module).__name__}, but "
+                "calibration knows linear layers alone: give it init='loftq' by an override"
+            )
+        return
     if statistics is None:
         if needs_statistics(cfg):
             raise ValueError(f"init={cfg.init!r} of layer {name!r} needs statistics=: see collect_activations")
@@ -382,9 +425,8 @@ def _replace(
     """Initialize the layers of a batch together, then swap each in."""
     cfg = batch[0].cfg
     names = [f"{candidate.names[0]}.weight" for candidate in batch]
-    own = None
-    if statistics is not None and takes_statistics(cfg):
-        own = [statistics[candidate.names[0]] for candidate in batch]
+    own = [_statistics_of(candidate, statistics) for candidate in batch]
+    own = None if own[0] is None else own
     inits = initialize([c.weight for c in batch], cfg, statistics=own, device=device, progress=bar.update, names=names)
     for candidate, init in zip(batch, inits, strict=True):
         old = candidate.module

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from loftq_kernels import rilq_state
 from loftq_kernels.convert import adapter_parameters
+from loftq_kernels.nn import QuantLoRAModule
 from loftq_kernels.rilq_state import RilqPoint, RilqProgress
 from loftq_kernels.teacher import (
     Batch,
@@ -147,18 +149,26 @@ def rilq_tune(
             of a function go into a temporary folder.
         state_dir: folder for what resuming takes, saved at each validation. A call with the same arguments goes on
             from there and ends with the same bits (``cfg.steps`` may be larger). A finished run is returned at once.
+            The model must hold the adapters that the run began with, or those that it was left with.
         progress: True shows a bar on standard error; a function is told of each update.
         plot: where to write the loss curves as a PNG.
 
-    Raises ValueError for empty data, a model without adapters, states of another shape than the teacher's, a cache or
-    state that does not belong to these arguments; TypeError for objects of other kinds; FloatingPointError, naming the
-    update, when a loss is not finite.
+    Raises ValueError for empty data, a model without adapters or with all of them disabled, weight < 1 with a
+    transformers model that does not predict the next token (encoder-decoder, masked, no head), states of another shape
+    than the teacher's, a cache or state that does not belong to these arguments; TypeError for objects of other kinds;
+    FloatingPointError, naming the update, when a loss is not finite.
     """
     cfg = cfg or RilqConfig()
     train, held_out = _split(batches, validation, cfg)
     adapters = adapter_parameters(model)
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no adapters: quantize_model with a rank first")
+    if not any(layer.has_adapter for layer in _adapted_layers(model).values()):
+        raise ValueError(
+            "all adapters are disabled, and tuning would change nothing: call enable_adapter of the layers"
+        )
+    if cfg.weight < 1:
+        _check_causal(model)
     with contextlib.ExitStack() as stack:
         source = _teacher(teacher, train + held_out, hidden, cache, stack)
         del teacher  # so that no name here keeps a loaded model alive
@@ -170,6 +180,37 @@ def rilq_tune(
     if plot is not None:
         result.plot(plot)
     return result
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, QuantLoRAModule]:
+    """The quantized layers that have an adapter, disabled or not."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLoRAModule) and module.lora_A is not None
+    }
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Raise ValueError for a transformers model in which position t does not predict token t + 1."""
+    config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
+    if config is None or not callable(can_generate):
+        return
+    reason = None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "is an encoder-decoder model, whose decoder inputs are labels shifted already"
+    elif not can_generate():
+        reason = "has no causal head"
+    else:  # heads of BERT's kind: causal only where the config asks for it
+        modules = [sys.modules[c.__module__] for c in type(model).__mro__ if c.__module__.startswith("transformers.")]
+        masked = any(name.endswith("ForMaskedLM") for module in modules for name in vars(module))
+        if masked and not getattr(config, "is_decoder", False):
+            reason = "looks at later tokens, too, as its config.is_decoder is not set"
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} {reason}: there are no logits of a next token for the cross-entropy; weight=1 "
+            "tunes on the hidden states alone"
+        )
 
 
 def _split(batches: Iterable[Batch], validation: Iterable[Batch] | None, cfg: RilqConfig) -> tuple[list, list]:
@@ -251,14 +292,16 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def discrepancy(states: Tensor, expected: Tensor, batch: Batch) -> Tensor:
-    """mean (h - h_teacher)^2 over the tokens that ``attention_mask`` does not hide, in float32 or better."""
+    """mean (h - h_teacher)^2 over the tokens that the mask of the batch does not hide, in float32 or better."""
     if states.shape != expected.shape:
         raise ValueError(
             f"the model's hidden states have shape {tuple(states.shape)}, the teacher's {tuple(expected.shape)}"
         )
     wide = torch.promote_types(states.dtype, torch.float32)
     squares = (states.to(wide) - expected.to(states.device, wide)).square()
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = None
+    if isinstance(batch, Mapping):  # of an encoder-decoder model the final states are the decoder's
+        mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     if mask is None or mask.shape != squares.shape[:-1]:
         return squares.mean()
     return squares[mask.bool()].mean()
@@ -299,28 +342,29 @@ class _Tuner:
         }
         self.best = {name: master.clone() for name, master in self.masters.items()}
         self.optimizer = torch.optim.Adam(self.masters.values(), lr=cfg.lr)
-        self.done = RilqProgress()
         self.state_dir = None if state_dir is None else Path(state_dir)
+        self.done = RilqProgress(held=[self._key(self.best)])
         if self.state_dir is not None:
             self._resume()
 
     def run(self, progress: bool | Callable[[RilqPoint], None]) -> RilqResult:
-        done, cfg = self.done, self.cfg
+        cfg = self.cfg
         try:
             self._install(self.masters)
-            if not done.validation:
+            if not self.done.validation:
                 self._validate()
-            with tqdm(total=cfg.steps, initial=done.step, desc="rilq", disable=progress is not True) as bar:
-                while done.step < cfg.steps and done.waiting < cfg.patience:
+            with tqdm(total=cfg.steps, initial=self.done.step, desc="rilq", disable=progress is not True) as bar:
+                while self.done.step < cfg.steps and self.done.waiting < cfg.patience:
                     point = self._update()
-                    if done.step % cfg.validate_every == 0 or done.step == cfg.steps:
+                    if self.done.step % cfg.validate_every == 0 or self.done.step == cfg.steps:
                         self._validate()
                     bar.update()
-                    bar.set_postfix(loss=f"{point.loss:.4f}", best=f"{done.best_loss:.4f}")
+                    bar.set_postfix(loss=f"{point.loss:.4f}", best=f"{self.done.best_loss:.4f}")
                     if callable(progress):
                         progress(point)
         finally:
             self._install(self.best)
+        done = self.done
         return RilqResult(
             best_step=done.best_step,
             best_loss=done.best_loss,
@@ -374,20 +418,34 @@ class _Tuner:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        done = self.done
-        point = _mean([self._losses(batch)[1] for batch in self.held_out], done.step)
-        done.validation.append(point)
-        if point.loss < done.best_loss:
-            done.best_loss, done.best_step, done.waiting = point.loss, point.step, 0
-            self.best = {name: master.clone() for name, master in self.masters.items()}
-        else:
-            done.waiting += 1
+        point = _mean([self._losses(batch)[1] for batch in self.held_out], self.done.step)
+        done, best = self._judged(point)
         if self.state_dir is not None:
-            rilq_state.save(self.state_dir, self._settings(), done, self._tensors())
+            stored, stored_best = done, best
+            if point.step % self.cfg.validate_every:
+                stored, stored_best = dataclasses.replace(self.done, end=point, held=done.held), self.best
+            rilq_state.save(self.state_dir, self._settings(), stored, self._tensors(stored_best))
+        self.done, self.best = done, best  # after the save: if that fails the model is left as the older state knows it
+
+    def _judged(self, point: RilqPoint) -> tuple[RilqProgress, dict[str, Tensor]]:
+        """Progress and best adapters after a validation of the masters."""
+        done = dataclasses.replace(self.done, validation=[*self.done.validation, point], end=None)
+        if not point.loss < done.best_loss:
+            return dataclasses.replace(done, waiting=done.waiting + 1), self.best
+        held = done.held if (key := self._key(self.masters)) in done.held else [*done.held, key]
+        done = dataclasses.replace(done, best_loss=point.loss, best_step=point.step, waiting=0, held=held)
+        return done, {name: master.detach().clone() for name, master in self.masters.items()}
+
+    def _key(self, values: Mapping[str, Tensor]) -> str:
+        """Hash of adapters as the model holds them, which only states are checked by."""
+        if self.state_dir is None:
+            return ""
+        return batch_key({name: values[name].to(parameter.dtype) for name, parameter in self.adapters.items()})
 
     def _settings(self) -> dict:
         """What a saved state belongs to. Not the number of updates, which may grow, nor what changes no result."""
         free = ("steps", "gradient_checkpointing", "validation_share")
+        layers = _adapted_layers(self.model)
         settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
         return settings | {
             "batches": [batch_key(batch) for batch in self.train],
@@ -395,12 +453,15 @@ class _Tuner:
             "teacher": self.source.key,
             "model": fingerprint(self.model, exclude=self.adapters.values()),
             "adapters": {name: list(parameter.shape) for name, parameter in self.adapters.items()},
+            "adapter": {name: layer.adapter for name, layer in layers.items()},
+            "scaling": {name: float(layer.scaling) for name, layer in layers.items()},
+            "adapter_enabled": {name: layer.adapter_enabled for name, layer in layers.items()},
         }
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {"rng": torch.get_rng_state()}
         for name, master in self.masters.items():
-            tensors |= {f"adapter.{name}": master, f"best.{name}": self.best[name]}
+            tensors |= {f"adapter.{name}": master, f"best.{name}": best[name]}
             for key, value in self.optimizer.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
         return tensors
@@ -409,7 +470,13 @@ class _Tuner:
         stored = rilq_state.load(self.state_dir, self._settings())
         if stored is None:
             return
-        self.done, tensors = stored
+        done, tensors = stored
+        if self.done.held[0] not in done.held:
+            raise ValueError(
+                f"{self.state_dir}: the model's adapters differ from those that the state was made from; give it the "
+                "model that the run began with or left, or another folder"
+            )
+        self.done = done
         torch.set_rng_state(tensors["rng"])
         for name, master in self.masters.items():
             master.copy_(tensors[f"adapter.{name}"])
@@ -419,6 +486,9 @@ class _Tuner:
                     key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else master.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        if done.end is not None and done.step >= self.cfg.steps:
+            self.done, self.best = self._judged(done.end)
+        self.done.end = None  # of a run that goes on: one without a break would not have validated there
 
 
 def _mean(points: list[RilqPoint], step: int) -> RilqPoint:

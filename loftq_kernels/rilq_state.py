@@ -18,7 +18,7 @@ from torch import Tensor
 from loftq_kernels import storage
 
 _INDEX = "rilq.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class RilqPoint(NamedTuple):
@@ -32,7 +32,12 @@ class RilqPoint(NamedTuple):
 
 @dataclass
 class RilqProgress:
-    """How far a run is; ``waiting`` counts the validations since the best one."""
+    """How far a run is; ``waiting`` counts the validations since the best one.
+
+    ``end`` is the validation of a last update between two regular ones. It stands beside the others, for a run that
+    goes on has no such point. ``held`` are hashes of the adapters that a model of this run may hold between two calls:
+    the initial ones and each best.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -40,6 +45,8 @@ class RilqProgress:
     waiting: int = 0
     train: list[RilqPoint] = field(default_factory=list)
     validation: list[RilqPoint] = field(default_factory=list)
+    end: RilqPoint | None = None
+    held: list[str] = field(default_factory=list)
 
 
 def save(folder: Path, settings: Mapping[str, Any], done: RilqProgress, tensors: Mapping[str, Tensor]) -> None:
@@ -70,6 +77,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> tuple[RilqProgress, dict[
             raise ValueError(f"its version is {version!r}, this version reads {_VERSION}")
         done = RilqProgress(**values["done"])
         done.train, done.validation = ([RilqPoint(*p) for p in points] for points in (done.train, done.validation))
+        done.end = None if done.end is None else RilqPoint(*done.end)
         if Path(name).name != name:
             raise ValueError(f"tensors lie in {name!r}")
     except (ValueError, KeyError, TypeError) as error:

@@ -115,7 +115,10 @@ def _transformers_states(model: nn.Module, batch: Batch) -> States:
 
     def keep(module, arguments, output) -> None:
         state = getattr(output, "last_hidden_state", None)
-        caught.append(output[0] if state is None else state)
+        if state is None and module is not model:  # what the whole model returns otherwise begins with loss or logits
+            state = output[0] if type(output) is tuple and output else output
+        if isinstance(state, Tensor):
+            caught.append(state)
 
     hooks = [module.register_forward_hook(keep) for module in {id(m): m for m in inner if m is not None}.values()]
     try:
@@ -126,7 +129,10 @@ def _transformers_states(model: nn.Module, batch: Batch) -> States:
         for hook in hooks:
             hook.remove()
     if not caught:
-        raise TypeError(f"{type(model).__name__} does not call its base model: pass hidden=")
+        raise ValueError(
+            f"{type(model).__name__} shows no final hidden states: neither its base model nor its decoder returned "
+            "any; pass hidden=, a function of (model, batch) that does"
+        )
     return caught[-1], getattr(output, "logits", None)
 
 

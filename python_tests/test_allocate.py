@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers import TinyModel, assert_unchanged, gaussian, minilm_weights, param
 from torch import nn
 
 import loftq_kernels as lk
-from loftq_kernels import cli
+from loftq_kernels import allocate, cli
 from loftq_kernels.allocate import solve_plan
 
 CFG = lk.QuantConfig(rank=4, num_iter=1)
@@ -290,6 +291,56 @@ def test_without_scipy(monkeypatch):
         plan_of(tiny_model(), 3)
 
 
+def test_solver_at_its_limit(monkeypatch):
+    """The best plan so far is taken, and said to be no more than that."""
+    plan = plan_of(uneven_model(), 3, ["nf2", "nf4"])
+    milp = allocate._milp()
+
+    def limited(*args, **options):
+        result = milp(*args, **options)
+        result.status = 1
+        return result
+
+    monkeypatch.setattr(allocate, "_milp", lambda: limited)
+    with pytest.warns(UserWarning, match="plan may not be optimal"):
+        assert solve_plan(plan, 3) == plan
+
+
+def test_solver_fails(monkeypatch, tmp_path, capsys):
+    plan = plan_of(uneven_model(), 3, ["nf2", "nf4"])
+    plan.save(tmp_path / "plan.json")
+    failed = types.SimpleNamespace(x=None, status=4, message="numerical difficulties")
+    monkeypatch.setattr(allocate, "_milp", lambda: lambda *args, **options: failed)
+    with pytest.raises(RuntimeError, match="not solved: numerical"):
+        solve_plan(plan, 3)
+    arguments = ["plan", "model", "other.json", "--budget", "3", "--from", tmp_path / "plan.json"]
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "loftq-kernels: the integer program was not solved" in err
+
+
+class TestOtherKinds:
+    """Convolutions and embeddings have no statistics."""
+
+    def plan(self, init: str, **options) -> lk.BitPlan:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"up": nn.Linear(64, 64), "conv": nn.Conv1d(64, 64, 1), "embed": nn.Embedding(64, 64)})
+        cfg = dataclasses.replace(CFG, init=init, layer_types=("linear", "conv", "embedding"))
+        return plan_of(model, 3, ["nf2", "nf4"], cfg=cfg, **options)
+
+    def test_loftq(self):
+        statistics = {"up": of_gram(torch.diag(torch.arange(1.0, 65.0)))}
+        given, without = self.plan("loftq", statistics=statistics), self.plan("loftq")
+        differ = [name for name in given.layers if given.layers[name].errors != without.layers[name].errors]
+        assert differ == ["up"]
+        with pytest.raises(ValueError, match="layer 'conv' has no statistics.*relative"):
+            self.plan("loftq", statistics=statistics, relative=False)
+
+    def test_eora(self):
+        with pytest.raises(ValueError, match="'conv', an nn.Conv1d.*linear layers alone.*init='loftq'"):
+            self.plan("eora", statistics={"up": of_gram(torch.eye(64))})
+
+
 def test_progress_bar(capsys):
     lk.plan_bits(tiny_model(), 3, ["nf2", "nf4"], CFG)
     assert "10/10" in capsys.readouterr().err
@@ -358,9 +409,37 @@ class TestFile:
     def test_goes_on_after_an_interruption(self, plan):
         """Layers that are done, and those that are left dense by hand, are no sign of another model."""
         model = uneven_model()
-        lk.quantize_model(model, dataclasses.replace(CFG, include="layers.0.*"), plan=plan, progress=False)
+        left = dict.fromkeys(("layers.1.*", "head"))
+        lk.quantize_model(model, dataclasses.replace(CFG, overrides=left), plan=plan, progress=False)
         lk.quantize_model(model, dataclasses.replace(CFG, overrides={"head": None}), plan=plan, progress=False)
         assert type(model.head) is nn.Linear and isinstance(model.layers[1]["down"], lk.QuantLoRALinear)
+
+    def test_a_planned_layer_is_not_skipped(self, plan):
+        """Whatever the reason, and before anything is changed."""
+        for change, message in (
+            (lambda m: {"include": "layers.*"}, "'head'.*excluded"),
+            (lambda m: {"exclude": "head"}, "'head'.*excluded"),
+            (lambda m: m.head.register_forward_hook(lambda *args: None), "'head'.*hooks"),
+            (lambda m: setattr(m, "tied", nn.ParameterList([m.head.weight])), "'head'.*shared with tied"),
+            (lambda m: {"layer_types": "conv"}, "'layers.0.up', an nn.Linear: layer_types=.* must hold 'linear'"),
+        ):
+            model = uneven_model()
+            fields = change(model)
+            cfg = dataclasses.replace(CFG, **fields) if isinstance(fields, dict) else CFG
+            before = parameters_of(model)
+            with pytest.raises(ValueError, match=message):
+                lk.quantize_model(model, cfg, plan=plan, progress=False)
+            assert_unchanged(model, before)
+            assert not any(isinstance(module, lk.QuantLoRALinear) for module in model.modules())
+
+    def test_layer_types(self):
+        """A plan for convolutions and embeddings says what the config lacks."""
+        model = nn.ModuleDict({"up": nn.Linear(64, 64), "conv": nn.Conv1d(64, 64, 1), "embed": nn.Embedding(64, 64)})
+        cfg = dataclasses.replace(CFG, layer_types=("linear", "conv", "embedding"))
+        plan = plan_of(model, 3, ["nf2", "nf4"], cfg=cfg)
+        with pytest.raises(ValueError, match=r"'conv', an nn.Conv1d: layer_types=\('linear',\).* must hold 'conv'"):
+            lk.quantize_model(model, CFG, plan=plan, progress=False)
+        assert len(lk.quantize_model(model, cfg, plan=plan, progress=False).layers) == 3
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"a": 1}', "[" * 100_000, "\x00"])
     def test_not_a_plan(self, text, tmp_path):
@@ -524,6 +603,15 @@ class TestCommandLine:
             (["plan", "bert", "plan.json", "--budget", "-1"], "budget=-1"),
             (["plan", "bert", "plan.json", "--budget", "3", "--from", "nothing"], "nothing does not exist"),
             (["quantize", "bert", "out", "--plan", "nothing"], "nothing does not exist"),
+            (["quantize", "bert", "out", "--rank-energy", "0.5"], "rank_energy=0.5 is for init='aser' alone"),
+            (["plan", "bert", "plan.json", "--budget", "3", "--rank-energy", "0.5"], "rank_energy=0.5"),
+            (["plan", "bert", "plan.json", "--budget", "3", "--from", "x", "--candidate", "nf2"], "--candidate cannot"),
+            (["plan", "bert", "plan.json", "--budget", "3", "--from", "x", "--count", "packed"], "--count cannot"),
+            (["plan", "bert", "plan.json", "--budget", "3", "--from", "x", "--absolute"], "--absolute cannot"),
+            (
+                ["plan", "bert", "plan.json", "--budget", "3", "--from", "x", "--calibration", "y"],
+                "--calibration cannot",
+            ),
             (["quantize", "bert", "out", "--plan", "bert/config.json"], "loftq_plan_version"),
         ],
         ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -230,6 +231,54 @@ class TestMask:
         assert collect(Flat(), [{"x": x, "attention_mask": mask}] * 2)["up"].tokens == 14
         assert collect(Flat(), [{"x": x, "attention_mask": mask[:, None, None]}])["up"].tokens == 10
 
+    def encoder_decoder(self, kind: str):
+        from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+        torch.manual_seed(0)
+        if kind == "t5":
+            sizes = {"d_model": 64, "d_ff": 96, "d_kv": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+            return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+        both = ("layers", "attention_heads", "ffn_dim")
+        sizes = {f"{of}_{what}": n for of in ("encoder", "decoder") for what, n in zip(both, (1, 2, 96), strict=True)}
+        return BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=64, **sizes)).eval()
+
+    @pytest.mark.filterwarnings("ignore:.*fewer tokens than channels")
+    @pytest.mark.parametrize("length", [12, 9])
+    @pytest.mark.parametrize("kind", ["t5", "bart"])
+    def test_encoder_decoder(self, kind, length):
+        """The encoder's mask is for its layers and for cross-attention's keys and values, also at equal lengths."""
+        model, tokens = self.encoder_decoder(kind), torch.arange(24).view(2, 12)
+        mask, decoder_mask = torch.ones(2, 12, dtype=torch.long), torch.ones(2, length, dtype=torch.long)
+        mask[1, 5:] = 0
+        decoder_mask[0, 7:] = 0
+        batch = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens[:, :length] + 3}
+        names = ("k", "v") if kind == "t5" else ("k_proj", "v_proj")
+        crossed = "EncDecAttention" if kind == "t5" else "encoder_attn"
+        for extra, decoded in (({}, 2 * length), ({"decoder_attention_mask": decoder_mask}, 7 + length)):
+            own = collect(model, [{**batch, **extra}] * 2)
+            for name in own:
+                encodes = ".encoder." in f".{name}" or (crossed in name and name.rpartition(".")[2] in names)
+                assert own[name].tokens == 2 * (17 if encodes else decoded), name
+            assert {"lm_head"} < set(own) and any(crossed in name for name in own)
+
+    def test_whose_mask_is_unknown(self):
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x, decoder_input_ids, attention_mask):
+                return self.up(x), self.down(nn.functional.one_hot(decoder_input_ids, 8).float())
+
+        batch = {"x": gaussian(9, 5, 8), "attention_mask": torch.ones(9, 5, dtype=torch.long)}
+        batch["decoder_input_ids"] = torch.arange(45).view(9, 5) % 8
+        assert collect(Both(), [batch])["down"].tokens == 45  # nothing is masked
+        batch["attention_mask"][0, 3:] = 0
+        with pytest.raises(ValueError, match="attention_mask of batch 0 is the encoder's"):
+            collect(Both(), [batch])
+        own = collect(Both(), [{**batch, "decoder_input_ids": batch["decoder_input_ids"][:, :4]}])
+        assert (own["up"].tokens, own["down"].tokens) == (43, 36)
+
     def test_nan_at_masked_tokens(self):
         """Attention over nothing gives NaN there; it is no one's business."""
         x = gaussian(2, 40, 16)
@@ -417,6 +466,34 @@ class TestQuantizeModel:
         self.refuses("lack layer 'head'", {name: own[name] for name in own if name != "head"}, init=init)
         other = collect(tiny_model(width=32), [gaussian(99, 32)])
         self.refuses("layer 'layers.0.up' have 32 channels, the weight has 64", other, init=init)
+
+    def kinds(self):
+        """A linear layer and a convolution whose matrices have one shape, and an embedding."""
+        torch.manual_seed(0)
+        return nn.ModuleDict({"up": nn.Linear(64, 64), "conv": nn.Conv1d(64, 64, 1), "embed": nn.Embedding(64, 64)})
+
+    def test_other_kinds_get_the_start_without_data(self, own):
+        model, statistics = self.kinds(), {"up": own["head"]}
+        cfg = lk.QuantConfig("nf2", rank=4, layer_types=("linear", "conv", "embedding"))
+        expected = lk.loftq_init(model["conv"].weight.detach().flatten(1), "nf2", 4)
+        report = lk.quantize_model(model, cfg, statistics=statistics, progress=False)
+        known = {layer.name: layer.weighted_error is not None for layer in report.layers}
+        assert known == {"up": True, "conv": False, "embed": False}
+        assert "; 2 layers without statistics)" in str(report)
+        assert report.layers[1].error == pytest.approx(expected.error, rel=1e-3)
+
+    @pytest.mark.parametrize("init", ["eora", "aser"])
+    def test_other_kinds_cannot_take_statistics(self, own, init):
+        model, statistics = self.kinds(), {"up": own["head"]}
+        cfg = lk.QuantConfig(init=init, rank=4, layer_types=("linear", "conv", "embedding"))
+        before = parameters_of(model)
+        for given in (statistics, {}, None):
+            only = dataclasses.replace(cfg, layer_types=("conv",))
+            with pytest.raises(ValueError, match="'conv', an nn.Conv1d.*linear layers alone.*init='loftq'"):
+                lk.quantize_model(model, cfg if given else only, statistics=given, progress=False)
+        assert_unchanged(model, before)
+        cfg = dataclasses.replace(cfg, overrides={"conv": {"init": "loftq"}, "embed": {"init": "loftq"}})
+        assert len(lk.quantize_model(model, cfg, statistics=statistics, progress=False).layers) == 3
 
     @pytest.mark.parametrize("what", WHAT)
     def test_damaged(self, own, what):

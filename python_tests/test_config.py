@@ -64,6 +64,17 @@ def test_overrides():
     assert lk.QuantConfig().for_layer("x") == lk.QuantConfig()
 
 
+def test_overrides_of_the_initializer():
+    """Fields that the base has for its own initializer do not stand in the way of another one."""
+    cfg = lk.QuantConfig(init="aser", rank_energy=0.5, overrides={"a": {"init": "qlora"}, "b": {"rank": 3}})
+    assert cfg.for_layer("a").rank_energy is None and cfg.for_layer("b").rank_energy == 0.5
+    overrides = {"a": {"init": "eora"}, "b": {"adapter": "qalora"}, "c": {"num_iter": 1}}
+    cfg = lk.QuantConfig(order="svd_first", overrides=overrides)
+    assert [cfg.for_layer(name).order for name in "abcd"] == ["quantize_first"] * 2 + ["svd_first"] * 2
+    cfg = lk.QuantConfig(overrides={"a": {"init": "aser", "rank_energy": 0.5}})
+    assert cfg.for_layer("a").rank_energy == 0.5
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -81,6 +92,14 @@ def test_overrides():
         ({"num_iter": 0}, "num_iter=0"),
         ({"svd": "full"}, "svd='full'"),
         ({"order": "any"}, "order='any'"),
+        ({"order": "svd_first", "init": "eora"}, "order='svd_first'.*init='eora'"),
+        ({"order": "svd_first", "init": "aser"}, "order='svd_first'.*init='aser'"),
+        ({"order": "svd_first", "init": "qlora"}, "order='svd_first'.*init='qlora'"),
+        ({"order": "svd_first", "adapter": "qalora"}, "order='svd_first'.*adapter='qalora'"),
+        ({"rank_energy": 0.5}, r"rank_energy=0\.5.*init='loftq'"),
+        ({"rank_energy": 0.5, "init": "eora"}, r"rank_energy=0\.5.*init='eora'"),
+        ({"overrides": {"*": {"rank_energy": 0.5}}}, r"rank_energy=0\.5"),
+        ({"overrides": {"*": {"init": "qlora", "order": "svd_first"}}}, "order='svd_first'"),
         ({"include": "re:("}, r"re:\("),
         ({"overrides": {"*": {"format": "nf5"}}}, "unknown format 'nf5'"),
         ({"overrides": {"*": {"rank": 0}}}, "rank=0"),

@@ -231,6 +231,31 @@ class TestModel:
         errors = lk.merge_adapters(model, requantize=True)
         assert {name for name, error in errors.items() if error > 0} == {"head"}
 
+    @pytest.mark.parametrize("name", ["head", "first"])
+    def test_all_layers_merge_or_none(self, name):
+        """The fault is in the values of one adapter, which are looked at when it is merged."""
+        model = self.quantized(overrides={"head": {"adapter": "lora"}})
+        names = [n for n, module in model.named_modules() if isinstance(module, lk.QuantLoRALinear)]
+        layer = model.get_submodule(names[0] if name == "first" else name)
+        layer.lora_B.data[0, 0] = float("nan")
+        before = parameters_of(model)
+        with pytest.raises(ValueError, match="layer "):
+            lk.merge_adapters(model, requantize=True)
+        assert layer.rank == 2 and all(model.get_submodule(n).lora_A is not None for n in names)
+        layer.lora_B.data[0, 0] = before[f"{names[0] if name == 'first' else name}.lora_B"][0, 0] = 0
+        assert_unchanged(model, before)
+
+    def test_scale_search(self):
+        errors = []
+        for search in (False, True):
+            model = self.quantized(adapter="lora", format="int2", scale_search=search)
+            layer = model.head
+            weight = layer.weight
+            errors.append(lk.merge_adapters(model, requantize=True, scale_search=search)["head"])
+            expected = lk.quantize(weight, "int2", 32, scale_search=search)
+            assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.scale, expected.scale)
+        assert errors[1] < errors[0]
+
     def test_rank_beyond_the_groups_is_skipped(self):
         model = tiny_model()
         report = lk.quantize_model(model, lk.QuantConfig(rank=3, group_size=32, adapter="qalora"), progress=False)

@@ -48,8 +48,11 @@ def dense_lm(seed: int = 0, **sizes) -> TinyLM:
 
 
 def quantized(model: nn.Module, format="nf2", **options) -> nn.Module:
+    """Starts that need statistics get them from the tokens that `tune` takes."""
     model = copy.deepcopy(model)
-    lk.quantize_model(model, lk.QuantConfig(format, 32, **{"rank": 2, **options}), progress=False)
+    cfg = lk.QuantConfig(format, 32, **{"rank": 2, **options})
+    statistics = lk.collect_activations(model, tokens(), cfg, progress=False) if cfg.init in ("eora", "aser") else None
+    lk.quantize_model(model, cfg, statistics=statistics, progress=False)
     return model
 
 
@@ -161,7 +164,9 @@ def dense_gradients(model: nn.Module, dense: nn.Module, batch: Tensor) -> dict[s
 
 
 class TestTuning:
-    @pytest.mark.parametrize("options", [{}, {"init": "qlora"}, {"adapter": "qalora"}, {"format": "int2"}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"init": "qlora"}, {"init": "eora"}, {"adapter": "qalora"}, {"format": "int2"}], ids=str
+    )
     def test_loss_falls_and_only_adapters_change(self, options):
         model, dense = pair(**options)
         before, teacher_before = parameters_of(model), parameters_of(dense)
@@ -282,6 +287,76 @@ class TestModels:
             tune(model, dense)
         result = tune(model, dense, cfg=config(weight=1.0))
         assert result.best_loss < result.start_loss and result.train[0].ce == 0
+
+    def t5(self):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"d_model": 64, "d_ff": 96, "d_kv": 32, "num_layers": 2, "num_heads": 2, "vocab_size": VOCABULARY}
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+    def test_encoder_decoder(self):
+        """T5's base model is the model itself: the states are the decoder's, not the logits. Its mask is its own."""
+        dense, short, long = self.t5(), tokens()[0][:, :7], tokens()[1]
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[:, 4:] = 0
+        batch = {"input_ids": long, "attention_mask": mask, "decoder_input_ids": short}
+        states, logits = teacher.final_states(dense, batch)
+        expected = dense(**batch, output_hidden_states=True)
+        torch.testing.assert_close(states, expected.decoder_hidden_states[-1])
+        torch.testing.assert_close(logits, expected.logits)
+        batches = [{**batch, "decoder_input_ids": other} for other in tokens(4)]  # as long as the encoder's
+        model = quantized(dense, exclude=("lm_head", "*.wo"))
+        with pytest.raises(ValueError, match="encoder-decoder.*weight=1"):
+            tune(copy.deepcopy(model), dense, batches)
+        result = tune(model, dense, batches, config(weight=1.0, lr=1e-3))
+        assert result.best_loss < result.start_loss
+        a, b = torch.zeros(2, 12, 3), torch.ones(2, 12, 3)
+        b[:, 6:] = 3
+        seen = torch.ones(2, 12)
+        seen[:, 6:] = 0
+        assert rilq.discrepancy(a, b, batches[0]).item() == 5
+        assert rilq.discrepancy(a, b, {**batches[0], "decoder_attention_mask": seen}).item() == 1
+
+    def test_no_states_to_be_seen(self):
+        """A model that is its own base model, without decoder, whose output begins with logits."""
+
+        class Opaque(TinyLM):
+            config = type("Config", (), {})()
+
+            @property
+            def base_model(self):
+                return self
+
+            def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+                return super().forward(input_ids)[::-1]
+
+        torch.manual_seed(0)
+        dense = Opaque()
+        with pytest.raises(ValueError, match="Opaque.*pass hidden="):
+            tune(quantized(dense), dense)
+        result = tune(quantized(dense), dense, hidden=lambda m, x: m(x)[::-1], cfg=config(lr=1e-3))
+        assert result.best_loss < result.start_loss
+
+    @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForTokenClassification", "BertLMHeadModel"])
+    def test_next_token_needs_a_causal_model(self, kind):
+        import transformers
+
+        torch.manual_seed(0)
+        dense = getattr(transformers, kind)(tiny_bert().config).eval()
+        model = quantized(dense, exclude=("cls.*", "classifier"))
+        before = adapters(model)
+        with pytest.raises(ValueError, match=f"{kind}.*weight=1"):
+            tune(model, dense)
+        assert same(adapters(model), before)
+        assert tune(model, dense, cfg=config(weight=1.0, lr=1e-3, steps=3)).steps == 3
+
+    def test_bert_as_a_decoder(self):
+        from transformers import BertLMHeadModel
+
+        torch.manual_seed(0)
+        dense = BertLMHeadModel(tiny_bert(is_decoder=True).config).eval()
+        assert tune(quantized(dense, exclude=("cls.*",)), dense, cfg=config(steps=3)).train[0].ce > 0
 
     def test_hidden_function(self):
         """A model over floating inputs, which returns something of its own."""
@@ -445,6 +520,75 @@ class TestResume:
         assert tune(other, dense, state_dir=tmp_path) == expected  # done: nothing more happens
         assert len(list(tmp_path.iterdir())) == 2
 
+    @pytest.mark.parametrize("steps", [5, 8])
+    @pytest.mark.parametrize("lr", [1e-2, 5.0], ids=["end is best", "end is not"])
+    def test_more_steps_after_an_end_between_validations(self, lr, steps, tmp_path):
+        """The validation at the end is part of that run's result, and no longer of the one that goes on."""
+        model, dense = pair()
+        first, straight = copy.deepcopy(model), copy.deepcopy(model)
+        expected = tune(model, dense, cfg=config(lr=lr))
+        short = tune(first, dense, cfg=config(lr=lr, steps=steps), state_dir=tmp_path)
+        assert short == tune(straight, dense, cfg=config(lr=lr, steps=steps)) and same(
+            adapters(first), adapters(straight)
+        )
+        assert short.validation[-1].step == steps
+        for _ in range(2):  # finished: told again as it was
+            assert tune(first, dense, cfg=config(lr=lr, steps=steps), state_dir=tmp_path) == short
+            assert same(adapters(first), adapters(straight))
+        assert tune(first, dense, cfg=config(lr=lr), state_dir=tmp_path) == expected
+        assert same(adapters(first), adapters(model))
+
+    def test_another_start(self, tmp_path):
+        """The same packed weights under other adapters: neither those of the beginning nor the best ones."""
+        model, dense = pair()
+        start = copy.deepcopy(model)
+        tune(model, dense, cfg=config(steps=3), state_dir=tmp_path)
+        for change in (lambda t: t.zero_(), lambda t: t[0, 0].add_(1e-3)):
+            for held in (start, model):
+                other = copy.deepcopy(held)
+                with torch.no_grad():
+                    change(other.layers[1][3].lora_B)
+                before = adapters(other)
+                with pytest.raises(ValueError, match="adapters differ from those that the state was made from"):
+                    tune(other, dense, state_dir=tmp_path)
+                assert same(adapters(other), before)
+        results = [tune(held, dense, state_dir=tmp_path) for held in (start, model)]
+        assert results[0] == results[1] and same(adapters(start), adapters(model))
+
+    def test_failed_save(self, tmp_path, monkeypatch):
+        """A best that could not be saved is not left in the model, which the older state would not know then."""
+        model, dense = pair()
+        other = copy.deepcopy(model)
+        expected = tune(other, dense)
+        save = rilq.rilq_state.save
+
+        def full(folder, settings, done, tensors):
+            if done.step == 6:
+                raise OSError("no space left")
+            save(folder, settings, done, tensors)
+
+        monkeypatch.setattr(rilq.rilq_state, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            tune(model, dense, state_dir=tmp_path)
+        monkeypatch.undo()
+        assert tune(model, dense, state_dir=tmp_path) == expected and same(adapters(model), adapters(other))
+
+    def test_bfloat16(self, tmp_path):
+        """The best is kept in float32, the model holds it rounded."""
+        model, dense = (m.bfloat16() for m in pair())
+        other = copy.deepcopy(model)
+        expected = tune(other, dense)
+        tune(model, dense, cfg=config(steps=6), state_dir=tmp_path)
+        assert tune(model, dense, state_dir=tmp_path) == expected and same(adapters(model), adapters(other))
+
+    @pytest.mark.parametrize("what", ["scaling", "adapter_enabled"])
+    def test_another_scaling(self, what, tmp_path):
+        model, dense = pair()
+        tune(model, dense, cfg=config(steps=3), state_dir=tmp_path)
+        setattr(model.layers[0][0], what, 0.5 if what == "scaling" else False)
+        with pytest.raises(ValueError, match=f"another run.*{what}"):
+            tune(model, dense, state_dir=tmp_path)
+
     def test_another_run(self, tmp_path):
         model, dense = pair()
         tune(model, dense, cfg=config(steps=3), state_dir=tmp_path)
@@ -508,6 +652,22 @@ class TestBadInput:
     def test_no_adapters(self):
         with pytest.raises(ValueError, match="no adapters"):
             tune(quantized(dense_lm(), rank=None), dense_lm())
+
+    def test_disabled_adapters(self):
+        model, dense = pair()
+        layers = [layer for layer in model.modules() if isinstance(layer, lk.QuantLoRALinear)]
+        for layer in layers:
+            layer.disable_adapter()
+        with pytest.raises(ValueError, match="enable_adapter"):
+            tune(model, dense)
+        before = adapters(model)
+        layers[0].enable_adapter()
+        tune(model, dense, cfg=config(weight=1.0, lr=1e-3))
+        now = adapters(model)
+        assert [name for name in now if not torch.equal(now[name], before[name])] == [
+            "layers.0.0.lora_A",
+            "layers.0.0.lora_B",
+        ]
 
     def test_loss_is_not_finite(self):
         model, dense = pair()

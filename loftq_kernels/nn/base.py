@@ -188,7 +188,7 @@ class QuantLoRAModule(nn.Module):
                 "dense merged_linear() (or its like) is exact, and adapter='qalora' of linear layers merges exactly"
             )
 
-    def merge_adapter(self, *, requantize: bool = False) -> float:
+    def merge_adapter(self, *, requantize: bool = False, scale_search: bool = False) -> float:
         """Move the adapter into the packed weight, in place; returns the relative error ||W - W'||_F / ||W||_F it adds.
 
         adapter="qalora": exact, the error is 0. The codes stay; the offsets (of zero where the format has none) become
@@ -197,21 +197,32 @@ class QuantLoRAModule(nn.Module):
 
         and are stored, with the scales, in float32 (float64 in a float64 layer, for which there is no fast kernel): in
         float16 they would be rounded by 5e-4 of themselves. adapter="lora": the merged weight is quantized anew,
-        only with ``requantize=True``. A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
+        only with ``requantize=True``, its scales searched with ``scale_search=True`` (a layer does not know whether
+        its own were, so say it again). A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
 
         Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, or NaN
         or Inf in the adapter.
         """
+        packed, error = self.merged_packed(requantize=requantize, scale_search=scale_search)
+        self.take_merged(packed)
+        return error
+
+    def merged_packed(self, *, requantize: bool = False, scale_search: bool = False) -> tuple[PackedTensor, float]:
+        """The packed weight that `merge_adapter` would leave, and the error that it would return; changes nothing."""
         self.check_mergeable(requantize=requantize)
         if self.lora_A is None:
-            return 0.0
+            return self.packed, 0.0
         with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
-            packed, error = self._with_offsets() if self.adapter == "qalora" else self._requantized()
+            return self._with_offsets() if self.adapter == "qalora" else self._requantized(scale_search)
+
+    def take_merged(self, packed: PackedTensor) -> None:
+        """Hold what `merged_packed` returned, without an adapter."""
+        if self.lora_A is None:
+            return
         for name in PACKED_BUFFERS:
             setattr(self, name, getattr(packed, name))
         self.lora_A = self.lora_B = self.rank = None
         self.scaling, self.adapter = 1.0, "lora"
-        return error
 
     def _with_offsets(self) -> tuple[PackedTensor, float]:
         wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
@@ -228,10 +239,17 @@ class QuantLoRAModule(nn.Module):
         packed.scale, packed.offset = self.scale.to(wide), offset
         return packed, 0.0
 
-    def _requantized(self) -> tuple[PackedTensor, float]:
+    def _requantized(self, scale_search: bool) -> tuple[PackedTensor, float]:
         dense = self._merged()
         dtype = self.scale.dtype if self.scale.dtype in SCALE_DTYPES else torch.float32
-        packed = quantize(dense, self.format.name, self.group_size, scale_dtype=dtype, name="the merged weight")
+        packed = quantize(
+            dense,
+            self.format.name,
+            self.group_size,
+            scale_dtype=dtype,
+            scale_search=scale_search,
+            name="the merged weight",
+        )
         norm, difference = dense.norm().item(), (dense - packed.dequantize(dense.dtype)).norm().item()
         return packed, difference / norm if norm > 0 else 0.0
 
