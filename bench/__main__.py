@@ -11,7 +11,18 @@ from pathlib import Path
 import torch
 
 GPU_SUBJECTS = ("small_matrix", "gpu")
-SUBJECTS = ("quantize", "cpu", "init", "init_quality", "init_h200", "sass", "plan", "quality", *GPU_SUBJECTS)
+SUBJECTS = (
+    "quantize",
+    "cpu",
+    "init",
+    "init_quality",
+    "init_h200",
+    "sass",
+    "plan",
+    "quality",
+    "data_aware",
+    *GPU_SUBJECTS,
+)
 ON_REQUEST = ("autotune", "overhead")  # searches for minutes; times what a busy machine blurs
 RESULTS = Path(__file__).parent / "results"
 
