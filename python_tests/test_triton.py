@@ -74,6 +74,8 @@ def _tile_cases() -> list:
         for architecture in (80, 89, 90, 100):
             tiles = rows_of_table(Key(kind, architecture, 4, 64, "tall"))
             cases += [(kind, architecture, tile, "nf4", 64) for tile in tiles]
+            if architecture == 100 and kind == "prefill":
+                cases += [(kind, architecture, tile, "nf2", 64) for tile in tiles]
             if architecture == 90:
                 others = (("nf2", 64), ("int4", 32), ("int8", 128))
                 cases += [(kind, architecture, tiles[0], *other) for other in others]

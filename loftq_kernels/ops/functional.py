@@ -316,7 +316,9 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
 
 
 def autocast(x: Tensor) -> Tensor:
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.is_meta or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

@@ -29,6 +29,8 @@ def unavailable(device: torch.device) -> str | None:
         return None if interprets else "CPU tensors need TRITON_INTERPRET=1, which is for tests"
     if device.type != "cuda":
         return f"{device} is not a CUDA device"
+    if torch.version.hip:
+        return "the kernels hold PTX, which AMD's GPUs do not run"
     architecture = _device(device).architecture
     if architecture < OLDEST_ARCHITECTURE:
         return f"{device} has compute capability {architecture / 10}, the kernels need 8.0"

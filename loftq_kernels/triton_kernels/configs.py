@@ -84,8 +84,8 @@ TABLE: dict[Key, tuple[Config, ...]] = {
         Config(64, 64, 64, 4, 4),
         Config(32, 64, 64, 4, 4),
     ),
+    # With 128 rows of 2-bit weights Triton 3.6 makes a kernel of nothing but a trap.
     Key("prefill", 100, ANY, ANY, ""): (
-        Config(128, 128, 64, 8, 3),
         Config(64, 128, 64, 4, 4),
         Config(32, 128, 64, 4, 4),
     ),

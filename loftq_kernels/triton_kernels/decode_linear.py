@@ -21,7 +21,8 @@ from loftq_kernels.triton_kernels.configs import Config, cdiv
 SLICE: tl.constexpr = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["row_units", "num_chunks", "split_tiles", "S"])
+# Not M, of which `setup_decode` makes a zero: a constant 1 would tell ptxas the tables that it must not know.
+@triton.jit(do_not_specialize=["M", "row_units", "num_chunks", "split_tiles", "S"])
 def _decode_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
@@ -455,7 +456,7 @@ def _lora_up(
             if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
                 up = _up_product(up, x, down_at, lora_B + adapter * N * R, ids == adapter, n, N, R, BLOCK_M, BLOCK_R)
         # An adapter that is not there shows in its row, not in a neighbour's memory.
-        up += tl.where(ids < S, 0.0, float("nan"))[None, :]
+        up += tl.where((ids >= -1) & (ids < S), 0.0, float("nan"))[None, :]
     tl.debug_barrier()  # all threads have read: the last of the readers may reset
     if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) - 1:
         tl.store(counters + 1, 0)

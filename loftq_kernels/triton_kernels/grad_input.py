@@ -23,7 +23,7 @@ def _load_groups(scale, offset, rows, group):
         return s, tl.load(offset + place).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # `setup_decode` makes a zero of it that ptxas must not know
 def _grad_input_kernel(
     grad_y,  # [M, N]
     codes,  # [N, row_bytes] uint8

@@ -30,7 +30,7 @@ def _load_groups(scale, offset, rows, column, num_groups, GROUP: tl.constexpr, P
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # `setup_decode` makes a zero of it that ptxas must not know
 def _prefill_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
