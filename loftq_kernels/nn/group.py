@@ -14,6 +14,10 @@ from loftq_kernels.ops import linear_tensors
 _STACKED = ("codes", "scale", "offset")
 
 
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class QuantLoRALinearGroup:
     """(y_0, y_1, ...) with y_i = layers[i](x), as one product with the weights on top of each other.
 
@@ -67,6 +71,10 @@ class QuantLoRALinearGroup:
     def _stack(self) -> None:
         """Gather the packed weights into common tensors and make the layers' buffers views of them."""
         self._check()
+        if _capturing(self.layers[0].codes):
+            raise RuntimeError(
+                "the layers of a group were moved or loaded: call it once before its CUDA graph is captured"
+            )
         first = self.layers[0]
         stacked = {}
         with torch.no_grad(), torch.inference_mode(False):
@@ -124,10 +132,13 @@ class QuantLoRALinearGroup:
             *((id(p), p._version, p.data_ptr()) for p in own),
             *((layer.scaling, layer.adapter_enabled) for layer in self.layers),
         )
-        if self._cached is None or self._cached[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._cached = key, self._stacked_adapters_and_bias()
-        return self._cached[1]
+        if self._cached is not None and self._cached[0] == key:
+            return self._cached[1]
+        with torch.inference_mode(False), torch.no_grad():
+            stacked = self._stacked_adapters_and_bias()
+        if not _capturing(self.layers[0].codes):  # what a graph computes has no values before the graph runs
+            self._cached = key, stacked
+        return stacked
 
     def _stacked_adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         lora_A = lora_B = bias = None

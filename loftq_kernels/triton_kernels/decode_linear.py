@@ -696,7 +696,8 @@ class _Arena:
         self.device = device
         self.of_stream: dict[int, Tensor] = {}
         self.kept: list[Tensor] = []  # of captured launches: as long as the process, for nobody tells when graphs end
-        self.ahead = self._new(self.AHEAD)
+        # Empty where the first launch of all is captured: its graph then zeroes what it takes, see `take_captured`.
+        self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
 
     def _new(self, count: int) -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
@@ -722,6 +723,10 @@ class _Arena:
         return taken
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _arenas: dict[torch.device, _Arena] = {}
 
 
@@ -732,6 +737,6 @@ def _zeros(device: torch.device, count: int) -> Tensor:
         arena = _arenas[device] = _Arena(device)
     if device.type != "cuda":
         return arena.take(0, count)
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         return arena.take_captured(count)
     return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)
