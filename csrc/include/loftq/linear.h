@@ -6,8 +6,8 @@
 //
 // Sums are float32. Operands are float32; where the instruction set multiplies bfloat16 and x is bfloat16, they are
 // bfloat16: D is rounded to it (for up to 8 rows of x the code book, two ways whose errors cancel), and so is scaling *
-// x A^T. Results depend on the instruction set and, where a row is split among threads, on their number. Sums of up to 8
-// rows may be scaled after they are formed: x near the largest float32 can overflow there.
+// x A^T. Results depend on the instruction set and, where a row is split among threads, on their number. Sums of up to
+// 8 rows may be scaled after they are formed: x near the largest float32 can overflow there.
 #pragma once
 
 #include "loftq/packing.h"
