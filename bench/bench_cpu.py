@@ -198,7 +198,7 @@ def minilm(batches: int) -> dict:
     sentences = demo.read_sentences(32 * batches)
     models = {}
     for name in ("bf16", "nf4 r=16"):
-        model, tokenizer = demo._load_model()
+        model, tokenizer = demo.load_model()
         model = model.to(torch.bfloat16).eval()
         if name != "bf16":
             lk.quantize_model(model, lk.QuantConfig(format="nf4", rank=16), progress=False)

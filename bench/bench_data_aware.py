@@ -29,7 +29,7 @@ METHODS = {  # name -> (init, with statistics)
 
 
 def run(output: Path, *, quick: bool) -> None:
-    model, tokenizer = demo._load_model()
+    model, tokenizer = demo.load_model()
     sentences = demo.read_sentences(400)
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for seed in range(1 if quick else 3):

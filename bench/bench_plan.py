@@ -23,7 +23,7 @@ TESTED, CALIBRATED = 60, 40  # sentences, the latter for each seed others
 
 def run(output: Path, *, quick: bool) -> None:
     """Mean cosine between the embeddings of the quantized and the dense model, over sentences not calibrated on."""
-    model, tokenizer = demo._load_model()
+    model, tokenizer = demo.load_model()
     sentences = demo.read_sentences(TESTED + 3 * CALIBRATED)
     tested = sentences[::2][:TESTED]
     others = [sentence for sentence in sentences if sentence not in set(tested)]

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import (
-    _batches,
-    _Candidate,
-    _candidates,
+    Candidate,
     _check_statistics,
     _statistics_of,
+    in_batches,
     layer_type,
+    quantizable_layers,
 )
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
 from loftq_kernels.initializers.qalora import expand_groups
@@ -94,7 +94,7 @@ def plan_bits(
     found, skipped = {}, {}
     for name, values in named.items():
         layer_cfg = _config_of(values, cfg)
-        found[name] = list(_candidates(model, layer_cfg, skipped))
+        found[name] = list(quantizable_layers(model, layer_cfg, skipped))
     if not any(found.values()):
         raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
     if count == "total":
@@ -215,7 +215,7 @@ def _config_of(values: Mapping[str, Any], cfg: QuantConfig) -> QuantConfig:
 
 
 def _measure(
-    found: Mapping[str, list[_Candidate]],
+    found: Mapping[str, list[Candidate]],
     statistics: Mapping[str, InputStatistics] | None,
     relative: bool,
     device: torch.device | str | None,
@@ -237,7 +237,7 @@ def _measure(
     errors: dict[str, dict[str, float]] = {name: {} for name in weights}
     with tqdm(total=sum(map(len, found.values())), desc="plan", unit="layer", disable=not progress) as bar:
         for candidate, listed in found.items():
-            for batch in _batches(listed, statistics):
+            for batch in in_batches(listed, statistics):
                 names = [c.names[0] for c in batch]
                 own = [_statistics_of(c, statistics) for c in batch]
                 inits = initialize(
@@ -257,7 +257,7 @@ def _measure(
     }
 
 
-def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: _Candidate) -> Tensor | None:
+def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: Candidate) -> Tensor | None:
     """What the errors of a layer's outputs are measured with; None for those of its weight."""
     name = candidate.names[0]
     if statistics is None:

@@ -107,7 +107,7 @@ class QuantizationReport:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     names: tuple[str, ...]  # a module used in several places has several names
     module: nn.Module
     cfg: QuantConfig
@@ -201,7 +201,7 @@ def quantize_model(
     if plan is not None:
         plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
         cfg = plan.config(cfg)
-    candidates = list(_candidates(model, cfg, report.skipped))
+    candidates = list(quantizable_layers(model, cfg, report.skipped))
     if plan is not None:
         plan.check_model(_planned_shapes(model, candidates, report.skipped, plan, cfg))
     already = any(isinstance(module, QuantLoRAModule) for module in model.modules())
@@ -214,7 +214,7 @@ def quantize_model(
         _check_statistics(candidate, statistics)
     try:
         with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
-            for batch in _batches(candidates, statistics):
+            for batch in in_batches(candidates, statistics):
                 report.layers += _replace(model, batch, statistics, device, bar)
     finally:  # layers that were swapped before an interruption are as they would be after a whole run
         if freeze:
@@ -226,7 +226,7 @@ def quantize_model(
 
 
 def _planned_shapes(
-    model: nn.Module, candidates: list[_Candidate], skipped: Mapping[str, str], plan: BitPlan, cfg: QuantConfig
+    model: nn.Module, candidates: list[Candidate], skipped: Mapping[str, str], plan: BitPlan, cfg: QuantConfig
 ) -> dict[str, tuple[int, ...]]:
     """Matrix shapes of the layers that a plan may name: to be quantized, left dense by hand, or done before.
 
@@ -290,7 +290,7 @@ def merge_adapters(model: nn.Module, *, requantize: bool = False, scale_search: 
     return {name: error for name, (_, error) in merged.items()}
 
 
-def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[_Candidate]:
+def quantizable_layers(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> Iterator[Candidate]:
     """The layers to quantize; the others of interest go into skipped with the reason."""
     names_of: dict[nn.Module, list[str]] = defaultdict(list)
     owners: dict[int, list[str]] = defaultdict(list)
@@ -311,7 +311,7 @@ def _candidates(model: nn.Module, cfg: QuantConfig, skipped: dict[str, str]) -> 
         layer_cfg = cfg.for_layer(names[0])
         reason = _reason_to_skip(module, names[0], cfg, layer_cfg, owners)
         if reason is None:
-            yield _Candidate(tuple(names), module, layer_cfg)
+            yield Candidate(tuple(names), module, layer_cfg)
         else:
             skipped[names[0]] = reason
 
@@ -367,12 +367,12 @@ def packed_bytes(matrix: Tensor, cfg: QuantConfig) -> int:
     return empty_packed(*matrix.shape, cfg.format, cfg.group_size, scale_dtype=cfg.scale_dtype, device="meta").nbytes
 
 
-def _batches(
-    candidates: list[_Candidate], statistics: Mapping[str, InputStatistics] | None
-) -> Iterator[list[_Candidate]]:
+def in_batches(
+    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None
+) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and options, all with statistics or
     none."""
-    groups: dict[tuple, list[_Candidate]] = defaultdict(list)
+    groups: dict[tuple, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         weight = candidate.weight
         known = _statistics_of(candidate, statistics) is not None
@@ -383,14 +383,14 @@ def _batches(
             yield batch
 
 
-def _statistics_of(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> InputStatistics | None:
+def _statistics_of(candidate: Candidate, statistics: Mapping[str, InputStatistics] | None) -> InputStatistics | None:
     """What the initializer of a layer gets."""
     if statistics is None or not takes_statistics(candidate.cfg):
         return None
     return statistics.get(candidate.names[0])
 
 
-def _check_statistics(candidate: _Candidate, statistics: Mapping[str, InputStatistics] | None) -> None:
+def _check_statistics(candidate: Candidate, statistics: Mapping[str, InputStatistics] | None) -> None:
     """Raise ValueError unless there are, where they are needed, statistics of the layer, and they fit it."""
     name, cfg = candidate.names[0], candidate.cfg
     if layer_type(candidate.module) != "linear" and (statistics is None or name not in statistics):
@@ -417,7 +417,7 @@ def _check_statistics(candidate: _Candidate, statistics: Mapping[str, InputStati
 
 def _replace(
     model: nn.Module,
-    batch: list[_Candidate],
+    batch: list[Candidate],
     statistics: Mapping[str, InputStatistics] | None,
     device: torch.device | str | None,
     bar: tqdm,

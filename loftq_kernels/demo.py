@@ -44,7 +44,7 @@ class Row:
 
 def run_demo(output: Path, num_sentences: int) -> int:
     """Print the table, write demo.json, demo.md, demo.png and the model into output; 0 if the reloaded model agrees."""
-    model, tokenizer = _load_model()
+    model, tokenizer = load_model()
     sentences = read_sentences(num_sentences)
     output.mkdir(parents=True, exist_ok=True)
     expected = embed(model, tokenizer, sentences)
@@ -85,7 +85,7 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _load_model() -> tuple[nn.Module, object]:
+def load_model() -> tuple[nn.Module, object]:
     folder = minilm_folder()
     from transformers import AutoTokenizer
 

@@ -53,4 +53,4 @@ def test_similarity_of_a_model_to_itself_is_one():
 def test_missing_model(monkeypatch):
     monkeypatch.setattr(demo, "_MODEL_PACKAGE", "no_such_package")
     with pytest.raises(ImportError, match=r"loftq_kernels\[demo\]"):
-        demo._load_model()
+        demo.load_model()

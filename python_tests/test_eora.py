@@ -231,11 +231,11 @@ class TestEoRA:
         torch.testing.assert_close(dense_of(one), dense_of(other), rtol=0, atol=1e-6)
         assert other.scaling == scaling and other.weighted_error == pytest.approx(one.weighted_error, rel=1e-5)
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize(
+        ("backend", "device"),
+        [(backend, "cpu") for backend in BACKENDS] + [pytest.param(None, "cuda", marks=pytest.mark.gpu)],
+    )
     def test_backends_and_devices(self, backend, device):
-        if device == "cuda" and backend == "cpu":
-            pytest.skip("takes CPU tensors")
         weight, x = with_outliers()
         own = lk.InputStatistics.from_inputs(x)
         here = lk.eora_init(weight, own, "nf2", 8)

@@ -15,6 +15,7 @@ from loftq_kernels.triton_kernels import autotune, configs
 from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
 from loftq_kernels.triton_kernels.configs import Config, cdiv
+from loftq_kernels.triton_kernels.counters import counter_zeros
 
 # Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
 # of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
@@ -557,7 +558,7 @@ def decode_linear(
     workspace = counters = None
     if plan.workspace:
         workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
-        counters = _zeros(device, plan.counters)
+        counters = counter_zeros(device, plan.counters)
     if plan.chunks == 0:
         lora_A = lora_B = adapter_ids = None
     _decode_linear_kernel[plan.grid](
@@ -680,63 +681,3 @@ def _device(device: torch.device) -> tuple[int, int]:
         return 80, 4
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-class _Arena:
-    """Zeros of one device that launches count with, and leave at zero.
-
-    Eager launches of a stream, which run one after the other, share theirs. A launch that is captured into a CUDA graph
-    gets its own for good: its graph may run beside others, long after, and zeros made during a capture would be zeros
-    only once that graph has run. So they are made ahead, by the eager launches that come before any capture.
-    """
-
-    AHEAD = 1 << 20
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.of_stream: dict[int, Tensor] = {}
-        self.kept: list[Tensor] = []  # of captured launches: as long as the process, for nobody tells when graphs end
-        # Empty where the first launch of all is captured: its graph then zeroes what it takes, see `take_captured`.
-        self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
-
-    def _new(self, count: int) -> Tensor:
-        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # other streams will use it
-        return zeros
-
-    def take(self, stream: int, count: int) -> Tensor:
-        known = self.of_stream.get(stream)
-        if known is None or known.numel() < count:
-            known = self.of_stream[stream] = self._new(max(count, 4096))
-        if self.ahead.numel() < self.AHEAD // 2:
-            self.ahead = self._new(self.AHEAD)
-        return known
-
-    def take_captured(self, count: int) -> Tensor:
-        count = cdiv(count, 32) * 32
-        if self.ahead.numel() < count:  # more launches than foreseen in one graph: each replay zeroes these
-            taken = torch.zeros(count, dtype=torch.int32, device=self.device)
-        else:
-            taken, self.ahead = self.ahead[:count], self.ahead[count:]
-        self.kept.append(taken)
-        return taken
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_arenas: dict[torch.device, _Arena] = {}
-
-
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """At least `count` counters of the current stream."""
-    arena = _arenas.get(device)
-    if arena is None:
-        arena = _arenas[device] = _Arena(device)
-    if device.type != "cuda":
-        return arena.take(0, count)
-    if _capturing(device):
-        return arena.take_captured(count)
-    return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)

@@ -1,0 +1,68 @@
+"""Zeros on a device, for launches whose programs count each other: the parts of a tile, the chunks of x A^T."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.triton_kernels.configs import cdiv
+
+
+class _Arena:
+    """Zeros of one device that launches count with, and leave at zero.
+
+    Eager launches of a stream, which run one after the other, share theirs. A launch that is captured into a CUDA graph
+    gets its own for good: its graph may run beside others, long after, and zeros made during a capture would be zeros
+    only once that graph has run. So they are made ahead, by the eager launches that come before any capture.
+    """
+
+    AHEAD = 1 << 20
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []  # of captured launches: as long as the process, for nobody tells when graphs end
+        # Empty where the first launch of all is captured: its graph then zeroes what it takes, see `take_captured`.
+        self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
+
+    def _new(self, count: int) -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # other streams will use it
+        return zeros
+
+    def take(self, stream: int, count: int) -> Tensor:
+        known = self.of_stream.get(stream)
+        if known is None or known.numel() < count:
+            known = self.of_stream[stream] = self._new(max(count, 4096))
+        if self.ahead.numel() < self.AHEAD // 2:
+            self.ahead = self._new(self.AHEAD)
+        return known
+
+    def take_captured(self, count: int) -> Tensor:
+        count = cdiv(count, 32) * 32
+        if self.ahead.numel() < count:  # more launches than foreseen in one graph: each replay zeroes these
+            taken = torch.zeros(count, dtype=torch.int32, device=self.device)
+        else:
+            taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        self.kept.append(taken)
+        return taken
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_arenas: dict[torch.device, _Arena] = {}
+
+
+def counter_zeros(device: torch.device, count: int) -> Tensor:
+    """At least `count` counters of the current stream."""
+    arena = _arenas.get(device)
+    if arena is None:
+        arena = _arenas[device] = _Arena(device)
+    if device.type != "cuda":
+        return arena.take(0, count)
+    if _capturing(device):
+        return arena.take_captured(count)
+    return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)
