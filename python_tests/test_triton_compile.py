@@ -22,7 +22,7 @@ from loftq_kernels.triton_kernels.configs import (
 )
 
 # Instructions a weight in the main loop, sm_90, g=64: the limits of the issue, with what the best tile has below them.
-LIMITS = {"nf4": 3.6, "nf2": 2.2, "int4": 2.5, "int4_sym": 2.2, "int2_sym": 1.8, "int2": 2.25}
+LIMITS = {"nf4": 3.6, "nf2": 2.0, "int4": 2.35, "int4_sym": 2.1, "int2_sym": 1.5, "int2": 1.8}
 CASES = [
     (format, capability, block_m, "tall")
     for format in ("nf2", "nf4", "int4", "int8")
@@ -57,7 +57,8 @@ def test_instructions_a_weight(format):
     weights = config.block_n * config.block_k / (32 * config.num_warps)
     assert code.spills == 0
     assert code.loop_instructions() / weights <= LIMITS[format]
-    assert code.loop["SHFL"] == 0 and code.loop["HGMMA"] == 0  # no weight is moved between lanes or to shared memory
+    # No weight is moved between lanes or to shared memory: the few shuffles are of the constants that correct fields.
+    assert code.loop["SHFL"] <= 16 and code.loop["HGMMA"] == 0
 
 
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])

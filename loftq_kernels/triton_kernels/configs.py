@@ -60,7 +60,7 @@ class Config:
 # Decode has two warps: with four, a tile of 64 rows would become wgmma, which takes the weight through shared memory.
 # "tall": enough rows for 64 of them a program to fill the device.
 TABLE: dict[Key, tuple[Config, ...]] = {
-    Key("decode", 80, 2, 8, "tall"): (Config(8, 64, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 8, "tall"): (Config(8, 128, 256, 2, 4, 4),),
     Key("decode", 80, 2, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
     Key("decode", 80, 2, 16, "tall"): (Config(16, 64, 256, 2, 4, 4),),
     Key("decode", 80, 2, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
@@ -70,7 +70,7 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 4, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
     Key("decode", 80, 8, 8, "tall"): (Config(8, 64, 128, 2, 4, 4),),
     Key("decode", 80, 8, 8, "small"): (Config(8, 32, 128, 2, 4, 4),),
-    Key("decode", 80, 8, 16, "tall"): (Config(16, 32, 128, 2, 4, 4),),  # 64 rows spill with adapters
+    Key("decode", 80, 8, 16, "tall"): (Config(16, 64, 128, 2, 4, 4),),
     Key("decode", 80, 8, 16, "small"): (Config(16, 32, 128, 2, 4, 4),),
     Key("prefill", 80, ANY, ANY, ""): (
         Config(128, 128, 64, 8, 3),
@@ -177,9 +177,10 @@ def splits(config: Config, out_features: int, in_features: int, multiprocessors:
 
 def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool) -> int | None:
     """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
-    than there are, and spills: 168 or, with offsets, 255, for 6 or 4 programs of 64 threads a multiprocessor."""
-    if adapters or (bits == 2 and config.block_m == 16 and config.block_n >= 64):
-        return 255 if affine else 168
+    than there are, and spills: 168 or, with offsets or 128 rows, 255, for 6 or 4 programs of 64 threads a
+    multiprocessor."""
+    if adapters or (bits == 2 and (affine or (config.block_m == 16 and config.block_n >= 64))):
+        return 255 if affine or config.block_n >= 128 else 168
     return None
 
 

@@ -184,6 +184,11 @@ def _multiply(
     scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
     offsets = _load_groups(offset_at, group, G, GROUPS, WIDE) if offset is not None else scales
 
+    # Zeros of which ptxas cannot know, other ones in the two halves of an instruction's 16 rows: see `constant_like`.
+    # Some bytes out of which ptxas makes the constants: the same in all instructions' operands (so that rows share the
+    # products with constants), but others in an operand's four registers (so that ptxas keeps them in four).
+    some = (tl.arange(0, BLOCK_N)[:, None] // 8 % 2 * 4 + k[None, :]) % SLICE
+    constants = _constants(tl.load(codes + some), CONSTANTS, CONSTANT_ASM, DTYPE)
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zeros
     part = zeros
@@ -191,7 +196,6 @@ def _multiply(
     base = zeros
     for t in range(first, last, TILES):
         packed = _load_codes(codes_at, row_bytes - t * (LOADS * SLICE), k, TILES * LOADS, EVEN)
-        constants = _constants(packed[0], CONSTANTS, CONSTANT_ASM, DTYPE)
         next_scales = scales
         next_offsets = offsets
         if GROUP:  # loaded a whole iteration ahead of their use
