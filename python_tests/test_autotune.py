@@ -88,6 +88,14 @@ def test_tuned_once(device, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "loftq_kernels" / "autotune") == ["NVIDIA-H200-fake.json"]
 
 
+def test_groups_that_a_row_cannot_hold_are_the_tables(device):
+    """Found for groups of 64: with 256 columns a step, eight stages are more than the shared memory of sm_89."""
+    key, config = Key("decode", 89, 8, 16, "tall"), Config(16, 64, 64, 2, 8, 4)
+    autotune.cache_of(DEVICE).store(key, config, 1.0)
+    assert autotune.tuned(key, 64, DEVICE, None) == config
+    assert autotune.tuned(key, 256, DEVICE, None) is None
+
+
 def test_rows_to_paste(device):
     """They are Python, and what the table then says."""
     autotune.tuned(KEY, 64, DEVICE, lambda config: config)

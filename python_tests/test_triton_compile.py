@@ -106,16 +106,20 @@ def test_why_invalid():
 
 def test_choice():
     with pytest.raises(ValueError, match="7.5"):
-        choose("decode", 75, 4, 1, 4096, 132)
+        choose("decode", 75, 4, 1, 4096, 4096, 132)
     config = Config(8, 32, 256, 2, 4, 4)
-    assert splits(config, 4096, 4096, 132) == 4  # 512 programs for 132 multiprocessors
-    assert splits(config, 1 << 20, 4096, 132) == 1
-    assert splits(config, 32, 64, 132) == 1  # one step cannot be shared
-    assert choose("decode", 90, 4, 9, 1 << 15, 132) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
-    assert choose("decode", 120, 8, 1, 4096, 132) == TABLE[Key("decode", 80, 8, 8, "small")][0]
-    assert choose("prefill", 90, 4, 4096, 4096, 132).block_m == 256
-    assert choose("prefill", 90, 4, 20, 4096, 132).block_m == 32
-    assert choose("grad_input", 120, 4, 4096, 4096, 132) in TABLE[Key("grad_input", 80, 0, 0, "")]
+    assert splits(config, 4, 1, 4096, 4096, 132) == 4  # 512 programs for 132 multiprocessors
+    assert splits(config, 4, 1, 1 << 20, 4096, 132) == 1
+    assert splits(config, 4, 1, 32, 64, 132) == 1  # one step cannot be shared
+    assert splits(Config(64, 64, 64, 4, 4, 2), 4, 64, 4096, 4096, 132) == 4  # 256 programs
+    assert splits(Config(64, 64, 64, 4, 4, 2), 2, 64, 4096, 4096, 132) == 2  # parts no larger than the codes
+    assert splits(Config(64, 64, 64, 4, 4), 4, 64, 4096, 4096, 132) == 1
+    assert choose("decode", 90, 4, 9, 1 << 15, 4096, 132) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
+    assert choose("decode", 120, 8, 1, 4096, 4096, 132) == TABLE[Key("decode", 80, 8, 8, "small")][0]
+    for rows, sizes in ((4096, (256, 128)), (256, (128, 64)), (64, (64, 64)), (20, (32, 64)), (1, (32, 64))):
+        config = choose("prefill", 90, 4, rows, 4096, 4096, 132)
+        assert (config.block_m, config.block_n) == sizes
+    assert choose("grad_input", 120, 4, 4096, 4096, 4096, 132) in TABLE[Key("grad_input", 80, 0, 0, "")]
 
 
 def test_a_row_of_a_newer_architecture_leaves_the_others_to_the_older(monkeypatch):

@@ -77,6 +77,19 @@ def test_qlora_linear(shape, device):
     assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B, 0.5, bias), plain, x.dtype)
 
 
+@pytest.mark.parametrize("splits", [2, 3, 16])
+@pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int4", 32), ("nf2", -1), ("int8", 32)])
+def test_prefill_in_splits(format, group_size, splits, device, monkeypatch):
+    """Programs share the columns of a tile; some have none. Twice, for the counters are to be left at zero."""
+    monkeypatch.setattr(triton_backend._launchers().configs, "splits", lambda *shape: splits)
+    packed, x, lora, bias = case(device, 37, 70, 420, 3, format, group_size, torch.float16, torch.bfloat16)
+    arguments = *op_arguments(packed), group_size, *lora, 0.5, bias
+    plain = lk.ops.functional.reference.qlora_linear(x, *arguments)
+    for _ in range(2):
+        y = triton_backend.qlora_linear(x, *arguments, path="prefill")
+        assert_close(y, exact_qlora_linear(x, packed, *lora, 0.5, bias), plain, x.dtype)
+
+
 @pytest.mark.parametrize("shape", fuzzed(30, seed=1), ids=str)
 def test_grad_input(shape, device):
     *shape, path = shape

@@ -291,10 +291,13 @@ def _linear(
             decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm)
             fused = adapter_ids is None and h is not None
             arguments = *weight, decoding, h if fused else None, lora_B[0] if fused else None, bias, y
-            tile = _tile("prefill", x.device, decoding["BITS"], rows, out_features, weight[4], lambda tile: (
-                launch.launch_prefill_linear(rows, *arguments, tile)
-            ))  # fmt: skip
-            launch.launch_prefill_linear(rows, *arguments, tile)
+            shape = decoding["BITS"], rows.shape[0], out_features, rows.shape[1]
+
+            def run(tile) -> None:
+                splits = launch.configs.splits(tile, *shape, device.multiprocessors)
+                launch.launch_prefill_linear(rows, *arguments, tile, splits)
+
+            run(_tile("prefill", x.device, shape, weight[4], run))
             if fused:
                 h = None
         else:
@@ -305,14 +308,15 @@ def _linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-def _tile(kernel: str, device: torch.device, bits: int, rows: Tensor, columns: int, group_size: int, run):
-    """The configuration for a launch that makes [rows, columns]; run: launches with one, for a search to time."""
+def _tile(kernel: str, device: torch.device, shape: tuple[int, int, int, int], group_size: int, run):
+    """The configuration for a launch of shape (bits, rows, columns, what is summed over); run: launches with one, for a
+    search to time."""
     configs, autotune, about = _launchers().configs, _launchers().autotune, _device(device)
-    shape = about.architecture, bits, rows.shape[0], columns, about.multiprocessors
     tuned = None
     if autotune.enabled(device):
-        tuned = autotune.tuned(configs.key_of(kernel, *shape), group_size, device, run)
-    return tuned or configs.choose(kernel, *shape)
+        key = configs.key_of(kernel, about.architecture, *shape[:3], about.multiprocessors)
+        tuned = autotune.tuned(key, group_size, device, run)
+    return tuned or configs.choose(kernel, about.architecture, *shape, about.multiprocessors)
 
 
 def qlora_linear_grad_input(
@@ -353,10 +357,12 @@ def qlora_linear_grad_input(
         if fused and grad_y.dtype != torch.float32:
             decoding = launch.decode_constexprs(launch.codebook_values(codebook), grad_y.dtype, device.asm)
             arguments = *weight, decoding, h, None if h is None else lora_A, grad_x
-            tile = _tile("grad_input", grad_y.device, decoding["BITS"], rows, in_features, group_size, lambda tile: (
+            shape = decoding["BITS"], rows.shape[0], in_features, rows.shape[1]
+
+            def run(tile) -> None:
                 launch.launch_grad_input(rows, *arguments, tile)
-            ))  # fmt: skip
-            launch.launch_grad_input(rows, *arguments, tile)
+
+            run(_tile("grad_input", grad_y.device, shape, group_size, run))
         else:
             launch.chunked_grad_input(rows, *weight, grad_x, limits.chunk_bytes)
             if h is not None:

@@ -142,7 +142,9 @@ def cache_of(device: torch.device) -> Cache:
 
 
 def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config | None:
-    """The fastest configuration for a key: the cache's, or what a search finds with `run`; None: none works."""
+    """The fastest configuration for a key: the cache's, or what a search finds with `run`; None: none works.
+
+    Formats, groups and adapters of a key share what the first of them found, unless it does not hold their groups."""
     with _lock:
         cache = cache_of(device)
         if key not in cache.rows:
@@ -150,7 +152,9 @@ def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config |
             if not times:
                 return None
             cache.store(key, *next(iter(times.items())))
-        return cache.rows[key][0]
+        config = cache.rows[key][0]
+    fitted = config.for_group(group_size) if key.kernel == "decode" else config
+    return None if configs.why_invalid(key.kernel, fitted, key.bits, key.architecture, group_size) else config
 
 
 def table_rows(cache: Cache) -> str:

@@ -36,8 +36,8 @@ class Config:
 
     block_m: rows of x (or grad_y) a program. block_n: rows of y's transpose a program has, which are the weight's (for
     grad_input columns of grad_x). block_k: what is summed over at a time; decode: columns of whole tiles; grad_input:
-    rows of the weight; prefill: TILE, which the format fixes. fill: programs a multiprocessor below which decode splits
-    K.
+    rows of the weight; prefill: TILE, which the format fixes. fill: programs a multiprocessor below which decode and
+    prefill split K; 0: they do not.
     """
 
     block_m: int
@@ -56,7 +56,7 @@ class Config:
         return self if self.block_k >= group_size else replace(self, block_k=group_size)
 
 
-# Of several configurations the first that fits the rows and fills the device is taken: largest first.
+# Of several configurations the first that fits the rows and, split or not, fills the device is taken: largest first.
 # Decode has two warps: with four, a tile of 64 rows would become wgmma, which takes the weight through shared memory.
 # "tall": enough rows for 64 of them a program to fill the device.
 TABLE: dict[Key, tuple[Config, ...]] = {
@@ -73,21 +73,22 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 8, 16, "tall"): (Config(16, 64, 128, 2, 4, 4),),
     Key("decode", 80, 8, 16, "small"): (Config(16, 32, 128, 2, 4, 4),),
     Key("prefill", 80, ANY, ANY, ""): (
-        Config(128, 128, 64, 8, 3),
-        Config(64, 64, 64, 4, 4),
-        Config(32, 64, 64, 4, 4),
+        Config(128, 128, 64, 8, 3, 1),
+        Config(64, 64, 64, 4, 4, 2),
+        Config(32, 64, 64, 4, 4, 4),
     ),
     Key("prefill", 90, ANY, ANY, ""): (
-        Config(256, 128, 64, 8, 3),  # decodes a weight once for 256 rows: 1024 clocks of tensor core, 570 of issue
-        Config(128, 128, 64, 8, 3),
-        Config(128, 64, 64, 4, 3),
-        Config(64, 64, 64, 4, 4),
-        Config(32, 64, 64, 4, 4),
+        # Decodes a weight once for 256 rows: 1024 clocks of tensor core, 570 of issue. Split, it spills.
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 8, 3, 1),
+        Config(128, 64, 64, 4, 3, 2),
+        Config(64, 64, 64, 4, 4, 2),
+        Config(32, 64, 64, 4, 4, 4),
     ),
     # With 128 rows of 2-bit weights Triton 3.6 makes a kernel of nothing but a trap.
     Key("prefill", 100, ANY, ANY, ""): (
-        Config(64, 128, 64, 4, 4),
-        Config(32, 128, 64, 4, 4),
+        Config(64, 128, 64, 4, 4, 2),
+        Config(32, 128, 64, 4, 4, 4),
     ),
     # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
     Key("grad_input", 80, ANY, ANY, ""): (Config(128, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)),
@@ -103,7 +104,8 @@ _CANDIDATES = {
         "block_n": (64, 128),
         "block_k": (64,),
         "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
+        "num_stages": (3, 4),
+        "fill": (1, 4),
     },
     "grad_input": {
         "block_m": (32, 64, 128),
@@ -154,25 +156,39 @@ def rows_of_table(key: Key) -> tuple[Config, ...]:
     raise ValueError(f"the table has no row for {key}")
 
 
-def choose(kernel: str, capability: int, bits: int, rows: int, out_features: int, multiprocessors: int) -> Config:
-    """The first configuration of the table's row that gives every multiprocessor a program, among those that are not
-    larger than the rows; else the smallest of them. Decode gives programs enough by splitting K."""
+def choose(
+    kernel: str, capability: int, bits: int, rows: int, out_features: int, in_features: int, multiprocessors: int
+) -> Config:
+    """The first configuration of the table's row that fills the device, with splits if need be, among those that are
+    not larger than the rows; else the smallest of them. in_features: what is summed over."""
     configs = rows_of_table(key_of(kernel, capability, bits, rows, out_features, multiprocessors))
-    if len(configs) == 1:
-        return configs[0]
     fitting = [config for config in configs if config.block_m < 2 * max(rows, 16)] or [configs[-1]]
-    filling = [c for c in fitting if cdiv(rows, c.block_m) * cdiv(out_features, c.block_n) >= multiprocessors]
-    return (filling or fitting[-1:])[0]
+    for config in fitting:
+        count = splits(config, bits, rows, out_features, in_features, multiprocessors)
+        if 4 * _programs(config, rows, out_features) * count >= 3 * multiprocessors:
+            return config
+    return fitting[-1]
 
 
-def splits(config: Config, out_features: int, in_features: int, multiprocessors: int) -> int:
-    """Programs that share a decode tile's K: doubled while they are too few for the device, and steps are enough."""
-    programs = cdiv(out_features, config.block_n)
+def splits(config: Config, bits: int, rows: int, out_features: int, in_features: int, multiprocessors: int) -> int:
+    """Programs that share a tile's K: doubled while they are too few for the device, the steps are enough, and the
+    float32 parts, written and read, are no more bytes than the codes."""
+    programs = _programs(config, rows, out_features)
     steps = cdiv(in_features, config.block_k)
+    most = in_features * bits // (64 * cdiv(rows, config.block_m) * config.block_m)
     count = 1
-    while count < 16 and 4 * programs * count < 3 * config.fill * multiprocessors and steps >= 4 * count:
+    while (
+        count < 16
+        and 2 * count <= most
+        and 4 * programs * count < 3 * config.fill * multiprocessors
+        and steps >= 4 * count
+    ):
         count *= 2
     return count
+
+
+def _programs(config: Config, rows: int, out_features: int) -> int:
+    return cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
 
 
 def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool) -> int | None:

@@ -16,6 +16,7 @@ from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
 from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.counters import counter_zeros
+from loftq_kernels.triton_kernels.tiles import add_parts
 
 # Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
 # of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
@@ -131,19 +132,10 @@ def _one_tile(
             tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     else:
-        num_tiles = tl.cdiv(N, BLOCK_N)
-        size: tl.constexpr = BLOCK_N * BLOCK_M
-        part = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        parts = workspace + (row_block * num_tiles + tile).to(tl.int64) * SPLITS * size + part
-        tl.store(parts + split * size, acc, cache_modifier=".cg")
-        counter = counters + 4 * tl.num_programs(1) + row_block * num_tiles + tile
-        tl.debug_barrier()  # all threads' parts are written before one of them counts
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            tl.debug_barrier()
-            tl.store(counter, 0)
-            total = tl.load(parts, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLITS):
-                total += tl.load(parts + i * size, cache_modifier=".cg")
+        at = row_block * tl.cdiv(N, BLOCK_N) + tile
+        parts = workspace + at.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
+        is_last, total = add_parts(acc, parts, counters + 4 * tl.num_programs(1) + at, split, SPLITS)
+        if is_last:
             _finish(
                 total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
                 tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -609,10 +601,10 @@ def _plan(
     if config is None and dtype == torch.float32:
         config = configs.DECODE_FLOAT32
     elif config is None:
-        config = configs.choose("decode", capability, bits, rows, out_features, multiprocessors)
+        config = configs.choose("decode", capability, bits, rows, out_features, columns, multiprocessors)
     config = config.for_group(group_size)
     if splits is None:
-        splits = configs.splits(config, out_features, columns, multiprocessors)
+        splits = configs.splits(config, bits, rows, out_features, columns, multiprocessors)
     decoder = make_decoder(entries, dtype, asm=not knobs.runtime.interpret, sums=affine)
     rank = 0 if lora is None or 0 in lora else lora[-2]
     chunks = cdiv(columns, CHUNK) if rank else 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of_program
+from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _grad_input_kernel(
     STAGES: tl.constexpr,
 ):
     """A program makes BLOCK_M rows of TILES 64-wide tiles of grad_x: one accumulator for each field of the bytes."""
-    pid_m, pid_k = tile_of_program(M, K, BLOCK_M, 64 * TILES, SWIZZLE)
+    pid_m, pid_k = tile_of(tl.program_id(0), M, K, BLOCK_M, 64 * TILES, SWIZZLE)
     dtype: tl.constexpr = grad_y.dtype.element_ty
     setup_decode(M >> 31, SETUP)
     FIELDS: tl.constexpr = 8 // BITS

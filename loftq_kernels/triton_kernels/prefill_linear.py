@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
-from loftq_kernels.triton_kernels.configs import Config, cdiv
+from loftq_kernels.triton_kernels.configs import TILE, Config, cdiv
+from loftq_kernels.triton_kernels.counters import counter_zeros
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import scaled, tile_of_program
+from loftq_kernels.triton_kernels.tiles import add_parts, scaled, tile_of
 
 
 @triton.jit
@@ -30,7 +32,8 @@ def _load_groups(scale, offset, rows, column, num_groups, GROUP: tl.constexpr, P
         )
 
 
-@triton.jit(do_not_specialize=["M"])  # `setup_decode` makes a zero of it that ptxas must not know
+# M: `setup_decode` makes a zero of it that ptxas must not know.
+@triton.jit(do_not_specialize=["M", "steps_a_split"])
 def _prefill_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
@@ -41,6 +44,8 @@ def _prefill_linear_kernel(
     lora_B,  # [1, N, R]
     bias,  # [N] or None
     y,  # [M, N]
+    workspace,  # float32 [tiles, SPLITS, BLOCK_N, BLOCK_M], or None
+    counters,  # int32 [tiles] of zeros, left so; or None
     M,
     N,
     K,
@@ -52,6 +57,7 @@ def _prefill_linear_kernel(
     stride_y,
     stride_bn,
     stride_br,
+    steps_a_split,
     BITS: tl.constexpr,
     SETUP: tl.constexpr,
     ASM: tl.constexpr,
@@ -65,8 +71,11 @@ def _prefill_linear_kernel(
     BLOCK_R: tl.constexpr,
     SWIZZLE: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    pid_m, pid_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, SWIZZLE)
+    """A program multiplies one split of K for one tile of y; the last split to be done adds all up, and the rest."""
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, SWIZZLE)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_in = tl.minimum(n, N - 1).to(tl.int64)
@@ -85,8 +94,9 @@ def _prefill_linear_kernel(
     rows = n_in * stride_scale
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     # Scales are fetched a step ahead: two bytes a row are too few for Triton to pipeline.
-    s0, s1, o0, o1 = _load_groups(scale, offset, rows, 0, num_groups, GROUP, PARTS)
-    for step in tl.range(0, tl.cdiv(K, STEP), num_stages=STAGES):
+    first = split * steps_a_split
+    s0, s1, o0, o1 = _load_groups(scale, offset, rows, first * STEP, num_groups, GROUP, PARTS)
+    for step in tl.range(first, tl.minimum(first + steps_a_split, tl.cdiv(K, STEP)), num_stages=STAGES):
         packed = tl.load(code_tile + step * WIDTH)
         # All fields are decoded before the first product: on Hopper only the last product of a step runs
         # asynchronously, beside the decoding of the next.
@@ -102,11 +112,23 @@ def _prefill_linear_kernel(
             xs = tl.load(x_tile + column, mask=(column + k)[:, None] < K, other=0.0)
             acc = tl.dot(ws[i], xs, acc)
 
-    # ---- adapter, bias, store
+    if SPLITS == 1:
+        _finish(acc, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
+    else:
+        parts = workspace + tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
+        is_last, total = add_parts(acc, parts, counters + tile, split, SPLITS)
+        if is_last:
+            _finish(total, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
+
+
+@triton.jit
+def _finish(acc, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R: tl.constexpr):
+    """Adds adapter and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
+    dtype: tl.constexpr = y.dtype.element_ty
     if h is not None:
         acc = add_lora(acc, h, lora_B, None, m, n, M, N, R, 1, 0, stride_bn, stride_br, dtype, BLOCK_R, False)
     if bias is not None:
-        acc += tl.load(bias + n_in).to(tl.float32)[:, None]
+        acc += tl.load(bias + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
     place = y + m.to(tl.int64)[None, :] * stride_y + n[:, None]
     tl.store(place, acc.to(dtype), mask=(n[:, None] < N) & (m[None, :] < M))
 
@@ -124,15 +146,23 @@ def launch_prefill_linear(
     bias: Tensor | None,
     y: Tensor,
     tile: Config,
+    splits: int = 1,
 ) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B [N, R].T + bias [N]; x, h and y float16 or bfloat16, last stride 1.
 
-    h and lora_B are both given or neither; lora_B and bias of any dtype and strides.
+    h and lora_B are both given or neither; lora_B and bias of any dtype and strides. splits: programs that share the
+    columns of a tile.
     """
     (rows, in_features), out_features = x.shape, codes.shape[0]
     rank = 0 if h is None else h.shape[1]
-    grid = (cdiv(rows, tile.block_m) * cdiv(out_features, tile.block_n),)
-    _prefill_linear_kernel[grid](
+    tiles = cdiv(rows, tile.block_m) * cdiv(out_features, tile.block_n)
+    step = 32 if decoding["BITS"] == 8 else TILE
+    workspace = counters = None
+    if splits > 1:
+        size = tiles * splits * tile.block_n * tile.block_m
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = counter_zeros(x.device, tiles)
+    _prefill_linear_kernel[(tiles * splits,)](
         x,
         codes,
         scale,
@@ -142,6 +172,8 @@ def launch_prefill_linear(
         lora_B,
         bias,
         y,
+        workspace,
+        counters,
         rows,
         out_features,
         in_features,
@@ -152,6 +184,7 @@ def launch_prefill_linear(
         scale.stride(0),
         y.stride(0),
         *((0, 0) if lora_B is None else lora_B.stride()),
+        cdiv(cdiv(in_features, step), splits),
         **decoding,
         GROUP=group_size,
         BLOCK_M=tile.block_m,
@@ -159,6 +192,7 @@ def launch_prefill_linear(
         BLOCK_R=block_r(rank),
         SWIZZLE=8,
         STAGES=tile.num_stages,
+        SPLITS=splits,
         num_warps=tile.num_warps,
         enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
     )

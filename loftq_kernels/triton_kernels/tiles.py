@@ -12,15 +12,34 @@ from loftq_kernels.triton_kernels.codebooks import make_decoder
 
 
 @triton.jit
-def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SWIZZLE: tl.constexpr):
-    """(row, column) tile of a program, SWIZZLE columns of tiles at a time: what runs together shares its operands in
-    L2."""
-    pid = tl.program_id(0)
+def tile_of(index, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SWIZZLE: tl.constexpr):
+    """The (row, column) of the tile of that index, SWIZZLE columns of tiles at a time: what runs together shares its
+    operands in L2."""
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
-    band = pid // (SWIZZLE * row_tiles)
+    band = index // (SWIZZLE * row_tiles)
     width = min(column_tiles - band * SWIZZLE, SWIZZLE)
-    within = pid % (SWIZZLE * row_tiles)
+    within = index % (SWIZZLE * row_tiles)
     return within // width, band * SWIZZLE + within % width
+
+
+@triton.jit
+def add_parts(acc, parts, counter, split, SPLITS: tl.constexpr):
+    """(whether this program is the last of SPLITS that add their acc up, then the sum), in the order of the splits.
+
+    parts: float32 memory for SPLITS times acc; counter: a zero, which the last program leaves as one.
+    """
+    size: tl.constexpr = acc.shape[0] * acc.shape[1]
+    at = parts + tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+    tl.store(at + split * size, acc, cache_modifier=".cg")
+    tl.debug_barrier()  # all threads' parts are written before one of them counts
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        acc = tl.load(at, cache_modifier=".cg")
+        for i in tl.static_range(1, SPLITS):
+            acc += tl.load(at + i * size, cache_modifier=".cg")
+    return is_last, acc
 
 
 @triton.jit
