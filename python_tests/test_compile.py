@@ -72,6 +72,22 @@ def test_changing_batch_is_compiled_once_more_at_most():
     assert len(graphs) <= 2  # the first shape, then a dynamic one
 
 
+def test_a_weights_address_is_static():
+    """mode="reduce-overhead" copies the other inputs of a graph at every call."""
+    packed, kinds = lk.quantize(gaussian(7, 130)), []
+
+    def look(graph, inputs):
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        kinds.extend(node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in placeholders)
+        return graph.forward
+
+    torch.compile(lambda x: lk.qlora_linear(x, packed), fullgraph=True, backend=look)(gaussian(2, 130))
+    assert sorted(map(str, kinds)) == ["None", "unguarded", "unguarded", "unguarded"]
+    marked = gaussian(1)
+    torch._dynamo.mark_static_address(marked)
+    assert marked._dynamo_static_input_type == packed.codes._dynamo_static_input_type
+
+
 def test_adapter_switch_is_seen_by_the_compiled_module():
     layer = lk.QuantLoRALinear.from_linear(torch.nn.Linear(64, 32), lk.QuantConfig(rank=4, num_iter=1))
     compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), gaussian(3, 64)

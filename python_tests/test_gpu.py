@@ -92,6 +92,38 @@ def test_compiled(rows):
         torch.testing.assert_close(fast, eager, rtol=0.02, atol=0.02 * eager.abs().max().item())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("closure", [False, True])
+def test_compiled_to_cuda_graphs(closure, rows):
+    """mode="reduce-overhead": a warm-up in the graph's memory pool, a capture, then replays; weights are not copied."""
+    packed, lora, x = layer_and_input(rows, n=512, k=512)
+    layer = lk.QuantLoRALinear.from_linear(torch.nn.Linear(512, 512), lk.QuantConfig(rank=16)).to("cuda", x.dtype)
+
+    def function(x):
+        for _ in range(2):
+            x = (lk.qlora_linear(x, packed, *lora) if closure else layer(x)).relu()
+        return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for seed in range(6):
+        x = gaussian(*x.shape, seed=seed, device="cuda", dtype=x.dtype)
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x).clone()
+        expected = function(x)
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_capture_that_would_read_a_code_book_says_so():
+    packed, lora, x = layer_and_input(1)
+    lk.qlora_linear(x, packed, *lora)  # compiles
+    other = packed.clone()
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        lk.qlora_linear(x, other, *lora)
+    torch.cuda.synchronize()
+
+
 def test_tensors_of_the_host_are_refused():
     packed, (lora_A, lora_B), x = layer_and_input(3)
     with pytest.raises(ValueError, match="x is on cpu"):

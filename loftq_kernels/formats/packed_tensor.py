@@ -47,6 +47,11 @@ class PackedTensor:
         self.codes, self.scale, self.offset, self.codebook = codes, scale, offset, codebook
         self.shape = torch.Size((codes.shape[0], in_features))
         self.group_size = group_size
+        if not torch.compiler.is_compiling():
+            # What `torch._dynamo.mark_static_address` does, of which the import takes seconds: as it does with a
+            # module's buffers, torch.compile(mode="reduce-overhead") is not to copy the weight at every call.
+            for tensor in self.tensors().values():
+                tensor._dynamo_static_input_type = "unguarded"
 
     def validate(self) -> PackedTensor:
         """Raise ValueError unless the tensors agree with each other, the shape and the format; return self."""

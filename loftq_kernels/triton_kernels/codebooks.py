@@ -138,11 +138,18 @@ _values: dict[int, tuple[weakref.ref, int, Entries]] = {}  # by id; a dead refer
 
 
 def codebook_values(codebook: Tensor) -> Entries:
-    """The entries of codebook. Remembered by the tensor itself, not its memory, which another tensor may be given."""
+    """The entries of codebook. Remembered by the tensor itself, not its memory, which another tensor may be given.
+
+    Raises RuntimeError where they are not known yet and the device cannot be waited for: in a CUDA graph's capture."""
     key = id(codebook)
     known = _values.get(key)
     if known is not None and known[0]() is codebook and known[1] == _version(codebook):
         return known[2]
+    if codebook.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and this weight's code book has not been read: call with the same tensors "
+            "once before the capture"
+        )
     values = tuple(codebook.tolist())
     entries = _interned.setdefault(values, Entries(values))
     _values[key] = weakref.ref(codebook, lambda _: _values.pop(key, None)), _version(codebook), entries

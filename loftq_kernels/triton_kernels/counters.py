@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from loftq_kernels.triton_kernels.configs import cdiv
+
+T = TypeVar("T")
 
 
 class _Arena:
@@ -26,10 +32,15 @@ class _Arena:
         self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
 
     def _new(self, count: int) -> Tensor:
-        zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
-        if self.device.type == "cuda":
+        if self.device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32, device=self.device)
+
+        def make() -> Tensor:
+            zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
             torch.cuda.current_stream(self.device).synchronize()  # other streams will use it
-        return zeros
+            return zeros
+
+        return outside_pools(make)
 
     def take(self, stream: int, count: int) -> Tensor:
         known = self.of_stream.get(stream)
@@ -47,6 +58,13 @@ class _Arena:
             taken, self.ahead = self.ahead[:count], self.ahead[count:]
         self.kept.append(taken)
         return taken
+
+
+def outside_pools(make: Callable[[], T]) -> T:
+    """make(), on another thread. Memory pools (`torch.cuda.use_mem_pool`, or that of a model compiled with
+    mode="reduce-overhead") are a thread's own, and take it for a leak when what is made in them lives on."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make).result()
 
 
 def _capturing(device: torch.device) -> bool:
