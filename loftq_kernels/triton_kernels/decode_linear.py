@@ -134,7 +134,8 @@ def _one_tile(
     else:
         at = row_block * tl.cdiv(N, BLOCK_N) + tile
         parts = workspace + at.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-        is_last, total = add_parts(acc, parts, counters + 4 * tl.num_programs(1) + at, split, SPLITS)
+        used = M - row_block * BLOCK_M
+        is_last, total = add_parts(acc, used, parts, counters + 4 * tl.num_programs(1) + at, split, SPLITS)
         if is_last:
             _finish(
                 total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,

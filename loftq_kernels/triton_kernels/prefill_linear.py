@@ -116,7 +116,7 @@ def _prefill_linear_kernel(
         _finish(acc, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
     else:
         parts = workspace + tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-        is_last, total = add_parts(acc, parts, counters + tile, split, SPLITS)
+        is_last, total = add_parts(acc, M - pid_m * BLOCK_M, parts, counters + tile, split, SPLITS)
         if is_last:
             _finish(total, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
 

@@ -23,22 +23,24 @@ def tile_of(index, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.co
 
 
 @triton.jit
-def add_parts(acc, parts, counter, split, SPLITS: tl.constexpr):
+def add_parts(acc, used, parts, counter, split, SPLITS: tl.constexpr):
     """(whether this program is the last of SPLITS that add their acc up, then the sum), in the order of the splits.
 
-    parts: float32 memory for SPLITS times acc; counter: a zero, which the last program leaves as one.
+    used: columns of acc that matter, of which alone memory sees anything. parts: float32 memory for SPLITS times acc;
+    counter: a zero, which the last program leaves as one.
     """
     size: tl.constexpr = acc.shape[0] * acc.shape[1]
-    at = parts + tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    tl.store(at + split * size, acc, cache_modifier=".cg")
+    column = tl.arange(0, acc.shape[1])[None, :]
+    at = parts + tl.arange(0, acc.shape[0])[:, None] + column * acc.shape[0]
+    tl.store(at + split * size, acc, mask=column < used, cache_modifier=".cg")
     tl.debug_barrier()  # all threads' parts are written before one of them counts
     is_last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.debug_barrier()
         tl.store(counter, 0)
-        acc = tl.load(at, cache_modifier=".cg")
+        acc = tl.load(at, mask=column < used, other=0.0, cache_modifier=".cg")
         for i in tl.static_range(1, SPLITS):
-            acc += tl.load(at + i * size, cache_modifier=".cg")
+            acc += tl.load(at + i * size, mask=column < used, other=0.0, cache_modifier=".cg")
     return is_last, acc
 
 
@@ -57,9 +59,7 @@ def scaled(
     value = field.to(tl.float32)
     if SHIFT != 0.0:
         value += SHIFT
-    if UNIT != 1.0:
-        value *= UNIT
-    value *= scale
+    value *= scale * UNIT  # the latter once a group, not once a weight
     if HAS_OFFSET:
         value += offset
     return value.to(DTYPE)
