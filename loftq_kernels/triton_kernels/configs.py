@@ -61,9 +61,9 @@ class Config:
 # "tall": enough rows for 64 of them a program to fill the device.
 TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 2, 8, "tall"): (Config(8, 128, 256, 2, 4, 4),),
-    Key("decode", 80, 2, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 8, "small"): (Config(8, 64, 256, 2, 4, 4),),
     Key("decode", 80, 2, 16, "tall"): (Config(16, 64, 256, 2, 4, 4),),
-    Key("decode", 80, 2, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 2, 16, "small"): (Config(16, 64, 256, 2, 4, 4),),
     Key("decode", 80, 4, 8, "tall"): (Config(8, 64, 256, 2, 4, 4),),
     Key("decode", 80, 4, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
     Key("decode", 80, 4, 16, "tall"): (Config(16, 64, 128, 2, 4, 4),),
