@@ -68,8 +68,14 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# Uses the torch and pytest that PYTHON has already: a CUDA build of torch is not for this Makefile to choose.
+# Uses what PYTHON has already: a CUDA build of torch is not for this Makefile to choose. pybind11's headers come with
+# torch; without ninja the files are compiled one after another; without nvcc the extension is built without CUDA.
+# Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
 gpu-test:
+	@for module in torch triton numpy setuptools pytest; do \
+		$(PYTHON) -c "import $$module" 2> /dev/null || \
+			{ echo "make gpu-test: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
+	done
 	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2> /dev/null || \
 		{ echo "make gpu-test: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"

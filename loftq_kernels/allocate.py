@@ -18,7 +18,6 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import (
@@ -35,6 +34,7 @@ from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.ops.functional import check_finite
 from loftq_kernels.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits
+from loftq_kernels.progress import tqdm
 
 DEFAULT_CANDIDATES = ("nf2", "nf4", "int8")
 _NEEDS_SCIPY = "plans are solved by SciPy: pip install 'loftq_kernels[plan]'"

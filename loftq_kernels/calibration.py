@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loftq_kernels import storage
 from loftq_kernels.config import QuantConfig
 from loftq_kernels.convert import is_conv1d
 from loftq_kernels.initializers import InputStatistics
 from loftq_kernels.nn import QuantLoRALinear
+from loftq_kernels.progress import tqdm
 
 _METADATA_KEY = "loftq_activation_statistics"
 _VERSION = 1

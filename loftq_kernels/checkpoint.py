@@ -12,9 +12,9 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from loftq_kernels import pretrained, storage
@@ -22,6 +22,9 @@ from loftq_kernels.checkpoint_config import CONFIG_NAME, CheckpointConfig, Layer
 from loftq_kernels.convert import layer_type, train_only_adapters, weight_matrix
 from loftq_kernels.formats import get_format
 from loftq_kernels.nn.base import PACKED_BUFFERS, QuantLoRAModule
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _SAFETENSORS_DTYPES |= {torch.float64: "F64"}  # offsets that a float64 adapter was merged into

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loftq_kernels import packing
 from loftq_kernels.config import QuantConfig
@@ -22,6 +21,7 @@ from loftq_kernels.nn import QuantLoRAConv1d, QuantLoRAConv2d, QuantLoRAEmbeddin
 from loftq_kernels.nn.embedding import unsupported
 from loftq_kernels.ops.functional import check_finite
 from loftq_kernels.plan import BitPlan
+from loftq_kernels.progress import tqdm
 
 _LEFT_DENSE = "left dense by an override"
 _LAYERS_A_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 import loftq_kernels as lk
 from loftq_kernels import pretrained
 from loftq_kernels.ops import extension
+from loftq_kernels.progress import tqdm
 
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from loftq_kernels import storage
@@ -72,6 +71,8 @@ def load_dense(path: str | Path) -> nn.Module:
     if not (path / "config.json").is_file():
         return _tree_from_files(files)
     cls = _model_class(_architecture(path / "config.json"))
+    from safetensors import SafetensorError  # transformers needs it: it is there
+
     try:
         return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
     except SafetensorError as error:

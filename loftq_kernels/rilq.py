@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from loftq_kernels import rilq_state
 from loftq_kernels.convert import adapter_parameters
 from loftq_kernels.nn import QuantLoRAModule
+from loftq_kernels.progress import tqdm
 from loftq_kernels.rilq_state import RilqPoint, RilqProgress
 from loftq_kernels.teacher import (
     Batch,

@@ -6,11 +6,21 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+
+def _safetensors() -> ModuleType:
+    """Imported where a file is read or written: the kernels alone run without it."""
+    import safetensors.torch
+
+    return safetensors
 
 
 @contextlib.contextmanager
@@ -35,7 +45,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         mode = (
             temporary.stat().st_mode
         )  # as the umask would have it; safetensors creates files readable by the owner alone
-        save_file(own, temporary, metadata=dict(metadata))
+        _safetensors().torch.save_file(own, temporary, metadata=dict(metadata))
         temporary.chmod(mode)
 
 
@@ -55,10 +65,11 @@ def open_tensors(path: str | Path, device: torch.device | str = "cpu") -> Iterat
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    safetensors = _safetensors()
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             yield file
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or corrupted?): {error}") from error
 
 

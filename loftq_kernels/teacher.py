@@ -7,14 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loftq_kernels import storage
+from loftq_kernels.progress import tqdm
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 Batch = Tensor | Mapping[str, Tensor]
 States = tuple[Tensor, Tensor | None]  # final hidden states [..., width] and logits [..., classes], if there are any

@@ -10,7 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from properties import settings  # noqa: E402
 
 # Deadlines are timing asserts; the examples are the same in every run.
 settings.register_profile("repeatable", deadline=None, max_examples=25, derandomize=True)

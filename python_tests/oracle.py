@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 FLT_MIN = np.finfo(np.float32).tiny
@@ -41,6 +40,8 @@ def codebook(format: str) -> np.ndarray:
         return np.arange(-(levels // 2), levels // 2).astype(np.float32)
     if format.startswith("uniform"):
         return torch.linspace(-1, 1, levels).numpy()
+    from scipy.stats import norm
+
     offset = 0.9677083
     positive = norm.ppf(torch.linspace(offset, 0.5, levels // 2 + 1)[:-1]).tolist()
     negative = (-norm.ppf(torch.linspace(offset, 0.5, levels // 2)[:-1])).tolist()

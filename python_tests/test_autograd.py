@@ -66,7 +66,7 @@ def test_equal_to_autograd_through_the_reference(format, device):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_any_choice_of_gradients(wanted):
     """Only what requires a gradient gets one, whatever the others do."""
     if not any(wanted):

@@ -9,8 +9,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import DEVICES, TOKENS, assert_unchanged, gaussian, parameters_of, tiny_bert, tiny_gpt2, tiny_model
-from safetensors.torch import load_file, save_file
+from helpers import (
+    DEVICES,
+    TOKENS,
+    assert_unchanged,
+    gaussian,
+    load_file,
+    parameters_of,
+    save_file,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_model,
+)
 from torch import Tensor, nn
 
 import loftq_kernels as lk

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TOKENS, gaussian, tiny_bert
-from safetensors.torch import save_file
+from helpers import TOKENS, gaussian, save_file, tiny_bert
 
 import loftq_kernels as lk
 from loftq_kernels import cli

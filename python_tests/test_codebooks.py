@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import numpy as np
 import oracle
 import pytest
@@ -34,6 +33,7 @@ def test_table(name):
 
 
 def test_nf4_is_the_table_of_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes.functional")
     table = get_format("nf4").codebook()
     assert torch.equal(table, torch.tensor([float(level) for level in NF4.split()]))
     assert torch.equal(table, bnb.get_4bit_type("nf4", device="cpu"))

@@ -6,8 +6,18 @@ import copy
 
 import pytest
 import torch
-from helpers import TOKENS, assert_unchanged, gaussian, parameters_of, same_packed, tiny_bert, tiny_gpt2, tiny_model
-from safetensors.torch import load_file, save_file
+from helpers import (
+    TOKENS,
+    assert_unchanged,
+    gaussian,
+    load_file,
+    parameters_of,
+    same_packed,
+    save_file,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_model,
+)
 from torch import nn
 
 import loftq_kernels as lk

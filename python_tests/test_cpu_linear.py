@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import FORMATS, adapter, gaussian
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 
 import loftq_kernels as lk

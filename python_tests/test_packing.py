@@ -6,8 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from properties import given, st
 
 from loftq_kernels import packing
 

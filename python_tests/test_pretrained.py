@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import TOKENS, gaussian, tiny_bert, tiny_gpt2
-from safetensors.torch import save_file
+from helpers import TOKENS, gaussian, save_file, tiny_bert, tiny_gpt2
 from torch import nn
 
 from loftq_kernels import pretrained

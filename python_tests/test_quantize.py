@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import bitsandbytes.functional as bnb
 import numpy as np
 import oracle
 import pytest
 import torch
 from helpers import BACKENDS, DEVICES, FORMATS, gaussian, minilm_weights, same_packed
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from properties import given, hnp, st
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
@@ -122,6 +119,7 @@ def test_no_entry_is_nearer(format):
 
 class TestOtherPeoplesSoftware:
     def check_bitsandbytes(self, weight, backend):
+        bnb = pytest.importorskip("bitsandbytes.functional")
         rows, columns = weight.shape
         packed = lk.quantize(weight, "nf4", 64, scale_dtype=torch.float32, backend=backend)
         theirs, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)

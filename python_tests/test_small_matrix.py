@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DEVICES, gaussian
-from hypothesis import given
-from hypothesis import strategies as st
+from properties import given, st
 
 import loftq_kernels  # noqa: F401  defines the ops
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import loftq_kernels as lk
+from loftq_kernels.progress import tqdm
 from loftq_kernels.recipes import small_lm
 
 FORMATS, STARTS = ("nf2", "nf4"), ("qlora", "loftq")
