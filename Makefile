@@ -76,6 +76,8 @@ gpu-test:
 		$(PYTHON) -c "import $$module" 2> /dev/null || \
 			{ echo "make gpu-test: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
 	done
+	@$(PYTHON) -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) < 77)' || \
+		{ echo "make gpu-test: pyproject.toml needs setuptools 77 or newer"; exit 1; }
 	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2> /dev/null || \
 		{ echo "make gpu-test: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"

@@ -7,8 +7,10 @@ the median of the replays over the calls of a graph. Peers that are not installe
 from __future__ import annotations
 
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,43 +32,67 @@ SECONDS = 540  # after which what is left is skipped, and named
 DTYPE = torch.bfloat16
 
 Call = Callable[[Tensor], Tensor]
+Build = Callable[[tuple[int, int]], list[Call]]  # of the weight's shape
+QUEUE_CYCLES = 400_000  # of the device, some 0.2 ms: longer than the host takes to launch a graph
 
 
 def run(output: Path, *, quick: bool) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("python -m bench gpu: torch sees no CUDA device")
-    clock = Clock(60 if quick else SECONDS)
+    record = Record(output / f"{'gpu_quick' if quick else 'gpu'}.json", 60 if quick else SECONDS)
+    record.results |= {"device": device(), "microseconds": [], "not measured": record.missing}
     shapes = ((1024, 1024),) if quick else SHAPES
-    results: dict[str, Any] = {"device": device(), "microseconds": [], "not measured": {}}
-    missing = results["not measured"]
     with torch.inference_mode():
         for shape in shapes:
-            measure(results["microseconds"], "decode", shape, DECODE_ROWS, contenders(shape, missing), clock, missing)
-        for shape in shapes[:1] if quick else (shapes[0], shapes[1]):
+            measure(record, "decode", shape, DECODE_ROWS, CONTENDERS)
+        for shape in shapes[:2]:
             rows = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
-            measure(results["microseconds"], "prefill", shape, rows, prefill_contenders(shape), clock, missing)
-            measure(results["microseconds"], "backward", shape, rows[-5:], backward_contenders(shape), clock, missing)
-        results["Python overhead, microseconds a call"] = overhead()
-    results["device after"] = device()
-    results["first call, seconds"] = first_calls()
-    results["targets"] = targets(results["microseconds"])
-    harness.print_table(results["targets"])
-    name = "gpu_quick" if quick else "gpu"
-    harness.write_json(output / f"{name}.json", results)
+            measure(record, "prefill", shape, rows, PREFILL_CONTENDERS)
+            measure(record, "backward", shape, rows[-5:], BACKWARD_CONTENDERS)
+        record.add("Python overhead, microseconds a call", overhead)
+    record.add("device after", device)
+    record.add("first call, seconds", first_calls)
+    record.add("targets", partial(targets, record.results["microseconds"]))
+    harness.print_table(record.results.get("targets", []))
     if not quick:
         try:
-            plot(results, output / f"{name}.png")
+            plot(record.results, output / "gpu.png")
         except ImportError:
             print("no plot: matplotlib is not installed")
 
 
-class Clock:
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
+class Record:
+    """Results, on disk after every step: a run that is cut, or a device that fails, leaves the figures it had."""
 
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() > self.end
+    def __init__(self, path: Path, seconds: float):
+        self.path = path
+        self.end = time.monotonic() + seconds
+        self.results: dict[str, Any] = {}
+        self.missing: dict[str, str] = {}
+
+    def attempt(self, what: str, step: Callable[[], Any]) -> Any:
+        """What step returns; None where it fails or the time is up, which `missing` then tells of."""
+        if time.monotonic() < self.end:
+            return self._guarded(what, step)
+        self.missing[what] = "the time was up"
+        return None
+
+    def _guarded(self, what: str, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except Exception as error:  # whatever a peer may do, or refuse, the others are measured
+            self.missing[what] = f"{type(error).__name__}: {error}"[:300]
+            return None
+
+    def add(self, what: str, step: Callable[[], Any]) -> None:
+        """A part of seconds, which is done even when the time is up."""
+        found = self._guarded(what, step)
+        if found is not None:
+            self.results[what] = found
+        self.save()
+
+    def save(self) -> None:
+        harness.write_json(self.path, self.results)
 
 
 def device() -> dict[str, Any]:
@@ -94,7 +120,7 @@ def device() -> dict[str, Any]:
 
 
 def copies(nbytes: int) -> range:
-    return range(max(2, -(-ROTATED_BYTES // nbytes)))
+    return harness.copies(nbytes, ROTATED_BYTES)
 
 
 def random_packed(name: str, shape: tuple[int, int]) -> lk.PackedTensor:
@@ -133,11 +159,11 @@ def several_adapters(shape: tuple[int, int], adapters: int = 16, rank: int = 16)
     lora_B = torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
     weights = [random_packed("nf4", shape) for _ in copies(shape[0] * shape[1] // 2)]
 
-    def call(x: Tensor, packed: lk.PackedTensor) -> Tensor:
-        ids = all_ids[: x.shape[0]]
-        return lk.qlora_linear(x, packed, lora_A, lora_B, adapter_ids=ids)
+    ids = {m: (torch.arange(m, device="cuda") % adapters).sort().values for m in DECODE_ROWS}  # as many as m allows
 
-    all_ids = (torch.arange(64, device="cuda") % adapters).sort().values
+    def call(x: Tensor, packed: lk.PackedTensor) -> Tensor:
+        return lk.qlora_linear(x, packed, lora_A, lora_B, adapter_ids=ids[x.shape[0]])
+
     return [lambda x, packed=packed: call(x, packed) for packed in weights]
 
 
@@ -182,58 +208,48 @@ def gemlite_int4(shape: tuple[int, int]) -> list[Call]:
     return calls
 
 
-def contenders(shape: tuple[int, int], missing: dict[str, str]) -> dict[str, list[Call]]:
-    made = {
-        "bf16 linear": dense(shape),
-        "nf4": ours("nf4", shape),
-        "nf4 r=16": ours("nf4", shape, 16),
-        "nf4 r=64": ours("nf4", shape, 64),
-        "nf4, 16 adapters r=16": several_adapters(shape),
-        "nf2": ours("nf2", shape),
-        "int4": ours("int4", shape),
-    }
-    for name, peer in (
-        ("bitsandbytes nf4", bitsandbytes_nf4),
-        ("aten int4", torch_int4),
-        ("gemlite int4", gemlite_int4),
-    ):
-        try:
-            made[name] = peer(shape)
-        except Exception as error:  # whatever a peer may do, the others are measured
-            missing[name] = f"{type(error).__name__}: {error}"[:300]
-    return made
-
-
-def prefill_contenders(shape: tuple[int, int]) -> dict[str, list[Call]]:
-    return {
-        "bf16 linear": dense(shape),
-        "nf4": ours("nf4", shape),
-        "nf4, fused": ours("nf4", shape, path="prefill"),
-        "nf4, chunked": ours("nf4", shape, path="chunked"),
-        "nf4 r=16": ours("nf4", shape, 16),
-        "nf2": ours("nf2", shape),
-    }
-
-
-def backward_contenders(shape: tuple[int, int]) -> dict[str, list[Call]]:
-    """grad_x [M, K] of grad_y [M, N]: shape is that of the transposed weight, whose columns grad_y has."""
+def fused_or_chunked(shape: tuple[int, int], path: str | None = None) -> list[Call]:
+    """grad_x [M, K] = grad_y [M, N] @ W: shape is that of the transposed weight, whose columns grad_y has."""
     stored = shape[1], shape[0]
+    weights = [random_packed("nf4", stored) for _ in copies(shape[0] * shape[1] // 2)]
+    op = triton_backend.qlora_linear_grad_input
+    return [
+        lambda g, p=p: op(g, p.codes, p.scale, p.offset, p.codebook, p.shape[1], GROUP, None, None, 1.0, path=path)
+        for p in weights
+    ]
 
-    def packed(path: str | None) -> list[Call]:
-        weights = [random_packed("nf4", stored) for _ in copies(shape[0] * shape[1] // 2)]
-        op = triton_backend.qlora_linear_grad_input
-        return [
-            lambda g, p=p: op(g, p.codes, p.scale, p.offset, p.codebook, p.shape[1], GROUP, None, None, 1.0, path=path)
-            for p in weights
-        ]
 
-    weights = [torch.randn(stored, device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
-    return {
-        "bf16 matmul": [lambda g, w=w: g @ w for w in weights],
-        "nf4": packed(None),
-        "nf4, fused": packed("fused"),
-        "nf4, chunked": packed("chunked"),
-    }
+def dense_backward(shape: tuple[int, int]) -> list[Call]:
+    weights = [torch.randn(shape[::-1], device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
+    return [lambda g, w=w: g @ w for w in weights]
+
+
+CONTENDERS: dict[str, Build] = {
+    "bf16 linear": dense,
+    "nf4": partial(ours, "nf4"),
+    "nf4 r=16": partial(ours, "nf4", rank=16),
+    "nf4 r=64": partial(ours, "nf4", rank=64),
+    "nf4, 16 adapters r=16": several_adapters,
+    "nf2": partial(ours, "nf2"),
+    "int4": partial(ours, "int4"),
+    "bitsandbytes nf4": bitsandbytes_nf4,
+    "aten int4": torch_int4,
+    "gemlite int4": gemlite_int4,
+}
+PREFILL_CONTENDERS: dict[str, Build] = {
+    "bf16 linear": dense,
+    "nf4": partial(ours, "nf4"),
+    "nf4, fused": partial(ours, "nf4", path="prefill"),
+    "nf4, chunked": partial(ours, "nf4", path="chunked"),
+    "nf4 r=16": partial(ours, "nf4", rank=16),
+    "nf2": partial(ours, "nf2"),
+}
+BACKWARD_CONTENDERS: dict[str, Build] = {
+    "bf16 matmul": dense_backward,
+    "nf4": fused_or_chunked,
+    "nf4, fused": partial(fused_or_chunked, path="fused"),
+    "nf4, chunked": partial(fused_or_chunked, path="chunked"),
+}
 
 
 # ---- measurements
@@ -242,52 +258,54 @@ def backward_contenders(shape: tuple[int, int]) -> dict[str, list[Call]]:
 def captured(calls: list[Call], x: Tensor) -> torch.cuda.CUDAGraph:
     """A graph of one call of each, after the calls that compile and choose algorithms."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    stream.wait_stream(torch.cuda.current_stream())  # which is still making x, and at first the weights
+    with torch.cuda.stream(stream):  # around the capture too: one that fails leaves its stream the current one
         for call in calls:  # every weight's first call reads its code book
             call(x)
         calls[0](x)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call(x)
     return graph
 
 
 def measure(
-    into: list[dict],
-    part: str,
-    shape: tuple[int, int],
-    all_rows: tuple[int, ...],
-    variants: dict[str, list[Call]],
-    clock: Clock,
-    missing: dict[str, str],
+    record: Record, part: str, shape: tuple[int, int], all_rows: tuple[int, ...], contenders: dict[str, Build]
 ) -> None:
     """One row of microseconds a call for each M."""
+    place = f"{part} {shape[0]}x{shape[1]}"
+    built = {name: record.attempt(f"{name}, {place}", partial(build, shape)) for name, build in contenders.items()}
+    variants = {name: calls for name, calls in built.items() if calls is not None}
     for m in all_rows:
-        where = f"{part} {shape[0]}x{shape[1]} M={m}"
-        if clock.is_over:
-            missing[where] = "the time was up"
-            continue
-        x = torch.randn(m, shape[1], device="cuda", dtype=DTYPE)
-        graphs = {}
-        for name, calls in variants.items():
-            try:
-                graphs[name] = captured(calls, x), len(calls)
-            except Exception as error:  # a peer that refuses this M must not end the run
-                torch.cuda.synchronize()
-                missing[f"{name}, {where}"] = f"{type(error).__name__}: {error}"[:300]
-        row = {"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m} | replayed(graphs)
-        into.append(row)
-        harness.print_table([row])
+        where = f"{place} M={m}"
+        times = record.attempt(where, partial(measure_row, record, where, m, shape[1], variants))
+        if times:
+            row = {"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m} | times
+            record.results["microseconds"].append(row)
+            harness.print_table([row])
+        record.save()
+
+
+def measure_row(record: Record, where: str, m: int, columns: int, variants: dict[str, list[Call]]) -> dict[str, float]:
+    x = torch.randn(m, columns, device="cuda", dtype=DTYPE)
+    graphs = {}
+    for name, calls in variants.items():
+        graph = record.attempt(f"{name}, {where}", partial(captured, calls, x))
+        if graph is not None:
+            graphs[name] = graph, len(calls)
+    return replayed(graphs)
 
 
 def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int = 15) -> dict[str, float]:
-    """Median microseconds a call of each graph, taking turns."""
+    """Median microseconds a call of each graph, taking turns. The device is kept busy until the graph is in its queue,
+    so that no time passes between start and its first kernel."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for repeat in range(repeats + 2):
         for name, (graph, calls) in graphs.items():
+            torch.cuda._sleep(QUEUE_CYCLES)
             start.record()
             graph.replay()
             end.record()
@@ -317,15 +335,19 @@ def overhead() -> dict[str, float]:
 
 def first_calls() -> dict[str, float]:
     """Seconds of the first call of a shape class no call above had: a format of its own, compiled anew."""
+    from triton import knobs
+
     result = {}
-    for name, m in (("uniform4, M=1", 1), ("uniform4, M=256", 256)):
-        packed = random_packed("uniform4", (512, 512))
-        x = torch.randn(m, 512, device="cuda", dtype=DTYPE)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        lk.qlora_linear(x, packed)
-        torch.cuda.synchronize()
-        result[name] = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as empty, knobs.cache.scope():
+        knobs.cache.dir = empty  # what an earlier run compiled does not count
+        for name, m in (("uniform4, M=1", 1), ("uniform4, M=256", 256)):
+            packed = random_packed("uniform4", (512, 512))
+            x = torch.randn(m, 512, device="cuda", dtype=DTYPE)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            lk.qlora_linear(x, packed)
+            torch.cuda.synchronize()
+            result[name] = time.perf_counter() - started
     return result
 
 
@@ -356,7 +378,7 @@ def targets(rows: list[dict]) -> list[dict]:
                     aim("nf2 against bf16", row, "bf16 linear", "nf2", 5.0)
             if 8 <= m <= 64 and size == "4096x4096":
                 aim("nf4 against bitsandbytes", row, "bitsandbytes nf4", "nf4", 3.0)
-            if m == 16 and ("decode", size, 1) in by_place:
+            if m == 16 and "nf4" in by_place.get(("decode", size, 1), {}):
                 flat = {**row, "M=1": by_place["decode", size, 1]["nf4"]}
                 aim("nf4: M=1 against M=16", flat, "M=1", "nf4", 1 / 1.15)
         elif row["part"] == "prefill" and m >= 256:

@@ -72,8 +72,10 @@ def _processor() -> str:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """The results with the machine's description."""
-    path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")
+    """The results with the machine's description, in place of the file at once: a run may be cut while it writes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def print_table(rows: list[Mapping[str, Any]]) -> None:
