@@ -7,6 +7,7 @@ import torch
 from helpers import BACKENDS, adapter, gaussian
 
 import loftq_kernels as lk
+from loftq_kernels.ops import reference
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def test_no_gradients(packed):
         lk.qlora_linear(x, packed, lora_A, lora_B.requires_grad_(), adapter_ids=ids)
     with torch.no_grad():
         lk.qlora_linear(x, packed, lora_A, lora_B, adapter_ids=ids)
+
+
+def test_ids_nobody_has_checked(packed):
+    """The op checks ids in host memory. Where it cannot, on a GPU, float64 x is served by the reference."""
+    (lora_A, lora_B), x = stacked(), gaussian(5, 130)
+    stored = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
+    ids = torch.tensor([2, 3, -1, -2, 0])
+    for count, rank in ((3, 3), (3, 0), (0, 3)):
+        adapters = lora_A[:count, :rank], lora_B[:count, :, :rank]
+        y = reference.qlora_linear_multi(x, *stored, *adapters, ids, 1.0, None)
+        assert y.isnan().all(1).tolist() == [count == 0, True, False, True, count == 0]
+        assert torch.equal(y[2], lk.qlora_linear(x, packed, backend="reference")[2])
 
 
 def test_bad_input(packed):

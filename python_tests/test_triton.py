@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from cubins import SHARED_LIMITS, captured_launches, compile_launch  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 import loftq_kernels as lk  # noqa: E402
 from loftq_kernels.formats import get_format  # noqa: E402
@@ -63,6 +64,33 @@ def _launch(kind: str, tile, format: str, group_size: int, dtype=torch.bfloat16)
         else:
             lora.launch_lora_expand(empty(512, 4096), h, lora_B.unsqueeze(0), empty(512, dtype=torch.int64))
     return launches[0]
+
+
+def test_grids_of_a_million_rows(monkeypatch):
+    """CUDA takes 2^31 - 1 blocks along x, but 65535 along y and z."""
+    from loftq_kernels.triton_kernels import dequantize, grad_input, lora, tiles
+    from loftq_kernels.triton_kernels.configs import Key, rows_of_table
+
+    grids, rows = [], 1_000_000
+
+    def run(kernel, *_, grid, **__) -> None:
+        grids.append(grid)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    weight = _packed("nf4", 64, rows, 1024)
+    stored = weight.codes, weight.scale, weight.offset, weight.codebook, 64
+    x, y = (torch.empty(8 * rows, k, dtype=torch.bfloat16, device="meta") for k in (1024, 256))
+    dequantize.launch_dequantize(*stored, x[:rows])
+    h = lora.launch_lora_shrink(x, x[:16].unsqueeze(0), None, 1.0, 132)
+    lora.launch_lora_expand(y, h, y[:16].T.unsqueeze(0), None)
+    narrow = _packed("nf4", 64, 256, 1024)
+    stored = narrow.codes, narrow.scale, narrow.offset, narrow.codebook, 64
+    tile = rows_of_table(Key("grad_input", 90, 4, 64, "tall"))[0]
+    decoding = tiles.decode_constexprs(tuple(narrow.codebook.tolist()), torch.bfloat16, True)
+    grad_input.launch_grad_input(y, *stored, decoding, None, None, x, tile)
+    assert len(grids) == 4
+    for first, *others in grids:
+        assert first < 2**31 and all(count <= 65535 for count in others)
 
 
 def _tile_cases() -> list:

@@ -154,13 +154,35 @@ def test_several_adapters(path, rows, dtype, device):
         assert_close(y, exact, plain, dtype)
 
 
-def test_an_id_out_of_range_shows_in_its_row_alone(device):
-    packed, x = lk.quantize(gaussian(7, 64)).to(device), gaussian(3, 64, device=device, dtype=torch.float16)
-    lora_A, lora_B = (t.unsqueeze(0) for t in adapter(7, 64, 2, device=device, dtype=torch.float16))
-    ids = torch.tensor([0, 1, -1], device=device)
+@pytest.mark.parametrize("adapters, rank", [(1, 2), (1, 0), (0, 2), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_an_id_out_of_range_shows_in_its_row_alone(adapters, rank, dtype, device):
+    packed, x = lk.quantize(gaussian(7, 64)).to(device), gaussian(5, 64, device=device, dtype=dtype)
+    lora_A = gaussian(adapters, rank, 64, device=device, dtype=dtype)
+    lora_B = gaussian(adapters, 7, rank, device=device, dtype=dtype)
+    ids = torch.tensor([0, 1, -1, -2, -(2**31)], device=device)
+    plain = lk.qlora_linear(x, packed, backend="reference")
     for path in PATHS:
         y = triton_backend.qlora_linear_multi(x, *op_arguments(packed), 64, lora_A, lora_B, ids, 1.0, None, path=path)
-        assert y.isnan().any(1).tolist() == [False, True, False]
+        assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [adapters == 0, True, False, True, True]
+        torch.testing.assert_close(y[2], plain[2], rtol=1e-2, atol=1e-2)
+
+
+def test_float64_scales_are_rounded_or_refused(device):
+    """16 bits of them at a time would be other numbers; the wrapper rounds them, the ops refuse."""
+    packed, x = lk.quantize(gaussian(7, 128), "int4").to(device), gaussian(3, 128, device=device)
+    wide = lk.quantize(gaussian(7, 128), "int4").to(device)
+    wide.scale, wide.offset = wide.scale.double(), wide.offset.double()
+    with torch.no_grad():
+        assert torch.equal(lk.qlora_linear(x, wide, backend="triton"), lk.qlora_linear(x, packed, backend="triton"))
+    calls = [
+        lambda: triton_backend.qlora_linear(x, *op_arguments(wide), 64, None, None, 1.0, None),
+        lambda: triton_backend.qlora_linear_grad_input(x[:, :7], *op_arguments(wide), 128, 64, None, None, 1.0),
+        lambda: triton_backend.dequantize(*op_arguments(wide), 128, 64, torch.float16),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="scale has dtype torch.float64"):
+            call()
 
 
 @pytest.mark.parametrize("rows", [3, 20])

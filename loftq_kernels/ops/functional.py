@@ -185,7 +185,8 @@ def qlora_linear(
     Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
     With adapter_ids it is for inference only, and raises RuntimeError where a gradient would be needed.
     Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree or, on a
-    CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN.
+    CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN,
+    also where S or r is 0.
     """
     if adapter_ids is not None:
         return _linear_multi(x, packed, lora_A, lora_B, adapter_ids, scaling, bias, backend)

@@ -224,12 +224,15 @@ def qlora_linear_multi(
 
 
 def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, scaling: float) -> Tensor:
-    """y with each row's adapter added, one adapter that occurs after the other; y itself is not changed."""
+    """y with each row's adapter added, one adapter that occurs after the other; y itself is not changed. Rows with ids
+    of no adapter other than -1 become NaN, as by the kernels, which cannot wait to see an id and raise."""
     y, leading = y.reshape(-1, y.shape[-1]).clone(), y.shape[:-1]
     x, ids = x.reshape(-1, x.shape[-1]), adapter_ids.reshape(-1)
     for adapter in ids.unique().tolist():
-        if adapter >= 0:
-            rows = (ids == adapter).nonzero().flatten()
+        rows = (ids == adapter).nonzero().flatten()
+        if 0 <= adapter < len(lora_A):
             h = linear(x[rows], lora_A[adapter].to(x.dtype))
             y[rows] += scaling * linear(h, lora_B[adapter].to(x.dtype))
+        elif adapter != -1:
+            y[rows] = float("nan")
     return y.view(*leading, y.shape[-1])

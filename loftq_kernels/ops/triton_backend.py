@@ -94,6 +94,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _check_scale_dtype(scale: Tensor) -> None:
+    """Float64 scales, which the wrappers round: the kernels would take their bytes for those of 16-bit ones."""
+    if scale.dtype not in checks.SCALE_DTYPES:
+        raise ValueError(f"scale has dtype {scale.dtype}; the kernels take {checks.SCALE_DTYPES}")
+
+
 def dequantize(
     codes: Tensor,
     scale: Tensor,
@@ -105,6 +111,7 @@ def dequantize(
 ) -> Tensor:
     """As `reference.dequantize`, bit for bit."""
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
+    _check_scale_dtype(scale)
     if dtype not in DTYPES or unavailable(codes.device):
         _warn_unavailable(codes.device)
         return reference.dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)
@@ -159,7 +166,8 @@ def qlora_linear_multi(
     *,
     path: str | None = None,
 ) -> Tensor:
-    """As `reference.qlora_linear_multi`; a row whose id is not below the number of adapters becomes NaN."""
+    """As `reference.qlora_linear_multi`; a row whose id is below -1, or not below the number of adapters, becomes NaN,
+    also where there are no adapters or all are of rank 0."""
     weight = codes, scale, offset, codebook, group_size
     decision = _decision(x, *weight, lora_A, lora_B, adapter_ids, bias, path)
     if decision == "reference":
@@ -167,6 +175,10 @@ def qlora_linear_multi(
         return reference.qlora_linear_multi(
             x, *weight, lora_A, lora_B, adapter_ids, scaling, bias, dequantize=_dequantize
         )
+    if 0 in lora_A.shape[:2]:  # the kernels are launched without adapters, and so without ids
+        y = qlora_linear(x, *weight, None, None, scaling, bias, path=path)
+        wrong = (adapter_ids < -1) | (adapter_ids >= lora_A.shape[0])
+        return y.masked_fill_(wrong.unsqueeze(-1), float("nan"))
     adapter_ids = adapter_ids.reshape(-1).contiguous()
     if decision == "decode":
         return _decode(x, weight, lora_A, lora_B, adapter_ids, scaling, bias)
@@ -203,6 +215,7 @@ def _decision(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, ada
         checks.check_qlora_linear(x, *weight, x.shape[-1] if x.dim() else 0, group_size, lora_A, lora_B, bias)
     else:
         checks.check_qlora_linear_multi(x, *weight, group_size, lora_A, lora_B, adapter_ids, bias)
+    _check_scale_dtype(scale)
     if x.dtype not in DTYPES or unavailable(x.device):
         return "reference"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
@@ -274,7 +287,7 @@ def _linear(
     """qlora_linear by large tiles, with adapters [S, r, K] and [S, N, r]; adapter_ids [M]: which of them a row has."""
     launch, device = _launchers(), _device(x.device)
     rows, out_features = _rows(x), weight[0].shape[0]
-    if lora_A is not None and (lora_A.shape[1] == 0 or lora_A.shape[0] == 0):
+    if lora_A is not None and lora_A.shape[1] == 0:
         lora_A = lora_B = None  # an adapter of nothing
     if path == "empty":
         y = x.new_zeros(*x.shape[:-1], out_features)
@@ -335,6 +348,7 @@ def qlora_linear_grad_input(
 ) -> Tensor:
     """As `reference.qlora_linear_grad_input`. path: "fused" or "chunked" instead of what the crossover says."""
     checks.check_grad_input(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B)
+    _check_scale_dtype(scale)
     if grad_y.dtype not in DTYPES or unavailable(grad_y.device):
         _warn_unavailable(grad_y.device)
         return reference.qlora_linear_grad_input(

@@ -165,7 +165,7 @@ def _multiply(
 
     setup_decode(M >> 31, SETUP)
     n = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-    m = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    m = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     k = tl.arange(0, SLICE)
     first = split * split_tiles
     last = tl.minimum(first + split_tiles, tl.cdiv(K, 64))
@@ -403,10 +403,11 @@ def _lora_down(
 def _down_product(down, x, lora_A, row, used, r, first, last, K, R):
     """down + lora_A @ x.T over columns first..last, for the rows of x that are used."""
     PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
+    x_row = x + row.to(tl.int64)[None, :] * K
     for k0 in range(first, last, 64):
         k = k0 + tl.arange(0, 64)
         a = tl.load(lora_A + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < last)[None, :], other=0.0)
-        xs = tl.load(x + row[None, :] * K + k[:, None], mask=used[None, :] & (k < last)[:, None], other=0.0)
+        xs = tl.load(x_row + k[:, None], mask=used[None, :] & (k < last)[:, None], other=0.0)
         down = tl.dot(a, xs, down, input_precision=PRECISION)
     return down
 
@@ -520,11 +521,12 @@ def decode_linear(
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
 
     Args:
-        x: [..., K] contiguous, float16, bfloat16 or float32; meant for M <= 16 rows, right for any.
+        x: [..., K] contiguous, float16, bfloat16 or float32; meant for M <= 16 rows, right for
+            any that make up to 65535 blocks of rows.
         codes, scale, offset, codebook, group_size: the stored weight [N, K].
         lora_A, lora_B: [R, K] and [N, R], or [S, R, K] and [S, N, R]; contiguous, of x's dtype. Both or neither.
-        adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id of S or more
-            becomes NaN. None: all rows have the first.
+        adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id below, or of
+            S and more, becomes NaN (not where R or S is 0: then ids are not read). None: all rows have the first.
         bias: [N], contiguous.
         config, splits: in place of the table's.
     """

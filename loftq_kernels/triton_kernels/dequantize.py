@@ -33,9 +33,11 @@ def _dequantize_kernel(
     FIELDS: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = 8 * BITS  # bytes of a tile, and columns of one of its fields
     RUN: tl.constexpr = WIDTH if GROUP < 0 or GROUP > WIDTH else GROUP  # bytes of a field that share a scale
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One dimension of programs: the others end at 65535, half a million rows.
+    columns_of_programs = tl.cdiv(K, TILES * 64)
+    n = tl.program_id(0) // columns_of_programs * BLOCK_N + tl.arange(0, BLOCK_N)
     n_in = tl.minimum(n, N - 1).to(tl.int64)
-    first = tl.program_id(0) * TILES * WIDTH
+    first = tl.program_id(0) % columns_of_programs * TILES * WIDTH
     byte = first + tl.arange(0, TILES * WIDTH)
     column = byte // WIDTH * 64 + byte % WIDTH  # of field 0
     run = first + tl.arange(0, TILES * WIDTH // RUN) * RUN
@@ -71,7 +73,7 @@ def launch_dequantize(
         return out
     tiles = {2: 16, 4: 8, 8: 4}[bits]  # 256 bytes a row
     block_n = 8
-    grid = (cdiv(columns, 64 * tiles), cdiv(rows, block_n))
+    grid = (cdiv(columns, 64 * tiles) * cdiv(rows, block_n),)
     _dequantize_kernel[grid](
         codes,
         scale,

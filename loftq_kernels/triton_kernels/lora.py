@@ -19,7 +19,7 @@ def adapters_of(ids, row, M, adapters):
     """The adapter of each row (-1 for none or out of range), the least of them and the greatest plus one."""
     if ids is not None:
         own = tl.load(ids + row, mask=row < M, other=-1)
-        own = tl.where(own < adapters, own, -1).to(tl.int32)
+        own = tl.where((own >= 0) & (own < adapters), own, -1).to(tl.int32)
         return own, tl.min(tl.where(own >= 0, own, 2147483647), 0), tl.max(own, 0) + 1
     else:
         return tl.where(row < M, 0, -1), 0, 1
@@ -147,14 +147,15 @@ def _lora_expand_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """y += h @ lora_B[ids].T"""
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     place = y + m.to(tl.int64)[:, None] * stride_y + n[None, :]
     mask = (m[:, None] < M) & (n[None, :] < N)
     acc = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     if ids is not None:  # an adapter that is not there shows in its row, not in a neighbour's memory
         own = tl.load(ids + m, mask=m < M, other=-1)
-        acc += tl.where(own < adapters, 0.0, float("nan"))[:, None]
+        acc += tl.where((own >= -1) & (own < adapters), 0.0, float("nan"))[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
     acc = add_lora(
         acc, h, lora_B, ids, m, n, M, N, R, adapters, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True
@@ -214,7 +215,7 @@ def launch_lora_expand(y: Tensor, h: Tensor, lora_B: Tensor, adapter_ids: Tensor
     rows, columns = y.shape
     rank = h.shape[1]
     block_m = 16 if rows <= 16 else 64
-    _lora_expand_kernel[(cdiv(columns, 128), cdiv(rows, block_m))](
+    _lora_expand_kernel[(cdiv(columns, 128) * cdiv(rows, block_m),)](
         y,
         h,
         lora_B,
