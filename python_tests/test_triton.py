@@ -54,7 +54,8 @@ def _launch(kind: str, tile, format: str, group_size: int, dtype=torch.bfloat16)
     with captured_launches() as launches:
         decoding = tiles.decode_constexprs(tuple(packed.codebook.tolist()), dtype, True)
         if kind == "prefill":
-            prefill_linear.launch_prefill_linear(x, *weight, decoding, h, lora_B, empty(4096), empty(512, 4096), tile)
+            adapters = h, lora_B.unsqueeze(0), None
+            prefill_linear.launch_prefill_linear(x, *weight, decoding, *adapters, empty(4096), empty(512, 4096), tile)
         elif kind == "grad_input":
             grad_input.launch_grad_input(x, *weight, decoding, h, lora_A, empty(512, 4096), tile)
         elif kind == "dequantize":

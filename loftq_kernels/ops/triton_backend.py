@@ -302,8 +302,7 @@ def _linear(
             h = launch.launch_lora_shrink(rows, lora_A, adapter_ids, scaling, device.multiprocessors)
         if path == "prefill" and half:
             decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm)
-            fused = adapter_ids is None and h is not None
-            arguments = *weight, decoding, h if fused else None, lora_B[0] if fused else None, bias, y
+            arguments = *weight, decoding, h, lora_B, adapter_ids, bias, y
             shape = decoding["BITS"], rows.shape[0], out_features, rows.shape[1]
 
             def run(tile) -> None:
@@ -311,13 +310,11 @@ def _linear(
                 launch.launch_prefill_linear(rows, *arguments, tile, splits)
 
             run(_tile("prefill", x.device, shape, weight[4], run))
-            if fused:
-                h = None
         else:
             chunk_bytes = launch.configs.crossover(device.architecture).chunk_bytes
             launch.chunked_linear(rows, *weight, bias, y, chunk_bytes)
-        if h is not None:
-            launch.launch_lora_expand(y, h, lora_B, adapter_ids)
+            if h is not None:
+                launch.launch_lora_expand(y, h, lora_B, adapter_ids)
     return y.view(*x.shape[:-1], out_features)
 
 

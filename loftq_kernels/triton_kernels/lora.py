@@ -102,7 +102,11 @@ def add_lora(
     BLOCK_R: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """acc + h @ lora_B[ids].T"""
+    """acc + h @ lora_B[ids].T. An adapter that is not there shows as NaN in its row, not in a neighbour's memory."""
+    if ids is not None:
+        named = tl.load(ids + m, mask=m < M, other=-1)
+        wrong = tl.where((named >= -1) & (named < adapters), 0.0, float("nan"))
+        acc += wrong[:, None] if ROWS_FIRST else wrong[None, :]
     own, first, last = adapters_of(ids, m, M, adapters)
     n_in, m_in = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     for adapter in range(first, last):
@@ -153,9 +157,6 @@ def _lora_expand_kernel(
     place = y + m.to(tl.int64)[:, None] * stride_y + n[None, :]
     mask = (m[:, None] < M) & (n[None, :] < N)
     acc = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    if ids is not None:  # an adapter that is not there shows in its row, not in a neighbour's memory
-        own = tl.load(ids + m, mask=m < M, other=-1)
-        acc += tl.where((own >= -1) & (own < adapters), 0.0, float("nan"))[:, None]
     dtype: tl.constexpr = y.dtype.element_ty
     acc = add_lora(
         acc, h, lora_B, ids, m, n, M, N, R, adapters, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, ROWS_FIRST=True

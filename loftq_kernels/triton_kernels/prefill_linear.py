@@ -1,4 +1,4 @@
-"""y = x @ (codebook[codes] * scale + offset).T + h @ lora_B.T + bias in large tiles, for prefill."""
+"""y = x @ (codebook[codes] * scale + offset).T + h @ lora_B[ids].T + bias in large tiles, for prefill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _load_groups(scale, offset, rows, column, num_groups, GROUP: tl.constexpr, P
 
 
 # M: `setup_decode` makes a zero of it that ptxas must not know.
-@triton.jit(do_not_specialize=["M", "steps_a_split"])
+@triton.jit(do_not_specialize=["M", "S", "steps_a_split"])
 def _prefill_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
@@ -41,7 +41,8 @@ def _prefill_linear_kernel(
     offset,  # [N, G] or None
     codebook,
     h,  # [M, R] or None
-    lora_B,  # [1, N, R]
+    lora_B,  # [S, N, R]
+    adapter_ids,  # [M], or None: all rows take adapter 0
     bias,  # [N] or None
     y,  # [M, N]
     workspace,  # float32 [tiles, SPLITS, BLOCK_N, BLOCK_M], or None
@@ -50,11 +51,13 @@ def _prefill_linear_kernel(
     N,
     K,
     R,
+    S,
     num_groups,
     stride_x,
     stride_codes,
     stride_scale,
     stride_y,
+    stride_bs,
     stride_bn,
     stride_br,
     steps_a_split,
@@ -113,20 +116,30 @@ def _prefill_linear_kernel(
             acc = tl.dot(ws[i], xs, acc)
 
     if SPLITS == 1:
-        _finish(acc, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
+        _finish(
+            acc, h, lora_B, adapter_ids, bias, y, m, n, M, N, R, S, stride_y, stride_bs, stride_bn, stride_br, BLOCK_R
+        )  # fmt: skip
     else:
         parts = workspace + tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
         is_last, total = add_parts(acc, M - pid_m * BLOCK_M, parts, counters + tile, split, SPLITS)
         if is_last:
-            _finish(total, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R)
+            _finish(
+                total, h, lora_B, adapter_ids, bias, y, m, n, M, N, R, S, stride_y, stride_bs, stride_bn, stride_br,
+                BLOCK_R,
+            )  # fmt: skip
 
 
 @triton.jit
-def _finish(acc, h, lora_B, bias, y, m, n, M, N, R, stride_y, stride_bn, stride_br, BLOCK_R: tl.constexpr):
-    """Adds adapter and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
+def _finish(
+    acc, h, lora_B, adapter_ids, bias, y, m, n, M, N, R, S, stride_y, stride_bs, stride_bn, stride_br,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds adapters and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
     dtype: tl.constexpr = y.dtype.element_ty
     if h is not None:
-        acc = add_lora(acc, h, lora_B, None, m, n, M, N, R, 1, 0, stride_bn, stride_br, dtype, BLOCK_R, False)
+        acc = add_lora(
+            acc, h, lora_B, adapter_ids, m, n, M, N, R, S, stride_bs, stride_bn, stride_br, dtype, BLOCK_R, False
+        )
     if bias is not None:
         acc += tl.load(bias + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
     place = y + m.to(tl.int64)[None, :] * stride_y + n[:, None]
@@ -143,15 +156,17 @@ def launch_prefill_linear(
     decoding: dict[str, object],
     h: Tensor | None,
     lora_B: Tensor | None,
+    adapter_ids: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
     tile: Config,
     splits: int = 1,
 ) -> Tensor:
-    """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B [N, R].T + bias [N]; x, h and y float16 or bfloat16, last stride 1.
+    """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B[adapter_ids].T + bias [N]; x, h and y float16 or bfloat16, last
+    stride 1.
 
-    h and lora_B are both given or neither; lora_B and bias of any dtype and strides. splits: programs that share the
-    columns of a tile.
+    h and lora_B [S, N, R] are both given or neither; lora_B and bias of any dtype and strides. adapter_ids [M]: -1 for
+    none; rows with ids of no adapter become NaN. splits: programs that share the columns of a tile.
     """
     (rows, in_features), out_features = x.shape, codes.shape[0]
     rank = 0 if h is None else h.shape[1]
@@ -170,6 +185,7 @@ def launch_prefill_linear(
         codebook,
         h,
         lora_B,
+        adapter_ids,
         bias,
         y,
         workspace,
@@ -178,12 +194,13 @@ def launch_prefill_linear(
         out_features,
         in_features,
         rank,
+        1 if lora_B is None else lora_B.shape[0],
         scale.shape[1],
         x.stride(0),
         codes.stride(0),
         scale.stride(0),
         y.stride(0),
-        *((0, 0) if lora_B is None else lora_B.stride()),
+        *((0, 0, 0) if lora_B is None else lora_B.stride()),
         cdiv(cdiv(in_features, step), splits),
         **decoding,
         GROUP=group_size,
