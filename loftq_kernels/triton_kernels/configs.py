@@ -87,7 +87,7 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     ),
     # With 128 rows of 2-bit weights Triton 3.6 makes a kernel of nothing but a trap.
     Key("prefill", 100, ANY, ANY, ""): (
-        Config(64, 128, 64, 4, 4, 2),
+        Config(64, 128, 64, 8, 4, 2),
         Config(32, 128, 64, 4, 4, 4),
     ),
     # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
