@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
-from loftq_kernels.ops import extension, schemas
+from loftq_kernels.ops import extension, functional, schemas
 
 OPS = torch.ops.loftq_kernels
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -327,3 +327,36 @@ def test_extension_serves_cpu_tensors():
     compiled |= {"qlora_linear", "qlora_linear_grad_input"}
     for name in compiled:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"loftq_kernels::{name}", "CPU"), name
+
+
+@pytest.mark.skipif(extension._C is None, reason="the reference takes any: the extension is not built")
+def test_float64_scales_are_refused():
+    """The wrappers round them; the kernels' sums are of narrower ones."""
+    packed, x = lk.quantize(gaussian(7, 130), "int4"), gaussian(3, 130)
+    stored = packed.codes, packed.scale.double(), packed.offset.double(), packed.codebook
+    ops = torch.ops.loftq_kernels
+    for call in (
+        lambda: ops.qlora_linear(x, *stored, 64, None, None, 1.0, None),
+        lambda: ops.qlora_linear_grad_input(x[:, :7], *stored, 130, 64, None, None, 1.0),
+        lambda: ops.dequantize(*stored, 130, 64, torch.float32),
+    ):
+        with pytest.raises(ValueError, match="scale has dtype Double"):
+            call()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("argument", range(5))
+def test_subclasses_go_through_the_dispatcher(argument, monkeypatch):
+    """The short cut of CUDA tensors is for plain ones: a subclass has its own way with an op."""
+    if not functional.triton_backend.registered:
+        pytest.skip("the ops have other kernels on CUDA")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    packed, (lora_A, lora_B) = lk.quantize(gaussian(7, 130)), adapter(7, 130, 3)
+    arguments = [gaussian(3, 130), packed.codes, torch.nn.Parameter(lora_A), torch.nn.Parameter(lora_B), gaussian(7)]
+    with torch.no_grad():
+        assert functional._by_hand(*arguments) and functional._by_hand(*arguments[:2], None, None, None)
+        arguments[argument] = arguments[argument].as_subclass(Subclass)
+        assert not functional._by_hand(*arguments)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loftq_kernels.formats.packed_tensor import PackedTensor
 
 BACKENDS = ("reference", "cpu", "triton")
+_PLAIN_TYPES = frozenset((type(None), Tensor, torch.nn.Parameter))  # of arguments that are no tensor subclass
 
 
 def available_backends() -> tuple[str, ...]:
@@ -305,6 +306,8 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
     """Whether the dispatcher would do nothing but call the Triton backend, in tens of microseconds: CUDA tensors of no
     subclass, no gradient wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
     if type(x) is not Tensor or not x.is_cuda or type(codes) is not Tensor:
+        return False
+    if not _PLAIN_TYPES.issuperset((type(lora_A), type(lora_B), type(bias))):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return False
