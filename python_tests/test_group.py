@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -76,6 +77,33 @@ def test_sees_changes_of_its_layers():
     assert group(x.double())[0].dtype == torch.float64
     layers[0].disable_adapter()
     assert group._adapters_and_bias()[0] is None
+
+
+@torch.no_grad()
+def test_writes_to_data_are_seen_after_invalidate():
+    layers, x = make_layers(), gaussian(3, 130)
+    group = lk.QuantLoRALinearGroup(layers)
+    before = group(x)[0].clone()
+    layers[0].lora_B.data.copy_(gaussian(*layers[0].lora_B.shape, seed=7))
+    assert torch.equal(group(x)[0], before)  # PyTorch does not count such a write
+    group.invalidate()
+    torch.testing.assert_close(group(x)[0], layers[0](x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_a_graph_reads_stays(monkeypatch):
+    """A replay after the adapters changed reads the memory of the copy that was there at the capture."""
+    layers, x = make_layers(), gaussian(3, 130)
+    group = lk.QuantLoRALinearGroup(layers)
+    group(x)
+    for capturing, stays in ((True, True), (False, False)):
+        monkeypatch.setattr("loftq_kernels.nn.group._capturing", lambda _, now=capturing: now)
+        group(x)
+        copied = weakref.ref(group._adapters_and_bias()[0])
+        monkeypatch.setattr("loftq_kernels.nn.group._capturing", lambda _: False)
+        layers[0].lora_B.add_(1)
+        group(x)
+        assert (copied() is not None) == stays
 
 
 def test_inference_mode_then_training():

@@ -25,6 +25,11 @@ class QuantLoRALinearGroup:
     move into common tensors, of which the layers' buffers become views: nothing is held twice, and the layers work,
     save and load as before. Layers that are moved or loaded anew are gathered again at the next call. What a call
     without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
+    It is made anew when an adapter, bias or scaling has changed, with two exceptions:
+
+    * A write to ``parameter.data`` (``p.data.copy_(...)``) leaves no trace that PyTorch keeps: call `invalidate` after.
+    * A CUDA graph that is captured after a call reads the copy of that call, for good. It never sees a later change,
+      `invalidate` or not: capture it anew.
 
     The group is no module: it holds the layers of a model, whose names in checkpoints stay as they are.
 
@@ -50,7 +55,12 @@ class QuantLoRALinearGroup:
         if len(set(map(id, self.layers))) != len(self.layers):
             raise ValueError("a layer is in the group twice")
         self.out_features = [layer.out_features for layer in self.layers]
+        self._in_graphs: list[tuple[Tensor | None, ...]] = []
         self._stack()
+
+    def invalidate(self) -> None:
+        """Forget the copy of adapters and biases: after writes to their ``.data``, which nothing else tells of."""
+        self._cached = None
 
     def _check(self) -> None:
         first = self.layers[0]
@@ -132,11 +142,15 @@ class QuantLoRALinearGroup:
             *((id(p), p._version, p.data_ptr()) for p in own),
             *((layer.scaling, layer.adapter_enabled) for layer in self.layers),
         )
+        capturing = _capturing(self.layers[0].codes)
         if self._cached is not None and self._cached[0] == key:
-            return self._cached[1]
+            stacked = self._cached[1]
+            if capturing and not any(stacked is kept for kept in self._in_graphs):
+                self._in_graphs.append(stacked)  # the graph reads this memory, and nobody tells when the graph ends
+            return stacked
         with torch.inference_mode(False), torch.no_grad():
             stacked = self._stacked_adapters_and_bias()
-        if not _capturing(self.layers[0].codes):  # what a graph computes has no values before the graph runs
+        if not capturing:  # what a graph computes has no values before the graph runs
             self._cached = key, stacked
         return stacked
 
