@@ -5,46 +5,62 @@ Needs no GPU. Decode on an H200 at its full bandwidth leaves 4.1 issue slots a w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 
 from bench import harness
-from bench.sass import TARGETS, compile_decode_linear, machine_code
+from bench.sass import TARGETS, Case, Launch, launches, machine_code
+from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.configs import TABLE, Key, rows_of_table
 
 FORMATS = ("nf2", "int2", "int2_sym", "nf4", "int4", "int4_sym", "uniform4", "int8")
-BITS = {"nf2": 2, "int2": 2, "int2_sym": 2, "int8": 8, "int8_sym": 8}  # others: 4
+TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # of large tiles: what scales a weight is the same for all formats
 
 
 def run(output: Path, *, quick: bool) -> None:
     rows = []
     for capability in (90,) if quick else TARGETS:
-        rows += [_row(format, key) for format in FORMATS for key in decode_keys(format, capability)]
+        for case, shape in cases(capability):
+            rows += [_row(case, shape, launch, capability) for launch in launches(case)]
     harness.print_table(rows)
     harness.write_json(output / "sass.json", {"triton": triton.__version__, "group_size": 64, "kernels": rows})
+
+
+def cases(capability: int) -> Iterator[tuple[Case, str | None]]:
+    """Every configuration that a device of that capability may be given, with the class of shapes it is for."""
+    for format in FORMATS:
+        for key in decode_keys(format, capability):
+            yield Case("decode", format, rows_of_table(key)[0]), key.shape
+    for kernel in ("prefill", "grad_input"):
+        for format in TILE_FORMATS:
+            for config in rows_of_table(Key(kernel, capability, get_format(format).bits, 512, "tall")):
+                yield Case(kernel, format, config), None
+    for format in TILE_FORMATS:
+        yield Case("dequantize", format), None
+    yield Case("lora"), None
 
 
 def decode_keys(format: str, capability: int) -> list[Key]:
     """What `decode_linear` has configurations for, as a device of that capability asks for them."""
     places = {(key.rows, key.shape) for key in TABLE if key.kernel == "decode"}
-    return [Key("decode", capability, BITS.get(format, 4), rows, shape) for rows, shape in sorted(places)]
+    return [Key("decode", capability, get_format(format).bits, rows, shape) for rows, shape in sorted(places)]
 
 
-def _row(format: str, key: Key) -> dict:
-    config = rows_of_table(key)[0]
-    code = machine_code(compile_decode_linear(format, config, key.architecture))
-    weights = config.block_n * config.block_k / (32 * config.num_warps)  # a thread, an iteration
+def _row(case: Case, shape: str | None, launch: Launch, capability: int) -> dict:
+    code, config = machine_code(launch, capability), case.config
+    weights = case.weights_a_thread()
     return {
-        "kernel": "decode_linear",
-        "format": format,
-        "target": f"sm_{key.architecture}",
-        "block_m": config.block_m,
-        "shape": key.shape,
-        "block_n": config.block_n,
+        "kernel": launch.name,
+        "format": case.format if case.kernel != "lora" else None,
+        "target": f"sm_{capability}",
+        "block_m": config and config.block_m,
+        "shape": shape,
+        "block_n": config and config.block_n,
         "registers": code.registers,
         "spills": code.spills,
         "shared": code.shared,
         "mma": code.tensor_instructions(),
-        "instructions/weight": round(code.loop_instructions() / weights, 2),
+        "instructions/weight": weights and round(code.loop_instructions() / weights, 2),
     }

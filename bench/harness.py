@@ -79,11 +79,12 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def print_table(rows: list[Mapping[str, Any]]) -> None:
-    """Rows of equal keys, aligned."""
+    """Rows of equal keys, aligned; None is left blank."""
     if not rows:
         return
     texts = [[key for key in rows[0]]] + [
-        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows
+        [f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values()]
+        for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for text in texts:

@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that need not be there, and what their machine code holds."""
+"""What the launchers would launch, compiled for a GPU that need not be there, and what its machine code holds."""
 
 from __future__ import annotations
 
@@ -6,23 +6,122 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from loftq_kernels.formats import empty_packed
 from loftq_kernels.formats.format import get_format
-from loftq_kernels.triton_kernels.codebooks import make_decoder
-from loftq_kernels.triton_kernels.configs import Config, decode_registers
-from loftq_kernels.triton_kernels.decode_linear import CHUNK, _decode_linear_kernel, wide
+from loftq_kernels.triton_kernels.codebooks import codebook_values
+from loftq_kernels.triton_kernels.configs import TILE, Config
+from loftq_kernels.triton_kernels.decode_linear import decode_linear
+from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.grad_input import launch_grad_input
+from loftq_kernels.triton_kernels.lora import launch_lora_expand, launch_lora_shrink
+from loftq_kernels.triton_kernels.prefill_linear import launch_prefill_linear
+from loftq_kernels.triton_kernels.tiles import decode_constexprs
 
 TARGETS = (80, 89, 90, 100)
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # opcodes, of whole tiles on 90 and 100
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+# ---- what would be launched
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: tuple
+    keywords: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+
+
+@contextmanager
+def captured_launches() -> Iterator[list[Launch]]:
+    """A list that launches within are added to instead of being run."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def capture(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches.append(Launch(kernel, arguments, keywords))
+
+    JITFunction.run = capture
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher with a weight of 4096 rows."""
+
+    kernel: str  # decode, prefill, grad_input, dequantize, lora
+    format: str = "nf4"
+    config: Config | None = None
+    group_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    columns: int = 4096
+    extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits
+
+    def weights_a_thread(self) -> float | None:
+        """Weights that an iteration of the main loop decodes, shared out among the threads; None: no such loop."""
+        if self.config is None:
+            return None
+        config, step = self.config, self.config.block_k
+        if self.kernel == "decode":
+            step = config.for_group(self.group_size).block_k
+        elif self.kernel == "prefill" and get_format(self.format).bits == 8:
+            step = TILE // 2  # an iteration is 32 bytes of a row, or the 64 columns of a tile if they take less
+        return config.block_n * step / (32 * config.num_warps)
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the case launches; launchers look at nothing but shapes, strides and the code book."""
+    rows = case.config.block_m if case.kernel == "decode" else 512
+    codebook = get_format(case.format).codebook()
+    packed = empty_packed(4096, case.columns, case.format, case.group_size, device="meta")
+    weight = packed.codes, packed.scale, packed.offset, codebook, case.group_size
+
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, h = empty(rows, case.columns), empty(rows, 4096), empty(rows, 16)
+    ids, bias = empty(rows, dtype=torch.int64), empty(4096) if case.extras else None
+    lora_A, lora_B = empty(1, 16, case.columns), empty(1, 4096, 16)
+    with captured_launches() as captured:
+        if case.kernel == "decode":
+            adapters = (lora_A, lora_B, ids, 0.5, bias) if case.extras else ()
+            decode_linear(x, *weight, *adapters, config=case.config, splits=2 if case.extras else 1)
+        elif case.kernel == "prefill":
+            adapter = (h, lora_B[0]) if case.extras else (None, None)
+            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)
+            launch_prefill_linear(x, *weight, decoding, *adapter, bias, y, case.config)
+        elif case.kernel == "grad_input":
+            adapter = (h, lora_A[0]) if case.extras else (None, None)
+            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)
+            launch_grad_input(y, *weight, decoding, *adapter, x, case.config)
+        elif case.kernel == "dequantize":
+            launch_dequantize(*weight, empty(4096, case.columns))
+        else:
+            adapters = ids if case.extras else None
+            launch_lora_shrink(x, lora_A, adapters, 0.5, multiprocessors=132)
+            launch_lora_expand(y, h, lora_B, adapters)
+    return captured
+
+
+# ---- what it is compiled to
 
 
 @dataclass(frozen=True)
@@ -32,67 +131,31 @@ class Machine:
     registers: int
     spills: int  # STL and LDL, anywhere in the kernel
     shared: int  # bytes
+    instructions: Counter  # of the whole kernel
     loop: Counter
 
     def loop_instructions(self) -> int:
         return sum(self.loop.values()) - self.loop["NOP"]  # padding ahead of a label, not of every iteration's work
 
     def tensor_instructions(self) -> int:
-        return sum(count for name, count in self.loop.items() if name in ("HMMA", "HGMMA", "UTCHMMA"))
+        return _tensor_instructions(self.loop)
 
 
-def compile_decode_linear(
-    format: str,
-    config: Config,
-    capability: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    group_size: int = 64,
-    splits: int = 1,
-    rank: int = 0,
-    adapters: bool = False,
-    bias: bool = False,
-    even: bool = True,
-) -> Any:
-    """`decode_linear`'s kernel for arguments as its launcher passes them, with pointers and shapes aligned to 16."""
-    fmt = get_format(format)
-    config = config.for_group(group_size)
-    decoder = make_decoder(tuple(fmt.codebook().tolist()), dtype, sums=fmt.affine)
-    x = _POINTERS[dtype]
-    optional = {
-        "offset": "*fp16" if fmt.affine else None,
-        "lora_A": x if rank else None,
-        "lora_B": x if rank else None,
-        "adapter_ids": "*i64" if adapters else None,
-        "bias": x if bias else None,
-        "workspace": "*fp32" if rank or splits > 1 else None,
-        "counters": "*i32" if rank or splits > 1 else None,
-    }
-    constants = {
-        **{name: None for name, kind in optional.items() if kind is None},
-        **{"BITS": fmt.bits, "SETUP": decoder.setup, "ASM": decoder.asm, "TABLE": decoder.table},
-        **{"PLANES": decoder.planes, "CONSTANTS": decoder.constants, "CONSTANT_ASM": decoder.constant_asm},
-        **{"UNIT": decoder.unit, "CENTER": decoder.center, "GROUP": max(group_size, 0), "EVEN": even},
-        "WIDE": wide(config, group_size, 64, torch.float16),
-        **{"SPLITS": splits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": config.tiles},
-        **{"BLOCK_R": 16 if rank <= 16 else 32, "CHUNK": CHUNK},
-    }
-    kinds = {"x": x, "codes": "*u8", "scale": "*fp16", "codebook": "*fp32", "y": x, "scaling": "fp32"}
-    kinds |= {name: kind for name, kind in optional.items() if kind is not None}
-    names = _decode_linear_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("N", "K")]
-    source = ASTSource(
-        _decode_linear_kernel, signature, constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    registers = decode_registers(config, fmt.bits, affine=fmt.affine, adapters=rank > 0)
-    options |= {} if registers is None else {"maxnreg": registers}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def compiled(launch: Launch, capability: int) -> Any:
+    """The kernel as Triton would compile it for the launch on a device: its own binder tells what it specialises."""
+    kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.keywords)
+    packed = kernel._pack_args(backend, launch.keywords, bound, specialization, options)
+    options, signature, constants, attributes = packed
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
-def machine_code(kernel: Any) -> Machine:
-    """Read the cubin of a compiled kernel."""
+def machine_code(launch: Launch, capability: int) -> Machine:
+    """Compile a launch for a device of that capability, and read the cubin."""
+    kernel = compiled(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -104,6 +167,7 @@ def machine_code(kernel: Any) -> Machine:
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=names["STL"] + names["LDL"],
         shared=kernel.metadata.shared,
+        instructions=names,
         loop=main_loop(instructions, loops),
     )
 
@@ -113,7 +177,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions of a disassembly, and the (first, last) of each backward branch."""
+    """The instructions of a disassembly, and the (first, last) of each loop."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -124,8 +188,10 @@ def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     loops = []
     for i, line in enumerate(instructions):
         target = re.search(r"\bBRA\b.*?(\.L_\w+)", line)
-        if target and labels.get(target.group(1), i) < i:
-            loops.append((labels[target.group(1)], i))
+        first = labels.get(target.group(1), i) if target else i
+        # A branch back over the kernel's end is the return of waiting code that ptxas puts out of the way.
+        if first < i and not any(between.startswith("EXIT") for between in instructions[first:i]):
+            loops.append((first, i))
     return instructions, loops
 
 
@@ -134,12 +200,18 @@ def opcode(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].partition(".")[0]
 
 
+def _tensor_instructions(opcodes: Counter) -> int:
+    return sum(opcodes[name] for name in set(TENSOR_CORES.values()))
+
+
 def main_loop(instructions: list[str], loops: list[tuple[int, int]]) -> Counter:
-    """Opcodes of the longest innermost loop that multiplies: spins and the adapters' loops are shorter."""
+    """Opcodes of the longest innermost loop, among those that multiply if any does: spins, which may be within it, and
+    the adapters' loops are shorter."""
+    counts = {loop: Counter(opcode(line) for line in instructions[loop[0] : loop[1] + 1]) for loop in loops}
+    counts = {loop: count for loop, count in counts.items() if _tensor_instructions(count)} or counts
     innermost = [
-        loop
-        for loop in loops
-        if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
+        count
+        for (first, last), count in counts.items()
+        if not any(other != (first, last) and first <= other[0] <= other[1] <= last for other in counts)
     ]
-    counts = [Counter(opcode(line) for line in instructions[first : last + 1]) for first, last in innermost]
-    return max(counts, key=lambda count: (count["HMMA"] + count["HGMMA"] > 0, sum(count.values())), default=Counter())
+    return max(innermost, key=lambda count: sum(count.values()), default=Counter())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import cycle, product
+
 import pytest
 import torch
 
 from bench.bench_sass import decode_keys
-from bench.sass import TARGETS, compile_decode_linear, machine_code, main_loop, parse
+from bench.sass import TARGETS, TENSOR_CORES, Case, Machine, launches, machine_code, main_loop, parse
+from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import (
     DECODE_BLOCK_M,
@@ -23,7 +27,7 @@ from loftq_kernels.triton_kernels.configs import (
 
 # Instructions a weight in the main loop, sm_90, g=64: the limits of the issue, with what the best tile has below them.
 LIMITS = {"nf4": 3.6, "nf2": 2.0, "int4": 2.35, "int4_sym": 2.1, "int2_sym": 1.5, "int2": 1.8}
-CASES = [
+DECODE_CASES = [
     (format, capability, block_m, "tall")
     for format in ("nf2", "nf4", "int4", "int8")
     for capability in TARGETS
@@ -36,41 +40,73 @@ def config_of(format: str, capability: int, rows: int, shape: str) -> Config:
     return rows_of_table(key)[0]
 
 
-@pytest.mark.parametrize("format, capability, block_m, shape", CASES)
-def test_shipped(format, capability, block_m, shape):
-    """With everything that a launch may ask for: adapters to choose from, bias, splits."""
-    config = config_of(format, capability, block_m, shape)
-    code = machine_code(
-        compile_decode_linear(
-            format, config, capability, splits=2, rank=16, adapters=True, bias=True, dtype=torch.float16
-        )
-    )
+def checked(case: Case, capability: int) -> Machine:
+    """The machine code of the case's launch, which fits the device and spills nothing."""
+    (launch,) = launches(case)
+    code = machine_code(launch, capability)
     assert code.spills == 0
     assert code.shared <= SHARED_MEMORY[capability]
+    return code
+
+
+@pytest.mark.parametrize("format, capability, block_m, shape", DECODE_CASES)
+def test_decode(format, capability, block_m, shape):
+    """With everything that a launch may ask for: adapters to choose from, bias, splits."""
+    config = config_of(format, capability, block_m, shape)
+    code = checked(Case("decode", format, config, dtype=torch.float16, extras=True), capability)
     assert code.tensor_instructions() > 0
 
 
 @pytest.mark.parametrize("format", LIMITS)
 def test_instructions_a_weight(format):
-    config = config_of(format, 90, 8, "tall")
-    code = machine_code(compile_decode_linear(format, config, 90))
-    weights = config.block_n * config.block_k / (32 * config.num_warps)
-    assert code.spills == 0
-    assert code.loop_instructions() / weights <= LIMITS[format]
+    case = Case("decode", format, config_of(format, 90, 8, "tall"))
+    code = checked(case, 90)
+    assert code.loop_instructions() / case.weights_a_thread() <= LIMITS[format]
     # No weight is moved between lanes or to shared memory: the few shuffles are of the constants that correct fields.
     assert code.loop["SHFL"] <= 16 and code.loop["HGMMA"] == 0
 
 
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
-def test_groups(group_size):
+def test_decode_groups(group_size):
     """The other group sizes, with tails of K."""
-    config = config_of("int4", 90, 8, "small")
-    code = machine_code(compile_decode_linear("int4", config, 90, group_size=group_size, even=False))
-    assert code.spills == 0 and code.tensor_instructions() > 0
+    case = Case("decode", "int4", config_of("int4", 90, 8, "small"), group_size, columns=4096 + 16)
+    assert checked(case, 90).tensor_instructions() > 0
 
 
-def test_float32():
-    assert machine_code(compile_decode_linear("nf4", DECODE_FLOAT32, 90, dtype=torch.float32)).spills == 0
+def test_decode_float32():
+    checked(Case("decode", "nf4", DECODE_FLOAT32, dtype=torch.float32), 90)
+
+
+def tile_cases() -> Iterator:
+    """Every tile of the table at every width, and groups that share a step (32), that hold steps (64), that are whole
+    rows. sm_89 has sm_80's tiles and tensor cores: only the worst is compiled for it, groups of 32."""
+    dtypes = cycle((torch.bfloat16, torch.float16))
+    for kernel, capability in product(("prefill", "grad_input"), TARGETS):
+        for format, group_size in product(("int2", "int4", "int8"), (32,) if capability == 89 else (32, 64, -1)):
+            # Offsets take registers, tables are decoded otherwise: one of the three without the one, with the other.
+            named = format.replace("int", "nf") if group_size == 64 and format != "int8" else format
+            for config in rows_of_table(Key(kernel, capability, get_format(format).bits, 512, "tall")):
+                case = Case(kernel, named, config, group_size, next(dtypes), extras=True)
+                tile = f"{config.block_m}x{config.block_n}"
+                yield pytest.param(case, capability, id=f"{kernel}-sm_{capability}-{tile}-{named}-{group_size}")
+
+
+@pytest.mark.parametrize("case, capability", tile_cases())
+def test_tiles(case, capability):
+    """Adapter and, forward, bias included; the main loop multiplies on the device's own kind of tensor cores. A trap in
+    place of a kernel, which Triton 3.6 has made for sm_100, would have no such loop."""
+    code = checked(case, capability)
+    assert code.loop[TENSOR_CORES[capability]] > 0
+    assert 4 <= code.loop_instructions() / case.weights_a_thread() <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", [Case("dequantize"), Case("lora", extras=True)], ids=lambda case: case.kernel)
+def test_small_kernels(case, capability):
+    for launch in launches(case):
+        code = machine_code(launch, capability)
+        assert code.spills == 0 and code.shared <= SHARED_MEMORY[capability]
+        assert (code.tensor_instructions() > 0) == (launch.name in ("lora_shrink", "lora_expand"))
 
 
 def test_table_is_valid():
@@ -131,6 +167,15 @@ def test_a_row_of_a_newer_architecture_leaves_the_others_to_the_older(monkeypatc
     assert rows_of_table(key._replace(architecture=89)) == TABLE[key._replace(architecture=80)]
 
 
+def test_the_row_that_says_most_is_taken(monkeypatch):
+    for i, row in enumerate(((0, 0, ""), (8, 0, ""), (0, 64, "tall"), (8, 64, "tall"))):
+        monkeypatch.setitem(TABLE, Key("grad_input", 90, *row), (Config(64, 64, 64, 4, i + 1),))
+        taken = [
+            rows_of_table(Key("grad_input", 90, *key))[0].num_stages - 1 for key in ((8, 64, "tall"), (4, 64, "tall"))
+        ]
+        assert taken == [i, i & 2]
+
+
 def test_main_loop():
     """The loop that multiplies is found behind a longer one that does not, and not for the outer one around it."""
     lines = [".L_a:", *["/*0000*/ IADD3 R1, R1, R2 ;"] * 9, "/*0010*/ @P0 BRA `(.L_a) ;"]
@@ -139,3 +184,12 @@ def test_main_loop():
     instructions, loops = parse("\n".join("  " + line if "/*" in line else line for line in lines))
     assert len(loops) == 3
     assert main_loop(instructions, loops) == {"HMMA": 1, "BRA": 1}
+
+
+def test_main_loop_with_waits():
+    """A spin within the loop is part of it; what waits behind the kernel's end and branches back makes no loop."""
+    lines = [".L_a:", "UTCHMMA gdesc[UR4], tmem[UR6] ;", ".L_spin:", "SYNCS R1 ;", "@!P0 BRA `(.L_spin) ;"]
+    lines += [".L_back:", "@P1 BRA `(.L_a) ;", "EXIT ;", "SYNCS R1 ;", "BRA `(.L_back) ;"]
+    instructions, loops = parse("\n".join(line if line.startswith(".") else f"  /*0000*/ {line}" for line in lines))
+    assert loops == [(1, 2), (0, 3)]
+    assert main_loop(instructions, loops) == {"UTCHMMA": 1, "SYNCS": 1, "BRA": 2}

@@ -92,6 +92,8 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     ),
     # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
     Key("grad_input", 80, ANY, ANY, ""): (Config(128, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)),
+    # With a third stage's addresses, int8 in groups of 32 needs 2 registers more than there are.
+    Key("grad_input", 80, 8, ANY, ""): (Config(128, 64, 64, 4, 2), Config(32, 64, 64, 4, 3)),
     Key("grad_input", 90, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
@@ -148,11 +150,13 @@ def key_of(kernel: str, capability: int, bits: int, rows: int, out_features: int
 
 
 def rows_of_table(key: Key) -> tuple[Config, ...]:
-    """The table's configurations for a launch, of the nearest architecture that has any."""
-    for number in architectures(key.architecture, key.kernel):
-        for row in (key._replace(architecture=number), Key(key.kernel, number, ANY, ANY, "")):
-            if row in TABLE:
-                return TABLE[row]
+    """The table's configurations for a launch: of the nearest architecture that has any, and there of the row that says
+    most about it."""
+    numbers = architectures(key.architecture, key.kernel)
+    for number, (rows, shape), bits in product(numbers, ((key.rows, key.shape), (ANY, "")), (key.bits, ANY)):
+        row = Key(key.kernel, number, bits, rows, shape)
+        if row in TABLE:
+            return TABLE[row]
     raise ValueError(f"the table has no row for {key}")
 
 
