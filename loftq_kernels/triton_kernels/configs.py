@@ -92,8 +92,9 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     ),
     # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
     Key("grad_input", 80, ANY, ANY, ""): (Config(128, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)),
-    # With a third stage's addresses, int8 in groups of 32 needs 2 registers more than there are.
-    Key("grad_input", 80, 8, ANY, ""): (Config(128, 64, 64, 4, 2), Config(32, 64, 64, 4, 3)),
+    # Steps of 64 rows of int8 spill in groups of 32, of which a tile's row has two. 32 rows take 168 registers: three
+    # programs a multiprocessor, whose instructions of a step outlast the loads of the next.
+    Key("grad_input", 80, 8, ANY, ""): (Config(128, 64, 32, 4, 2), Config(32, 64, 64, 4, 3)),
     Key("grad_input", 90, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
