@@ -39,6 +39,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 class Launch(NamedTuple):
     kernel: JITFunction
+    grid: tuple[int, ...]
     arguments: tuple
     keywords: dict[str, Any]
 
@@ -54,7 +55,7 @@ def captured_launches() -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def capture(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append(Launch(kernel, arguments, keywords))
+        launches.append(Launch(kernel, grid, arguments, keywords))
 
     JITFunction.run = capture
     try:
@@ -73,7 +74,7 @@ class Case:
     group_size: int = 64
     dtype: torch.dtype = torch.bfloat16
     columns: int = 4096
-    extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits
+    extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits of K
 
     def weights_a_thread(self) -> float | None:
         """Weights that an iteration of the main loop decodes, shared out among the threads; None: no such loop."""
@@ -105,9 +106,10 @@ def launches(case: Case) -> list[Launch]:
             adapters = (lora_A, lora_B, ids, 0.5, bias) if case.extras else ()
             decode_linear(x, *weight, *adapters, config=case.config, splits=2 if case.extras else 1)
         elif case.kernel == "prefill":
-            adapter = (h, lora_B[0]) if case.extras else (None, None)
+            adapters = (h, lora_B, ids) if case.extras else (None, None, None)
+            splits = 2 if case.extras and case.config.fill else 1
             decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)
-            launch_prefill_linear(x, *weight, decoding, *adapter, bias, y, case.config)
+            launch_prefill_linear(x, *weight, decoding, *adapters, bias, y, case.config, splits)
         elif case.kernel == "grad_input":
             adapter = (h, lora_A[0]) if case.extras else (None, None)
             decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)

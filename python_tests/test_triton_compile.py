@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from bench.bench_sass import decode_keys
-from bench.sass import TARGETS, TENSOR_CORES, Case, Machine, launches, machine_code, main_loop, parse
-from loftq_kernels.formats import get_format
+from bench.sass import (
+    TARGETS,
+    TENSOR_CORES,
+    Case,
+    Machine,
+    captured_launches,
+    launches,
+    machine_code,
+    main_loop,
+    parse,
+)
+from loftq_kernels.formats import empty_packed, get_format
 from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import (
     DECODE_BLOCK_M,
@@ -24,6 +34,11 @@ from loftq_kernels.triton_kernels.configs import (
     splits,
     why_invalid,
 )
+from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.grad_input import launch_grad_input
+from loftq_kernels.triton_kernels.lora import launch_lora_expand, launch_lora_shrink
+from loftq_kernels.triton_kernels.prefill_linear import launch_prefill_linear
+from loftq_kernels.triton_kernels.tiles import decode_constexprs
 
 # Instructions a weight in the main loop, sm_90, g=64: the limits of the issue, with what the best tile has below them.
 LIMITS = {"nf4": 3.6, "nf2": 2.0, "int4": 2.35, "int4_sym": 2.1, "int2_sym": 1.5, "int2": 1.8}
@@ -108,6 +123,27 @@ def test_small_kernels(case, capability):
         code = machine_code(launch, capability)
         assert code.spills == 0 and code.shared <= SHARED_MEMORY[capability]
         assert (code.tensor_instructions() > 0) == (launch.name in ("lora_shrink", "lora_expand"))
+
+
+def test_grids_of_a_million_rows():
+    """CUDA takes 2^31 - 1 blocks along x, but 65535 along y and z."""
+    rows = 1_000_000
+    codebook = get_format("nf4").codebook()
+    decoding = decode_constexprs(tuple(codebook.tolist()), torch.bfloat16, True)
+    tall, narrow = (empty_packed(n, 1024, "nf4", 64, device="meta") for n in (rows, 256))
+    x, y = (torch.empty(8 * rows, k, dtype=torch.bfloat16, device="meta") for k in (1024, 256))
+    tiles = [rows_of_table(Key(kernel, 90, 4, 64, "tall"))[0] for kernel in ("prefill", "grad_input")]
+    with captured_launches() as launched:
+        launch_dequantize(tall.codes, tall.scale, None, codebook, 64, x[:rows])
+        h = launch_lora_shrink(x, x[:16].unsqueeze(0), None, 1.0, 132)
+        launch_lora_expand(y, h, y[:16].T.unsqueeze(0), None)
+        stored = narrow.codes, narrow.scale, None, codebook, 64, decoding
+        launch_prefill_linear(x, *stored, None, None, None, None, y, tiles[0])
+        launch_grad_input(y, *stored, None, None, x, tiles[1])
+    assert len(launched) == 5
+    for launch in launched:
+        first, *others = launch.grid
+        assert first < 2**31 and all(count <= 65535 for count in others)
 
 
 def test_table_is_valid():
