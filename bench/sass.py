@@ -84,7 +84,7 @@ class Case:
         if self.kernel == "decode":
             step = config.for_group(self.group_size).block_k
         elif self.kernel == "prefill" and get_format(self.format).bits == 8:
-            step = TILE // 2  # an iteration is 32 bytes of a row, or the 64 columns of a tile if they take less
+            step = TILE // 2  # lest an iteration have two groups of 32
         return config.block_n * step / (32 * config.num_warps)
 
 
@@ -133,7 +133,6 @@ class Machine:
     registers: int
     spills: int  # STL and LDL, anywhere in the kernel
     shared: int  # bytes
-    instructions: Counter  # of the whole kernel
     loop: Counter
 
     def loop_instructions(self) -> int:
@@ -149,8 +148,9 @@ def compiled(launch: Launch, capability: int) -> Any:
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **launch.keywords)
-    packed = kernel._pack_args(backend, launch.keywords, bound, specialization, options)
-    options, signature, constants, attributes = packed
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.keywords, bound, specialization, options
+    )
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 
@@ -169,7 +169,6 @@ def machine_code(launch: Launch, capability: int) -> Machine:
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=names["STL"] + names["LDL"],
         shared=kernel.metadata.shared,
-        instructions=names,
         loop=main_loop(instructions, loops),
     )
 
