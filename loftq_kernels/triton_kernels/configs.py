@@ -74,7 +74,7 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 8, 16, "small"): (Config(16, 32, 128, 2, 4, 4),),
     Key("prefill", 80, ANY, ANY, ""): (
         Config(128, 128, 64, 8, 3, 1),
-        Config(64, 64, 64, 4, 4, 2),
+        Config(64, 128, 64, 4, 3, 2),
         Config(32, 64, 64, 4, 4, 4),
     ),
     Key("prefill", 90, ANY, ANY, ""): (
