@@ -95,7 +95,11 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     # Steps of 64 rows of int8 spill in groups of 32, of which a tile's row has two. 32 rows take 168 registers: three
     # programs a multiprocessor, whose instructions of a step outlast the loads of the next.
     Key("grad_input", 80, 8, ANY, ""): (Config(128, 64, 32, 4, 2), Config(32, 64, 64, 4, 3)),
-    Key("grad_input", 90, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
+    Key("grad_input", 90, ANY, ANY, ""): (
+        Config(256, 128, 64, 8, 3),  # as prefill's
+        Config(128, 128, 64, 8, 3),
+        Config(64, 64, 64, 4, 3),
+    ),
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
 DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # without tensor cores: x in float32 stays exact
@@ -111,7 +115,7 @@ _CANDIDATES = {
         "fill": (1, 4),
     },
     "grad_input": {
-        "block_m": (32, 64, 128),
+        "block_m": (32, 64, 128, 256),
         "block_n": (64, 128),
         "block_k": (32, 64),
         "num_warps": (4, 8),
