@@ -66,14 +66,16 @@ def captured_launches() -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a launcher with a weight of 4096 rows."""
+    """A call of a launcher."""
 
     kernel: str  # decode, prefill, grad_input, dequantize, lora
     format: str = "nf4"
     config: Config | None = None
     group_size: int = 64
     dtype: torch.dtype = torch.bfloat16
-    columns: int = 4096
+    out_features: int = 4096
+    in_features: int = 4096
+    rank: int = 16
     extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits of K
 
     def weights_a_thread(self) -> float | None:
@@ -92,15 +94,16 @@ def launches(case: Case) -> list[Launch]:
     """What the case launches; launchers look at nothing but shapes, strides and the code book."""
     rows = case.config.block_m if case.kernel == "decode" else 512
     codebook = get_format(case.format).codebook()
-    packed = empty_packed(4096, case.columns, case.format, case.group_size, device="meta")
+    n, k, rank = case.out_features, case.in_features, case.rank
+    packed = empty_packed(n, k, case.format, case.group_size, device="meta")
     weight = packed.codes, packed.scale, packed.offset, codebook, case.group_size
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, y, h = empty(rows, case.columns), empty(rows, 4096), empty(rows, 16)
-    ids, bias = empty(rows, dtype=torch.int64), empty(4096) if case.extras else None
-    lora_A, lora_B = empty(1, 16, case.columns), empty(1, 4096, 16)
+    x, y, h = empty(rows, k), empty(rows, n), empty(rows, rank)
+    ids, bias = empty(rows, dtype=torch.int64), empty(n) if case.extras else None
+    lora_A, lora_B = empty(1, rank, k), empty(1, n, rank)
     with captured_launches() as captured:
         if case.kernel == "decode":
             adapters = (lora_A, lora_B, ids, 0.5, bias) if case.extras else ()
@@ -108,14 +111,14 @@ def launches(case: Case) -> list[Launch]:
         elif case.kernel == "prefill":
             adapters = (h, lora_B, ids) if case.extras else (None, None, None)
             splits = 2 if case.extras and case.config.fill else 1
-            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)
+            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True, along=True)
             launch_prefill_linear(x, *weight, decoding, *adapters, bias, y, case.config, splits)
         elif case.kernel == "grad_input":
             adapter = (h, lora_A[0]) if case.extras else (None, None)
-            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True)
+            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True, along=False)
             launch_grad_input(y, *weight, decoding, *adapter, x, case.config)
         elif case.kernel == "dequantize":
-            launch_dequantize(*weight, empty(4096, case.columns))
+            launch_dequantize(*weight, empty(n, k))
         else:
             adapters = ids if case.extras else None
             launch_lora_shrink(x, lora_A, adapters, 0.5, multiprocessors=132)

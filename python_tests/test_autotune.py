@@ -105,10 +105,16 @@ def test_rows_to_paste(device):
 
 
 def test_nothing_works(device):
+    """Nor is it tried again."""
+    tried = []
+
     def run(config):
+        tried.append(config)
         raise ValueError("no")
 
     assert autotune.tuned(KEY, 64, DEVICE, run) is None
+    count = len(tried)
+    assert autotune.tuned(KEY, 64, DEVICE, run) is None and len(tried) == count > 0
 
 
 def test_two_processes_keep_each_others_rows(tmp_path):

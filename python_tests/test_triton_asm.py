@@ -127,6 +127,24 @@ def test_exact_tables(format, dtype):
             assert field == [rounded[j // 2][code] for j, code in enumerate(codes)]
 
 
+@pytest.mark.parametrize("format", [name for name in lk.format_names() if get_format(name).bits < 8])
+def test_float32_tables(format):
+    """exact=True: the code book's entries, bit for bit."""
+    values = tuple(get_format(format).codebook().tolist())
+    decoder = make_decoder(values, torch.float32, exact=True)
+    fields = 8 // decoder.bits
+    for word in words():
+        halves = run(decoder.setup, decoder.asm, 4 * fields, word)
+        patterns = [low | high << 16 for low, high in zip(halves[::2], halves[1::2], strict=True)]
+        expected = [
+            values[word >> 8 * byte + decoder.bits * field & len(values) - 1]
+            for field in range(fields)
+            for byte in range(4)
+        ]
+        signed = torch.tensor([p - (p >> 31 << 32) for p in patterns], dtype=torch.int32)
+        assert torch.equal(signed.view(torch.float32), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("format", ["nf4", "nf2", "uniform4", "int4"])
 def test_two_roundings(format, dtype):

@@ -84,12 +84,26 @@ def test_instructions_a_weight(format):
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 def test_decode_groups(group_size):
     """The other group sizes, with tails of K."""
-    case = Case("decode", "int4", config_of("int4", 90, 8, "small"), group_size, columns=4096 + 16)
+    case = Case("decode", "int4", config_of("int4", 90, 8, "small"), group_size, in_features=4096 + 16)
     assert checked(case, 90).tensor_instructions() > 0
 
 
-def test_decode_float32():
-    checked(Case("decode", "nf4", DECODE_FLOAT32, dtype=torch.float32), 90)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("extras", [False, True])
+def test_decode_float32(extras, capability):
+    checked(Case("decode", "nf4", DECODE_FLOAT32, dtype=torch.float32, extras=extras), capability)
+
+
+ODD_CASES = [("decode", 8, "nf4"), ("decode", 16, "nf4")]
+ODD_CASES += [(kernel, 512, format) for kernel in ("prefill", "grad_input") for format in ("nf4", "int2")]
+
+
+@pytest.mark.parametrize("kernel, rows, format", ODD_CASES)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_odd_shapes(kernel, rows, format, capability):
+    """What `choose` gives for shapes that are no multiples of 16, whose elements are loaded and stored one by one."""
+    config = choose(kernel, capability, get_format(format).bits, rows, 4095, 4095, 132)
+    checked(Case(kernel, format, config, out_features=4095, in_features=4095, rank=12, extras=True), capability)
 
 
 def tile_cases() -> Iterator:
@@ -129,7 +143,7 @@ def test_grids_of_a_million_rows():
     """CUDA takes 2^31 - 1 blocks along x, but 65535 along y and z."""
     rows = 1_000_000
     codebook = get_format("nf4").codebook()
-    decoding = decode_constexprs(tuple(codebook.tolist()), torch.bfloat16, True)
+    decoding = decode_constexprs(tuple(codebook.tolist()), torch.bfloat16, True, along=True)
     tall, narrow = (empty_packed(n, 1024, "nf4", 64, device="meta") for n in (rows, 256))
     x, y = (torch.empty(8 * rows, k, dtype=torch.bfloat16, device="meta") for k in (1024, 256))
     tiles = [rows_of_table(Key(kernel, 90, 4, 64, "tall"))[0] for kernel in ("prefill", "grad_input")]

@@ -103,7 +103,7 @@ class QuantLoRALinearGroup:
             format=first.format,
         )
         self._views = tuple(getattr(layer, name) for layer in self.layers for name in _STACKED)
-        self._cached: tuple[tuple, tuple[Tensor | None, Tensor | None, Tensor | None]] | None = None
+        self._cached: tuple[list, tuple[Tensor | None, Tensor | None, Tensor | None]] | None = None
 
     @property
     def packed(self) -> PackedTensor:
@@ -138,12 +138,8 @@ class QuantLoRALinearGroup:
         traced = torch.compiler.is_compiling() or any(p.is_inference() for p in own)
         if traced or (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
             return self._stacked_adapters_and_bias()
-        key = (
-            *((id(p), p._version, p.data_ptr()) for p in own),
-            *((layer.scaling, layer.adapter_enabled) for layer in self.layers),
-        )
         capturing = _capturing(self.layers[0].codes)
-        if self._cached is not None and self._cached[0] == key:
+        if self._cached is not None and self._is_current(self._cached[0], own):
             stacked = self._cached[1]
             if capturing and not any(stacked is kept for kept in self._in_graphs):
                 self._in_graphs.append(stacked)  # the graph reads this memory, and nobody tells when the graph ends
@@ -151,8 +147,24 @@ class QuantLoRALinearGroup:
         with torch.inference_mode(False), torch.no_grad():
             stacked = self._stacked_adapters_and_bias()
         if not capturing:  # what a graph computes has no values before the graph runs
-            self._cached = key, stacked
+            if own[0].is_cuda:
+                torch.cuda.current_stream(own[0].device).synchronize()  # other streams will read it
+            # The parameters themselves, not their ids and addresses, which those that replace them may be given.
+            of_parameters = [(p, p._version, p.data_ptr()) for p in own]
+            self._cached = [*of_parameters, *self._settings()], stacked
         return stacked
+
+    def _settings(self) -> list[tuple[float, bool]]:
+        return [(layer.scaling, layer.adapter_enabled) for layer in self.layers]
+
+    def _is_current(self, made_of: list, own: list[Tensor]) -> bool:
+        """Whether a copy made of these parameters, as they were, and settings is of the layers as they are."""
+        if made_of[len(own) :] != self._settings():
+            return False
+        return all(
+            kept is p and (version, address) == (p._version, p.data_ptr())
+            for (kept, version, address), p in zip(made_of, own, strict=False)
+        )
 
     def _stacked_adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         lora_A = lora_B = bias = None

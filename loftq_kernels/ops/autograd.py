@@ -26,9 +26,9 @@ def _adapter_gradients(
     x, grad_y = _rows(x), _rows(grad_y)
     grad_A = grad_B = None
     if need_A:
-        grad_A = (scaling * (grad_y @ lora_B.to(x.dtype)).T @ x).to(lora_A.dtype)
+        grad_A = ((scaling * (grad_y @ lora_B.to(x.dtype))).T @ x).to(lora_A.dtype)
     if need_B:
-        grad_B = (scaling * grad_y.T @ (x @ lora_A.to(x.dtype).T)).to(lora_B.dtype)
+        grad_B = (grad_y.T @ (scaling * (x @ lora_A.to(x.dtype).T))).to(lora_B.dtype)
     return grad_A, grad_B
 
 

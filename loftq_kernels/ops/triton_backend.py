@@ -89,9 +89,11 @@ def _launchers() -> SimpleNamespace:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., K] as a matrix whose rows are contiguous, at an address that vectors may be read from."""
+    """[..., K] as a matrix whose rows are contiguous and, where K is a multiple of 16, at addresses that 16 bytes may
+    be read from: a kernel that reads single elements is another one, slower than a copy and short of registers."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    aligned = x.is_contiguous() or (x.stride(-1) == 1 and x.stride(0) * x.element_size() % 16 == 0)
+    return x if aligned and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_scale_dtype(scale: Tensor) -> None:
@@ -256,11 +258,11 @@ def _decode(
     if lora_A is not None:
         lora_A, lora_B = _like(lora_A, dtype), _like(lora_B, dtype)
     arguments = (
-        _contiguous(x),
+        x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format),
         _contiguous(codes),
         _contiguous(scale),
         _contiguous(offset),
-        codebook,
+        _contiguous(codebook),
         group_size,
         lora_A,
         lora_B,
@@ -285,13 +287,13 @@ def _linear(
     path: str,
 ) -> Tensor:
     """qlora_linear by large tiles, with adapters [S, r, K] and [S, N, r]; adapter_ids [M]: which of them a row has."""
-    launch, device = _launchers(), _device(x.device)
-    rows, out_features = _rows(x), weight[0].shape[0]
+    launch, device, out_features = _launchers(), _device(x.device), weight[0].shape[0]
     if lora_A is not None and lora_A.shape[1] == 0:
         lora_A = lora_B = None  # an adapter of nothing
     if path == "empty":
         y = x.new_zeros(*x.shape[:-1], out_features)
         return y if bias is None else y + bias.to(y.dtype)
+    rows = _rows(x)
     weight = tuple(_contiguous(t) if isinstance(t, Tensor) else t for t in weight)
     bias = _contiguous(bias)
     half = x.dtype != torch.float32
@@ -301,7 +303,7 @@ def _linear(
         if lora_A is not None:
             h = launch.launch_lora_shrink(rows, lora_A, adapter_ids, scaling, device.multiprocessors)
         if path == "prefill" and half:
-            decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm)
+            decoding = launch.decode_constexprs(launch.codebook_values(weight[3]), x.dtype, device.asm, along=True)
             arguments = *weight, decoding, h, lora_B, adapter_ids, bias, y
             shape = decoding["BITS"], rows.shape[0], out_features, rows.shape[1]
 
@@ -353,10 +355,10 @@ def qlora_linear_grad_input(
             dequantize=_dequantize,
         )
     launch, device = _launchers(), _device(grad_y.device)
+    if grad_y.numel() == 0 or in_features == 0:
+        return grad_y.new_zeros(*grad_y.shape[:-1], in_features)
     rows = _rows(grad_y)
     grad_x = grad_y.new_empty(rows.shape[0], in_features)
-    if grad_x.numel() == 0 or rows.shape[1] == 0:
-        return grad_x.zero_().view(*grad_y.shape[:-1], in_features)
     codes, scale, offset, codebook = (None if t is None else t.contiguous() for t in (codes, scale, offset, codebook))
     weight = codes, scale, offset, codebook, group_size
     limits = launch.configs.crossover(device.architecture)
@@ -366,7 +368,8 @@ def qlora_linear_grad_input(
         if lora_A is not None and lora_A.shape[0] > 0:
             h = launch.launch_lora_shrink(rows, lora_B.T.unsqueeze(0), None, scaling, device.multiprocessors)
         if fused and grad_y.dtype != torch.float32:
-            decoding = launch.decode_constexprs(launch.codebook_values(codebook), grad_y.dtype, device.asm)
+            entries = launch.codebook_values(codebook)
+            decoding = launch.decode_constexprs(entries, grad_y.dtype, device.asm, along=False)
             arguments = *weight, decoding, h, None if h is None else lora_A, grad_x
             shape = decoding["BITS"], rows.shape[0], in_features, rows.shape[1]
 

@@ -24,6 +24,8 @@ from loftq_kernels.triton_kernels.configs import Config, Key
 
 VERSION = 1  # of the file, and of what the fields of `Config` mean to the kernels
 Run = Callable[[Config], object]
+# Failures that a process does not recover from: all candidates that follow would fail too.
+_LASTING = ("illegal memory access", "misaligned address", "illegal instruction", "launch failure", "assert triggered")
 
 
 def enabled(device: torch.device) -> bool:
@@ -57,7 +59,7 @@ def search(
         try:
             microseconds = time(lambda config=config: run(config))
         except Exception as error:  # of many kinds: out of shared memory, of registers, failures of ptxas
-            if isinstance(error, torch.cuda.OutOfMemoryError) or "illegal memory access" in str(error):
+            if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in _LASTING):
                 raise
             continue
         if math.isfinite(microseconds) and microseconds > 0:
@@ -71,6 +73,7 @@ class Cache:
     def __init__(self, path: Path):
         self.path = path
         self.rows: dict[Key, tuple[Config, float]] = {}
+        self.hopeless: set[Key] = set()  # for which nothing worked, in this process
         self.load()
 
     def load(self) -> None:
@@ -147,9 +150,12 @@ def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config |
     Formats, groups and adapters of a key share what the first of them found, unless it does not hold their groups."""
     with _lock:
         cache = cache_of(device)
+        if key in cache.hopeless:
+            return None
         if key not in cache.rows:
             times = search(configs.candidates(key, group_size), run, measure)
             if not times:
+                cache.hopeless.add(key)
                 return None
             cache.store(key, *next(iter(times.items())))
         config = cache.rows[key][0]

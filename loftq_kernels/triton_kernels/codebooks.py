@@ -1,7 +1,8 @@
 """What a kernel is compiled for instead of a code book's tensor: a `Decoder`, made once a code book, dtype and device.
 
 The instructions are PTX text, as `tl.inline_asm_elementwise` takes it with ``pack=4``: one 32-bit register holds four
-consecutive packed bytes and comes out as two registers a field, each a pair of 16-bit floats, in the bytes' order.
+consecutive packed bytes and comes out as two registers a field, each a pair of 16-bit floats, in the bytes' order; or
+as four of float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 EXPONENT_BIAS = {torch.bfloat16: 127, torch.float16: 15}
 PAIR_SELECTORS = (0x6240, 0x7351)  # of bytes l0 l1 l2 l3, h0 h1 h2 h3: the pairs (h0 l0, h2 l2) and (h1 l1, h3 l3)
+ZIP_SELECTORS = (0x5140, 0x7362)  # (h1 l1 h0 l0) and (h3 l3 h2 l2)
+HALF_SELECTORS = (0x5410, 0x7632)  # of a and b: their low halves, b's above a's, and their high ones
 LOP3_AND_OR = 0xEA  # (a & b) | c
 LOP3_ANDN_OR = 0xAE  # (~a & b) | c
 
@@ -48,17 +51,20 @@ def make_decoder(
     """The `Decoder` of a code book's `values`, 2^bits of them, for operands of `dtype`.
 
     asm=False, or a dtype that is not of 16 bits: plain Triton. exact=True: unit * ``decoded`` is the entry, rounded,
-    even where arithmetic would be cheaper (for kernels that want no corrections). sums=True: the kernel has
-    sums of x at hand anyhow, so one constant for all fields may as well be part of `center`.
+    even where arithmetic would be cheaper (for kernels that want no corrections); of float32, the entry itself.
+    sums=True: the kernel has sums of x at hand anyhow, so one constant for all fields may as well be part of `center`.
     """
     bits = len(values).bit_length() - 1
     if 1 << bits != len(values) or bits not in (2, 4, 8):
         raise ValueError(f"a code book has 4, 16 or 256 entries, not {len(values)}")
-    asm = asm and dtype in MANTISSA_BITS
+    asm = asm and (dtype in MANTISSA_BITS or (exact and dtype == torch.float32))
     affine = None if exact else affine_map(values)
     if affine is None:
         if not asm or bits == 8:
             return Decoder(bits, True, "", "", 1, (), "", 1.0, 0.0)
+        if dtype == torch.float32:
+            words, text = _table_asm(*2 * (torch.tensor(values, dtype=dtype),))
+            return Decoder(bits, True, _setup(words), text, 1, (), "", 1.0, 0.0)
         unit, near, other = two_roundings(values, dtype)
         words, text = _table_asm(near, other)
         setup, constant_asm = _constants(words, (), dtype)
@@ -196,62 +202,78 @@ def _word(byte_values: list[int]) -> int:
     return sum(byte << 8 * i for i, byte in enumerate(byte_values))
 
 
-# A table: the low bytes of its entries, and the high ones.
-_Table = tuple[list[int], list[int]]
-
-
-def _table_bytes(entries: Tensor) -> _Table:
-    bits = [entry & 0xFFFF for entry in entries.view(torch.int16).tolist()]
-    return [entry & 0xFF for entry in bits], [entry >> 8 for entry in bits]
+_Planes = list[list[int]]  # of a table: all entries' lowest bytes, then the next, up to the highest
 
 
 def _table_asm(near: Tensor, other: Tensor) -> tuple[tuple[int, ...], str]:
-    """Of four bytes the first two are looked up in near, the others in other."""
-    tables = _table_bytes(near), _table_bytes(other)
+    """Of four bytes the first two are looked up in near, the others in other: two tables of 16-bit or 32-bit floats."""
+    tables = tuple(table.view(torch.uint8).view(len(table), table.element_size()).T.tolist() for table in (near, other))
     return _table4_asm(tables) if len(near) == 16 else _table2_asm(tables)
 
 
-def _table4_asm(tables: tuple[_Table, _Table]) -> tuple[tuple[int, ...], str]:
+def _table4_asm(tables: tuple[_Planes, _Planes]) -> tuple[tuple[int, ...], str]:
     """PRMT takes 4 codes at a time to bytes, of 8 entries by their low three bits; their high bits choose between the
-    two halves of the table by a third PRMT. 2.6 instructions a weight."""
-    halves = [[[_word(part[i : i + 4]) for i in range(0, 16, 4)] for part in table] for table in tables]
-    words = (0x32103210, *(part[i] for table in halves for part in table for i in (0, 2)))
+    two halves of the table by a third PRMT. 2.6 instructions a weight for floats of 16 bits, 5.5 for those of 32."""
+    count, source = len(tables[0]), f"${2 * len(tables[0])}"
+    quarters = [[[_word(plane[i : i + 4]) for i in range(0, 16, 4)] for plane in planes] for planes in tables]
+    words = tuple(dict.fromkeys((0x32103210, *(part[i] for planes in quarters for part in planes for i in (0, 2)))))
+    register = {word: f"loftq_w{i}" for i, word in enumerate(words)}
     lines = [
-        "{ .reg .b32 index, half, l, h, t;",
-        "and.b32 index, $4, 0x77777777;",
-        "shr.u32 half, $4, 1;",
-        f"lop3.b32 half, half, 0x44444444, loftq_w0, {LOP3_AND_OR:#x};",
+        "{ .reg .b32 index, half, b0, b1, b2, b3, t, u;",
+        f"and.b32 index, {source}, 0x77777777;",
+        f"shr.u32 half, {source}, 1;",
+        f"lop3.b32 half, half, 0x44444444, {register[0x32103210]}, {LOP3_AND_OR:#x};",
     ]
     for pair in (0, 1):
         if pair:
             lines += ["shr.u32 index, index, 16;", "shr.u32 half, half, 16;"]
-        for name, part, word in (("l", halves[pair][0], 1 + 4 * pair), ("h", halves[pair][1], 3 + 4 * pair)):
+        for plane, part in enumerate(quarters[pair]):
             lines += [
-                f"prmt.b32 {name}, loftq_w{word}, {part[1]:#x}, index;",
-                f"prmt.b32 t, loftq_w{word + 1}, {part[3]:#x}, index;",
-                f"prmt.b32 {name}, {name}, t, half;",
+                f"prmt.b32 b{plane}, {register[part[0]]}, {part[1]:#x}, index;",
+                f"prmt.b32 t, {register[part[2]]}, {part[3]:#x}, index;",
+                f"prmt.b32 b{plane}, b{plane}, t, half;",
             ]
-        lines += [f"prmt.b32 ${2 * field + pair}, l, h, {PAIR_SELECTORS[field]:#x};" for field in (0, 1)]
+        lines += _assembled(count, pair, (0, 1))
     return words, "\n".join([*lines, "}"])
 
 
-def _table2_asm(tables: tuple[_Table, _Table]) -> tuple[tuple[int, ...], str]:
-    """Two fields at a time lie in nibbles that select of a table's four low and four high bytes. 1.3 a weight."""
-    lines = ["{ .reg .b32 index, l, h;"]
+def _table2_asm(tables: tuple[_Planes, _Planes]) -> tuple[tuple[int, ...], str]:
+    """Two fields at a time lie in nibbles that select of a table's four entries. 1.3 a weight for floats of 16 bits."""
+    count, source = len(tables[0]), f"${4 * len(tables[0])}"
+    columns = [[_word(plane) for plane in planes] for planes in tables]
+    words = tuple(dict.fromkeys(word for planes in columns for word in planes))
+    register = {word: f"loftq_w{i}" for i, word in enumerate(words)}
+    lines = ["{ .reg .b32 index, b0, b1, b2, b3, t, u;"]
     for first in (0, 1):  # fields first and first + 2
         if first:
-            lines += ["shr.u32 index, $8, 2;", "and.b32 index, index, 0x33333333;"]
+            lines += [f"shr.u32 index, {source}, 2;", "and.b32 index, index, 0x33333333;"]
         else:
-            lines += ["and.b32 index, $8, 0x33333333;"]
+            lines += [f"and.b32 index, {source}, 0x33333333;"]
         for pair in (0, 1):
             if pair:
                 lines += ["shr.u32 index, index, 16;"]
-            for name, word in (("l", 2 * pair), ("h", 2 * pair + 1)):
-                lines += [f"prmt.b32 {name}, loftq_w{word}, loftq_w{word}, index;"]
-            lines += [
-                f"prmt.b32 ${2 * (first + 2 * second) + pair}, l, h, {PAIR_SELECTORS[second]:#x};" for second in (0, 1)
-            ]
-    return tuple(_word(part) for table in tables for part in table), "\n".join([*lines, "}"])
+            for plane, word in enumerate(columns[pair]):
+                lines += [f"prmt.b32 b{plane}, {register[word]}, {register[word]}, index;"]
+            lines += _assembled(count, pair, (first, first + 2))
+    return words, "\n".join([*lines, "}"])
+
+
+def _assembled(count: int, pair: int, fields: tuple[int, int]) -> list[str]:
+    """The outputs of two bytes' codes from b0, b1, ...: `count` bytes of entries, each of which holds that byte of the
+    first byte's two fields, then of the second's."""
+    if count == 2:
+        return [
+            f"prmt.b32 ${2 * field + pair}, b0, b1, {selector:#x};"
+            for field, selector in zip(fields, PAIR_SELECTORS, strict=True)
+        ]
+    lines = []
+    for byte, zipped in enumerate(ZIP_SELECTORS):
+        lines += [f"prmt.b32 t, b0, b1, {zipped:#x};", f"prmt.b32 u, b2, b3, {zipped:#x};"]
+        lines += [
+            f"prmt.b32 ${4 * field + 2 * pair + byte}, t, u, {half:#x};"
+            for field, half in zip(fields, HALF_SELECTORS, strict=True)
+        ]
+    return lines
 
 
 def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], str, tuple[float, ...]]:

@@ -24,8 +24,10 @@ def decode(packed, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.co
         return _decode_portable(packed, codebook, TABLE, BITS, DTYPE)
     elif tl.bfloat16 == DTYPE:
         return _decode_bfloat16(packed, ASM, BITS)
-    else:
+    elif tl.float16 == DTYPE:
         return _decode_float16(packed, ASM, BITS)
+    else:
+        return _decode_float32(packed, ASM, BITS)
 
 
 @triton.constexpr_function
@@ -83,6 +85,23 @@ def _decode_float16(packed, ASM: tl.constexpr, BITS: tl.constexpr):
         )
     else:
         return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4),)
+
+
+@triton.jit
+def _decode_float32(packed, ASM: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
 
 
 @triton.jit

@@ -18,6 +18,9 @@ SHAPES = ("small", "tall")
 DECODE_BLOCK_M = (8, 16)  # columns of an mma instruction; fewer rows of x are padded
 ANY = 0  # in a key: bits or rows that a row of the table does not depend on
 MOST_ROWS = 4096  # more rows of x than this are tuned as this many
+MOST_ACCUMULATORS = 128  # a thread of a large tile
+# In shapes that are no multiples of 16, whose elements are loaded and stored one by one: with more, ptxas spills.
+MOST_ACCUMULATORS_UNALIGNED = 32
 
 
 class Key(NamedTuple):
@@ -50,6 +53,11 @@ class Config:
     @property
     def tiles(self) -> int:
         return self.block_k // TILE
+
+    @property
+    def accumulators(self) -> int:
+        """Registers a thread that hold sums."""
+        return self.block_m * self.block_n // (32 * self.num_warps)
 
     def for_group(self, group_size: int) -> Config:
         """Decode: the configuration with steps that hold whole groups."""
@@ -172,6 +180,8 @@ def choose(
     not larger than the rows; else the smallest of them. in_features: what is summed over."""
     configs = rows_of_table(key_of(kernel, capability, bits, rows, out_features, multiprocessors))
     fitting = [config for config in configs if config.block_m < 2 * max(rows, 16)] or [configs[-1]]
+    if out_features % 16 or in_features % 16:
+        fitting = [c for c in fitting if c.accumulators <= MOST_ACCUMULATORS_UNALIGNED] or [configs[-1]]
     for config in fitting:
         count = splits(config, bits, rows, out_features, in_features, multiprocessors)
         if 4 * _programs(config, rows, out_features) * count >= 3 * multiprocessors:
@@ -200,10 +210,12 @@ def _programs(config: Config, rows: int, out_features: int) -> int:
     return cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
 
 
-def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool) -> int | None:
+def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool, half: bool = True) -> int | None:
     """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
-    than there are, and spills: 168 or, with offsets or 128 rows, 255, for 6 or 4 programs of 64 threads a
+    than there are, and spills: 168 or, with offsets, 128 rows or float32 x, 255, for 6 or 4 programs of 64 threads a
     multiprocessor."""
+    if not half:
+        return 255
     if adapters or (bits == 2 and (affine or (config.block_m == 16 and config.block_n >= 64))):
         return 255 if affine or config.block_n >= 128 else 168
     return None
@@ -228,8 +240,8 @@ def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_s
     else:
         if min(block_m, block_k) < 16 or block_n < TILE:
             return f"{config} is smaller than an instruction's 16, or than a tile"
-        if block_m * block_n > 128 * 32 * config.num_warps:
-            return f"{block_m} x {block_n} are more than 128 accumulators a thread of {config.num_warps} warps"
+        if config.accumulators > MOST_ACCUMULATORS:
+            return f"{block_m} x {block_n} are {config.accumulators} accumulators a thread, beyond {MOST_ACCUMULATORS}"
         if block_m * block_n < 16 * 8 * config.num_warps:
             return f"{block_m} x {block_n} are less than an instruction for each of {config.num_warps} warps"
         if kernel == "prefill" and block_k != TILE:

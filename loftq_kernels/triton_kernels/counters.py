@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -27,7 +28,9 @@ class _Arena:
     def __init__(self, device: torch.device):
         self.device = device
         self.of_stream: dict[int, Tensor] = {}
-        self.kept: list[Tensor] = []  # of captured launches: as long as the process, for nobody tells when graphs end
+        # As long as the process: those of captured launches, for nobody tells when graphs end, and those that a stream
+        # has outgrown, in which its launches may still count.
+        self.kept: list[Tensor] = []
         # Empty where the first launch of all is captured: its graph then zeroes what it takes, see `take_captured`.
         self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
 
@@ -45,7 +48,9 @@ class _Arena:
     def take(self, stream: int, count: int) -> Tensor:
         known = self.of_stream.get(stream)
         if known is None or known.numel() < count:
-            known = self.of_stream[stream] = self._new(max(count, 4096))
+            if known is not None:
+                self.kept.append(known)
+            known = self.of_stream[stream] = self._new(max(2 * count, 4096))
         if self.ahead.numel() < self.AHEAD // 2:
             self.ahead = self._new(self.AHEAD)
         return known
@@ -72,15 +77,17 @@ def _capturing(device: torch.device) -> bool:
 
 
 _arenas: dict[torch.device, _Arena] = {}
+_lock = threading.Lock()
 
 
 def counter_zeros(device: torch.device, count: int) -> Tensor:
     """At least `count` counters of the current stream."""
-    arena = _arenas.get(device)
-    if arena is None:
-        arena = _arenas[device] = _Arena(device)
-    if device.type != "cuda":
-        return arena.take(0, count)
-    if _capturing(device):
-        return arena.take_captured(count)
-    return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)
+    with _lock:
+        arena = _arenas.get(device)
+        if arena is None:
+            arena = _arenas[device] = _Arena(device)
+        if device.type != "cuda":
+            return arena.take(0, count)
+        if _capturing(device):
+            return arena.take_captured(count)
+        return arena.take(torch._C._cuda_getCurrentRawStream(device.index), count)

@@ -16,6 +16,8 @@ from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
 from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.counters import counter_zeros
+from loftq_kernels.triton_kernels.decode_lora import CHUNK, counters_of, down_plan, draw_ticket, lora_down, lora_up
+from loftq_kernels.triton_kernels.lora import block_r
 from loftq_kernels.triton_kernels.tiles import add_parts
 
 # Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
@@ -24,7 +26,7 @@ SLICE: tl.constexpr = tl.constexpr(16)
 
 
 # Not M, of which `setup_decode` makes a zero: a constant 1 would tell ptxas the tables that it must not know.
-@triton.jit(do_not_specialize=["M", "row_units", "num_chunks", "split_tiles", "S"])
+@triton.jit(do_not_specialize=["M", "row_units", "num_downs", "split_tiles", "S"])
 def _decode_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
@@ -36,8 +38,8 @@ def _decode_linear_kernel(
     adapter_ids,  # [M] int32 or int64; None: all 0
     bias,  # [N], or None
     y,  # [M, N]
-    workspace,  # float32: of splits, then [chunks + 1, row blocks, BLOCK_M, R] of x A^T, the last of them the sum
-    counters,  # int32, zeros, and left so: 4 a block of rows, then one a tile of y
+    workspace,  # float32: parts of splits, then what `decode_lora` hands over
+    counters,  # int32, zeros, and left so: those of `decode_lora`, then one a tile of y
     M,
     N,
     K,
@@ -46,7 +48,7 @@ def _decode_linear_kernel(
     R,
     S,
     scaling,
-    num_chunks,  # programs a block of rows that compute x A^T
+    num_downs,  # programs a block of rows that compute x A^T
     split_tiles,  # tiles of 64 columns that one program multiplies
     BITS: tl.constexpr,
     SETUP: tl.constexpr,
@@ -70,9 +72,9 @@ def _decode_linear_kernel(
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias
 
     The weight is the left operand and the rows of x are the columns of the right one, so that M = 1 wastes 7 columns of
-    an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a chunk of
-    columns each; the others wait for its sum with the weights' part done. The last of the programs that share a tile of
-    y adds up their parts.
+    an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a part each;
+    the others wait for its sums with the weights' part done. The last of the programs that share a tile of y adds up
+    their parts.
 
     Devices have been seen to start programs in the order of their index, but CUDA does not promise it, and where there
     are more programs than fit on the device at once, waiting for one that has not started would be waiting for ever. So
@@ -84,37 +86,43 @@ def _decode_linear_kernel(
     if lora_A is None:
         _one_tile(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
-            M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid, row_block,
+            M, N, K, row_units, G, R, S, split_tiles, pid, row_block,
             BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
         )  # fmt: skip
     else:
-        ticket = counters + 4 * row_block + 3
-        pid = tl.atomic_add(ticket, 1, sem="relaxed")
-        if pid == tl.num_programs(0) - 1:
-            tl.store(ticket, 0)  # the last one: nobody draws any more
-        if pid < num_chunks:
-            _lora_down(
-                x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, pid, row_block,
-                SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
+        pid = draw_ticket(counters, R, row_block, BLOCK_R)
+        if pid < num_downs:
+            lora_down(
+                x, lora_A, adapter_ids, _handed_over(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
+                M, K, R, S, scaling, num_downs, pid, row_block, BLOCK_M, BLOCK_R, CHUNK,
             )  # fmt: skip
         else:
             _one_tile(
                 x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
-                M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, pid - num_chunks, row_block,
+                M, N, K, row_units, G, R, S, split_tiles, pid - num_downs, row_block,
                 BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
-                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R,
+                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
             )  # fmt: skip
+
+
+@triton.jit
+def _handed_over(workspace, N, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where `decode_lora` has its memory: behind the parts of splits."""
+    if SPLITS > 1:
+        workspace += tl.num_programs(1) * tl.cdiv(N, BLOCK_N).to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
+    return workspace
 
 
 @triton.jit
 def _one_tile(
     x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
-    M, N, K, row_units, G, R, S, scaling, num_chunks, split_tiles, index, row_block,
+    M, N, K, row_units, G, R, S, split_tiles, index, row_block,
     BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
     CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile [BLOCK_M, BLOCK_N] of y; the last split to be done finishes the tile."""
     tile = index // SPLITS
@@ -128,18 +136,19 @@ def _one_tile(
         acc *= UNIT
     if SPLITS == 1:
         _finish(
-            acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
-            tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+            acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, tile, row_block,
+            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
         )  # fmt: skip
     else:
         at = row_block * tl.cdiv(N, BLOCK_N) + tile
         parts = workspace + at.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
         used = M - row_block * BLOCK_M
-        is_last, total = add_parts(acc, used, parts, counters + 4 * tl.num_programs(1) + at, split, SPLITS)
+        counter = counters_of(counters, R, tl.num_programs(1), BLOCK_R) + at
+        is_last, total = add_parts(acc, used, parts, counter, split, SPLITS)
         if is_last:
             _finish(
-                total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks,
-                tile, row_block, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+                total, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, tile, row_block,
+                SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
             )  # fmt: skip
 
 
@@ -345,85 +354,17 @@ def _add_group(acc, part, total, scale, offset, HAS_OFFSET: tl.constexpr, UNIT: 
 
 
 @triton.jit
-def _down_at(
-    workspace, N, R, num_chunks, row_block, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Where a block of rows has its parts of x A^T [num_chunks, R, BLOCK_M], and behind them their sum [R, BLOCK_M]."""
-    if SPLITS > 1:
-        workspace += tl.num_programs(1) * tl.cdiv(N, BLOCK_N).to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-    return workspace + (row_block * (num_chunks + 1)).to(tl.int64) * R * BLOCK_M
-
-
-@triton.jit
-def _lora_down(
-    x, lora_A, adapter_ids, workspace, counters, M, N, K, R, S, num_chunks, chunk, row_block,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One chunk of columns of (x @ lora_A[id].T).T; the last program to be done adds the chunks up and says so.
-
-    Counters of a block of rows: chunks done, whether their sum is there, its readers that are done, tickets drawn."""
-    m = tl.arange(0, BLOCK_M)
-    row = row_block * BLOCK_M + m
-    down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
-    first = chunk * CHUNK
-    last = tl.minimum(first + CHUNK, K)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        down = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-        if adapter_ids is None:
-            down = _down_product(down, x, lora_A, row, row < M, r, first, last, K, R)
-        else:
-            ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
-            for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
-                # Each adapter of the block once: at the first row that has it.
-                adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
-                if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
-                    down = _down_product(down, x, lora_A + adapter * R * K, row, ids == adapter, r, first, last, K, R)
-        at = down_at + chunk.to(tl.int64) * R * BLOCK_M + r[:, None] * BLOCK_M + m[None, :]
-        tl.store(at, down, mask=(r < R)[:, None], cache_modifier=".cg")
-    counters += 4 * row_block
-    tl.debug_barrier()
-    if tl.atomic_add(counters, 1, sem="acq_rel") == num_chunks - 1:
-        tl.store(counters, 0)
-        size = R * BLOCK_M
-        for e0 in range(0, size, BLOCK_R * BLOCK_M):
-            e = e0 + tl.arange(0, BLOCK_R * BLOCK_M)
-            total = tl.zeros((BLOCK_R * BLOCK_M,), tl.float32)
-            for c0 in range(0, num_chunks, 16):
-                c = c0 + tl.arange(0, 16)
-                mask = (c < num_chunks)[:, None] & (e < size)[None, :]
-                parts = tl.load(down_at + c[:, None] * size + e[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-                total += tl.sum(parts, axis=0)
-            tl.store(down_at + num_chunks * size + e, total, mask=e < size, cache_modifier=".cg")
-        tl.debug_barrier()
-        tl.atomic_xchg(counters + 1, 1, sem="release")
-
-
-@triton.jit
-def _down_product(down, x, lora_A, row, used, r, first, last, K, R):
-    """down + lora_A @ x.T over columns first..last, for the rows of x that are used."""
-    PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
-    x_row = x + row.to(tl.int64)[None, :] * K
-    for k0 in range(first, last, 64):
-        k = k0 + tl.arange(0, 64)
-        a = tl.load(lora_A + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < last)[None, :], other=0.0)
-        xs = tl.load(x_row + k[:, None], mask=used[None, :] & (k < last)[:, None], other=0.0)
-        down = tl.dot(a, xs, down, input_precision=PRECISION)
-    return down
-
-
-@triton.jit
 def _finish(
-    acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, R, S, scaling, num_chunks, tile, row_block,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, tile, row_block,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Adds adapters and bias to acc [BLOCK_N, BLOCK_M] and stores its transpose into y."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     if lora_A is not None:
-        acc = _lora_up(
-            acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
-            SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
+        acc = lora_up(
+            acc, x, lora_B, adapter_ids, _handed_over(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
+            M, N, K, R, S, n, row_block, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
         )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -431,58 +372,7 @@ def _finish(
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _lora_up(
-    acc, x, lora_B, adapter_ids, workspace, counters, M, N, R, S, scaling, num_chunks, n, row_block,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """acc + scaling * lora_B[id] @ (x @ lora_A[id].T).T, once the latter is there."""
-    down_at = _down_at(workspace, N, R, num_chunks, row_block, SPLITS, BLOCK_M, BLOCK_N)
-    down_at += num_chunks.to(tl.int64) * R * BLOCK_M
-    counters += 4 * row_block
-    while tl.atomic_add(counters + 1, 0, sem="acquire") == 0:
-        pass
-    tl.debug_barrier()
-    m = tl.arange(0, BLOCK_M)
-    row = row_block * BLOCK_M + m
-    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if adapter_ids is None:
-        up = _up_product(up, x, down_at, lora_B, row < M, n, N, R, BLOCK_M, BLOCK_R)
-    else:
-        ids = tl.load(adapter_ids + row, mask=row < M, other=-1).to(tl.int64)
-        for i in range(0, tl.minimum(BLOCK_M, M - row_block * BLOCK_M)):
-            adapter = tl.load(adapter_ids + row_block * BLOCK_M + i).to(tl.int64)
-            if adapter >= 0 and adapter < S and tl.min(tl.where(ids == adapter, m, BLOCK_M)) == i:
-                up = _up_product(up, x, down_at, lora_B + adapter * N * R, ids == adapter, n, N, R, BLOCK_M, BLOCK_R)
-        # An adapter that is not there shows in its row, not in a neighbour's memory.
-        up += tl.where((ids >= -1) & (ids < S), 0.0, float("nan"))[None, :]
-    tl.debug_barrier()  # all threads have read: the last of the readers may reset
-    if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) - 1:
-        tl.store(counters + 1, 0)
-        tl.store(counters + 2, 0)
-    return acc + scaling * up
-
-
-@triton.jit
-def _up_product(up, x, down_at, lora_B, used, n, N, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"
-    m = tl.arange(0, BLOCK_M)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        b = tl.load(
-            lora_B + n[:, None].to(tl.int64) * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0
-        )
-        mask = (r < R)[:, None] & used[None, :]
-        down = tl.load(down_at + r[:, None] * BLOCK_M + m[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        up = tl.dot(b, down.to(DTYPE), up, input_precision=PRECISION)
-    return up
-
-
 # ---- launcher: a decode step calls it hundreds of times, so that all that shapes decide is decided once a shape
-
-CHUNK = 512  # columns of x A^T a program
-_COUNTERS = 4  # a block of rows, beside those of its tiles
 
 
 class Plan(NamedTuple):
@@ -494,7 +384,7 @@ class Plan(NamedTuple):
     workspace: int  # float32 elements
     counters: int
     sizes: tuple[int, ...]  # the kernel's row_units, G, R, S
-    chunks: int
+    downs: int
     split_tiles: int
     constexprs: dict[str, object]
 
@@ -543,7 +433,8 @@ def decode_linear(
     entries = codebook_values(codebook)
     aligned = scale.data_ptr() % 8 == 0 and (offset is None or offset.data_ptr() % 8 == 0)
     scales = scale.dtype, aligned
-    key = rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
+    by_row = adapter_ids is not None
+    key = rows, columns, out_features, group_size, device, dtype, scales, affine, lora, by_row, entries, config, splits
     plan = _plans.get(key)
     if plan is None:
         if config is None and autotune.enabled(device) and dtype != torch.float32:
@@ -551,14 +442,12 @@ def decode_linear(
             config = _tuned(key, arguments)
         if len(_plans) >= 4096:
             _plans.clear()
-        plan = _plans[key] = _plan(
-            rows, columns, out_features, group_size, device, dtype, scales, affine, lora, entries, config, splits
-        )
+        plan = _plans[key] = _plan(*key[:-2], config, splits)
     workspace = counters = None
     if plan.workspace:
         workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
         counters = counter_zeros(device, plan.counters)
-    if plan.chunks == 0:
+    if plan.downs == 0:
         lora_A = lora_B = adapter_ids = None
     _decode_linear_kernel[plan.grid](
         x,
@@ -578,7 +467,7 @@ def decode_linear(
         columns,
         *plan.sizes,
         scaling,
-        plan.chunks,
+        plan.downs,
         plan.split_tiles,
         **plan.constexprs,
     )
@@ -595,6 +484,7 @@ def _plan(
     scales: tuple[torch.dtype, bool],
     affine: bool,
     lora: tuple[int, ...] | None,
+    by_row: bool,
     entries: tuple[float, ...],
     config: Config | None,
     splits: int | None,
@@ -610,25 +500,26 @@ def _plan(
         splits = configs.splits(config, bits, rows, out_features, columns, multiprocessors)
     decoder = make_decoder(entries, dtype, asm=not knobs.runtime.interpret, sums=affine)
     rank = 0 if lora is None or 0 in lora else lora[-2]
-    chunks = cdiv(columns, CHUNK) if rank else 0
     groups = 1 if group_size < 0 else cdiv(columns, group_size)
-    registers = configs.decode_registers(config, bits, affine=affine, adapters=rank > 0)
+    half = dtype != torch.float32
+    registers = configs.decode_registers(config, bits, affine=affine, adapters=rank > 0, half=half)
     block_m = config.block_m
     row_blocks, tiles = cdiv(rows, block_m), cdiv(out_features, config.block_n)
+    downs, counters, memory = down_plan(rank, columns, rows, block_m, by_row=by_row)
     parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
     return Plan(
         block_m=block_m,
         splits=splits,
-        grid=(chunks + tiles * splits, row_blocks),
-        workspace=parts + (row_blocks * (chunks + 1) * rank * block_m if rank else 0),
-        counters=row_blocks * (_COUNTERS + tiles),
+        grid=(downs + tiles * splits, row_blocks),
+        workspace=parts + row_blocks * memory,
+        counters=row_blocks * (counters + tiles),
         sizes=(
             cdiv(columns, configs.TILE) * bits,
             groups,
             rank,
             lora[0] if lora is not None and len(lora) == 3 else 1,
         ),
-        chunks=chunks,
+        downs=downs,
         split_tiles=cdiv(cdiv(columns, config.block_k), splits) * config.tiles,
         constexprs={
             "BITS": bits,
@@ -647,7 +538,7 @@ def _plan(
             "BLOCK_M": block_m,
             "BLOCK_N": config.block_n,
             "TILES": config.tiles,
-            "BLOCK_R": 16 if rank <= 16 else 32,
+            "BLOCK_R": block_r(rank),
             "CHUNK": CHUNK,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -666,7 +557,7 @@ def wide(config: Config, group_size: int, groups: int, dtype: torch.dtype) -> in
 
 def _tuned(key: tuple, arguments: tuple) -> Config:
     """The fastest configuration for a launch with these arguments, measured unless it is known."""
-    rows, _, out_features, group_size, device, _, _, _, _, entries, _, _ = key
+    rows, _, out_features, group_size, device, _, _, _, _, _, entries, _, _ = key
     capability, multiprocessors = _device(device)
     bits = len(entries).bit_length() - 1
     place = configs.key_of("decode", capability, bits, rows, out_features, multiprocessors)

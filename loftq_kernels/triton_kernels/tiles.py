@@ -66,20 +66,26 @@ def scaled(
 
 
 @lru_cache(maxsize=256)
-def decode_constexprs(values: tuple[float, ...], dtype: torch.dtype, asm: bool) -> dict[str, object]:
+def decode_constexprs(values: tuple[float, ...], dtype: torch.dtype, asm: bool, *, along: bool) -> dict[str, object]:
     """What a kernel that multiplies by scaled weights is compiled with for a code book's values and x of dtype.
 
-    Entries come as float16, which has 3 bits more than bfloat16, and are rounded to dtype only once they are scaled;
-    those beyond its range, and 8-bit codes, of which PTX's byte permutations cannot tell 256 apart, as float32.
+    Entries come as they are, in float16 if that holds them: an entry's rounding is the same in all weights of its code,
+    and adds up. Only where it may be rounded two ways that cancel, and x in bfloat16 rounds 8 times as much, it is
+    rounded to float16: two instructions a weight less. along: the kernel sums along the rows of codes, as these
+    alternate. 8-bit codes, of which PTX's byte permutations cannot tell 256 apart, are left to plain Triton.
     """
-    fits = all(value == 0 or 2.0**-10 <= abs(value) <= 2.0**10 for value in values)
-    decoder = make_decoder(values, torch.float16, asm=asm and fits and len(values) < 256, exact=len(values) < 256)
+    exact = torch.tensor(values, dtype=torch.float64)
+    halves = torch.equal(exact.half().double(), exact)
+    rounds = along and dtype == torch.bfloat16 and all(v == 0 or 2.0**-10 <= abs(v) <= 2.0**10 for v in values)
+    table = len(values) < 256
+    field = torch.float16 if halves or rounds else torch.float32
+    decoder = make_decoder(values, field, asm=asm and table, exact=table)
     return {
         "BITS": decoder.bits,
         "SETUP": decoder.setup,
         "ASM": decoder.asm,
         "TABLE": decoder.table,
         "UNIT": decoder.unit,
-        "FIELD": tl.float16 if decoder.asm else tl.float32,
+        "FIELD": tl.float16 if decoder.asm and field == torch.float16 else tl.float32,
         "SHIFT": decoder.center + (decoder.constants[0] if decoder.constants else 0.0),
     }
