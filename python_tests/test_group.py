@@ -54,6 +54,17 @@ def test_nothing_is_held_twice_and_layers_go_on_working():
 
 
 @torch.no_grad()
+def test_sees_parameters_that_were_replaced():
+    """Also by ones that got the ids and the memory of those before them, as two swaps in a row can bring about."""
+    layers, x = make_layers(), gaussian(3, 130)
+    group = lk.QuantLoRALinearGroup(layers)
+    for seed in range(20):
+        for swap in (0, 1):
+            layers[0].lora_B = nn.Parameter(gaussian(7, 4, seed=2 * seed + swap))
+        torch.testing.assert_close(group(x)[0], layers[0](x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_sees_changes_of_its_layers():
     layers, x = make_layers(), gaussian(3, 130)
     group = lk.QuantLoRALinearGroup(layers)

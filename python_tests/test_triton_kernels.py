@@ -14,6 +14,7 @@ from oracle import dequantize as exact_dequantize
 from oracle import qlora_linear as exact_qlora_linear
 
 import loftq_kernels as lk
+from loftq_kernels.formats import get_format
 from loftq_kernels.ops import triton_backend
 from loftq_kernels.ops.checks import SCALE_DTYPES
 
@@ -197,6 +198,39 @@ def test_views_and_adapters_of_another_dtype(rows, device):
         y = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="triton")
         plain = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="reference")
         assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B, 1.0, bias), plain, x.dtype)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_code_book_of_any_strides(path, device):
+    packed, x = lk.quantize(gaussian(7, 130)).to(device), gaussian(3, 130, device=device)
+    strided = torch.stack([packed.codebook, packed.codebook + 100], 1)[:, 0]
+    weight = packed.codes, packed.scale, packed.offset, strided, 64
+    y = triton_backend.qlora_linear(x, *weight, None, None, 1.0, None, path=path)
+    torch.testing.assert_close(y, lk.qlora_linear(x, packed, backend="reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_to_sum_over(device):
+    """K = 0 gives the bias, N = 0 in the backward zeros."""
+    codes, scale = (torch.empty(7, 0, dtype=kind, device=device) for kind in (torch.uint8, torch.float16))
+    codebook, bias = get_format("nf4").codebook().to(device), gaussian(7, device=device)
+    for rows in (1, 40):
+        x = torch.empty(rows, 0, device=device)
+        y = triton_backend.qlora_linear(x, codes, scale, None, codebook, 64, None, None, 1.0, bias)
+        assert torch.equal(y, bias.expand(rows, 7))
+        narrow = lk.quantize(gaussian(3, 130)).to(device)
+        weight = narrow.codes[:0], narrow.scale[:0], None, codebook, 130, 64
+        grad = triton_backend.qlora_linear_grad_input(torch.empty(rows, 0, device=device), *weight, None, None, 1.0)
+        assert grad.shape == (rows, 130) and not grad.any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_scaling_before_rounding(path, device):
+    """x A^T beyond float16's range, scaled into it."""
+    packed, x = lk.quantize(gaussian(7, 130)).to(device), torch.ones(3, 130, dtype=torch.float16, device=device)
+    lora_A, lora_B = x.new_full((2, 130), 1000.0), x.new_full((7, 2), 2.0**-8)
+    y = triton_backend.qlora_linear(x, *op_arguments(packed), 64, lora_A, lora_B, 2.0**-4, None, path=path)
+    exact = exact_qlora_linear(x, packed, lora_A, lora_B, 2.0**-4)
+    torch.testing.assert_close(y.double().cpu(), exact, rtol=2e-3, atol=0.1)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
