@@ -5,11 +5,16 @@ The interpreter keeps bfloat16 as the bits in NumPy's uint16, and then
 * multiplies those as integers in `tl.dot`, and converts integers to bfloat16 by taking them for the bits;
 * cuts float32 off to bfloat16 instead of rounding it;
 * takes int() of arrays of one element, which NumPy 2.4 no longer has.
+
+It also refuses inline asm, which `inline_asm` runs.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import ptx
 
 
 def repair() -> None:
@@ -18,6 +23,7 @@ def repair() -> None:
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    set_index = builder.set_grid_idx
 
     def patched_tensor(tensor, scope):
         patch_tensor(tensor, scope)
@@ -38,8 +44,56 @@ def repair() -> None:
         )
         return dot(self, a, b, d, *options)
 
+    def patched_set_index(self, *at):
+        self.asm_registers = {}  # a program has its own
+        set_index(self, *at)
+
+    def patched_asm(self, asm, constraints, values, types, is_pure, pack):
+        kinds = [kind.scalar for kind in types]
+        data = [interpreter._get_np_dtype(kind) for kind in kinds]
+        results = inline_asm(asm, constraints, [value.data for value in values], data, pack, self.asm_registers)
+        handles = [handle(result, kind) for result, kind in zip(results, kinds, strict=True)]
+        return SimpleNamespace(get_result=handles.__getitem__)
+
     interpreter._patch_lang_tensor = patched_tensor
     builder.cast_impl, builder.create_dot = patched_cast, patched_dot
+    builder.set_grid_idx, builder.create_inline_asm = patched_set_index, patched_asm
+
+
+def inline_asm(
+    asm: str, constraints: str, values: list[np.ndarray], types: list[np.dtype], pack: int, registers: ptx.Registers
+) -> list[np.ndarray]:
+    """`tl.inline_asm_elementwise`: an array of each of types, in the shape of values. registers: of the whole program.
+
+    The asm gets `pack` elements of each value at a time, in as many 32-bit registers as they fill, and yields as many
+    of each type: of 4, one register of bytes, two of 16-bit floats, four of float32. Which elements are together is for
+    Triton to say, which takes those that follow one another in a thread's registers. Here neighbours in the last
+    dimension are, and they are on a device in the layouts that these kernels come to: a thread loads, or has of a
+    product's operand, at least four bytes of a row. A layout where it has not is only seen on a device.
+    """
+    shape, outputs = values[0].shape, [pack * kind.itemsize // 4 for kind in types]
+    inputs = [word for value in values for word in _to_words(value, pack)]
+    expected = ",".join(["=r"] * sum(outputs) + ["r"] * len(inputs))
+    if constraints != expected:
+        raise ValueError(f"constraints {constraints}, expected {expected}")
+    words = iter(ptx.run(asm, inputs, sum(outputs), registers))
+    return [
+        _from_words([next(words) for _ in range(n)], kind, shape, pack) for n, kind in zip(outputs, types, strict=True)
+    ]
+
+
+def _to_words(values: np.ndarray, pack: int) -> np.ndarray:
+    """[registers, shape's elements / pack]"""
+    if values.ndim and values.shape[-1] % pack:
+        raise ValueError(f"rows of {values.shape[-1]} are not taken {pack} at a time")
+    words = np.ascontiguousarray(values).view(np.uint32)
+    return words.reshape(-1, pack * values.itemsize // 4).T
+
+
+def _from_words(words: list[np.ndarray], kind: np.dtype, shape: tuple[int, ...], pack: int) -> np.ndarray:
+    count = np.prod(shape, dtype=int) // pack
+    columns = [np.broadcast_to(word, count) for word in words]
+    return np.stack(columns, 1).view(kind).reshape(shape)
 
 
 def widened(bits: np.ndarray) -> np.ndarray:

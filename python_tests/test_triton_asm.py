@@ -2,92 +2,43 @@
 
 from __future__ import annotations
 
-import re
-
+import numpy as np
+import ptx
 import pytest
 import torch
+from torch import Tensor
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.codebooks import affine_map, codebook_values, make_decoder, two_roundings
 
 HALVES = (torch.float16, torch.bfloat16)
-MASK = 0xFFFFFFFF
+# Every byte in every position, with other bytes around it: [words, 4], and the words.
+BYTES = np.array(
+    [[byte * factor + shift & 0xFF for factor in (1, 3, 5, 7)] for byte in range(256) for shift in (0, 91)],
+    dtype=np.uint8,
+)
+WORDS = BYTES.view(np.uint32)[:, 0]
 
 
-def prmt(a: int, b: int, selector: int) -> int:
-    """Four bytes out of the eight of a and b; bit 3 of a selector's nibble replicates the byte's sign."""
-    result = 0
-    for i in range(4):
-        nibble = selector >> 4 * i & 0xF
-        byte = (b << 32 | a) >> 8 * (nibble & 7) & 0xFF
-        if nibble & 8:
-            byte = 0xFF if byte & 0x80 else 0
-        result |= byte << 8 * i
-    return result
+def run(setup: str, asm: str, outputs: int, words: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """What asm yields for registers of packed bytes, two registers a field: float64 [fields, words, 4]."""
+    registers: ptx.Registers = {}
+    ptx.run(setup, [np.zeros(1, dtype=np.uint32)], 1, registers)
+    results = [np.broadcast_to(result, words.shape) for result in ptx.run(asm, [words], outputs, registers)]
+    fields = [np.stack(results[i : i + 2], 1) for i in range(0, outputs, 2)]
+    return torch.stack([torch.from_numpy(field.view(np.int16)).view(dtype).double() for field in fields])
 
 
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
+def decoded(decoder, dtype: torch.dtype) -> Tensor:
+    return run(decoder.setup, decoder.asm, 2 * decoder.planes * 8 // decoder.bits, WORDS, dtype)
 
 
-OPERATIONS = {
-    "mov.u32": lambda a: a,
-    "mov.b32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
-    "xor.b32": lambda a, b: a ^ b,
-    "shr.u32": lambda a, b: a >> b,
-    "prmt.b32": prmt,
-    "lop3.b32": lop3,
-}
-
-
-def execute(text: str, registers: dict[str, int]) -> None:
-    """Runs straight-line PTX; a register that is read must have been declared (or be an operand) and written."""
-    declared = {name for name in registers} | {"%tid.x"}
-    for statement in re.split(r"[;{}]", text):
-        statement = statement.strip()
-        if not statement:
-            continue
-        name, _, rest = statement.partition(" ")
-        operands = [operand.strip() for operand in rest.split(",")]
-        if name == ".reg":
-            declared |= {operand.removeprefix(".b32 ") for operand in operands}
-            continue
-        target, *sources = operands
-        assert target in declared or target.startswith("$"), statement
-        values = [int(source, 0) if source[0].isdigit() else registers[source] for source in sources]
-        registers[target] = OPERATIONS[name](*values) & MASK
-
-
-def run(setup: str, asm: str, outputs: int, word: int) -> list[int]:
-    """The 16-bit patterns that asm yields for one register of packed bytes: outputs registers, low half first."""
-    registers = {"%tid.x": 21, "$1": 0}
-    execute(setup, registers)
-    state = {**{k: v for k, v in registers.items() if not k.startswith("$")}, f"${outputs}": word}
-    execute(asm, state)
-    return [state[f"${i}"] >> shift & 0xFFFF for i in range(outputs) for shift in (0, 16)]
-
-
-def floats(patterns: list[int], dtype: torch.dtype) -> list[float]:
-    signed = [pattern - (pattern >> 15 << 16) for pattern in patterns]
-    return torch.tensor(signed, dtype=torch.int16).view(dtype).double().tolist()
-
-
-def words() -> list[int]:
-    """Every byte in every position, with other bytes around it."""
-    return [
-        sum((byte * factor + shift & 0xFF) << 8 * i for i, factor in enumerate((1, 3, 5, 7)))
-        for byte in range(256)
-        for shift in (0, 91)
-    ]
-
-
-def decoded(decoder, dtype: torch.dtype, word: int) -> list[list[float]]:
-    """Fields of four values each."""
-    outputs = 2 * decoder.planes * 8 // decoder.bits
-    values = floats(run(decoder.setup, decoder.asm, outputs, word), dtype)
-    return [values[i : i + 4] for i in range(0, len(values), 4)]
+def codes(bits: int) -> Tensor:
+    """[fields, words, 4]"""
+    return torch.stack(
+        [torch.from_numpy(BYTES.astype(np.int64)) >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -97,19 +48,22 @@ def test_every_code(format, dtype, sums):
     """decoded + constant, times unit after center: the code book's entry, rounded to dtype where it is a table's."""
     values = tuple(get_format(format).codebook().tolist())
     decoder = make_decoder(values, dtype, sums=sums)
-    unit, *rounded = two_roundings(values, dtype)
-    tables = [(unit * table.double()).tolist() for table in rounded]
-    constants = decoder.constants or (0.0,) * (decoder.planes * 8 // decoder.bits)
-    for word in words():
-        fields = decoded(decoder, dtype, word)
-        for i in range(8 // decoder.bits):
-            for byte in range(4):
-                code = word >> 8 * byte + decoder.bits * i & (1 << decoder.bits) - 1
-                planes = range(i * decoder.planes, (i + 1) * decoder.planes)
-                value = sum(fields[plane][byte] + constants[plane] for plane in planes)
-                got = decoder.unit * (value + decoder.center)
-                entry = tables[byte // 2][code] if decoder.table else values[code]
-                assert got == pytest.approx(entry, rel=0 if decoder.table else 2e-7, abs=0 if decoder.table else 2e-7)
+    fields = decoded(decoder, dtype)
+    if decoder.constants:
+        fields += torch.tensor(decoder.constants, dtype=torch.float64)[:, None, None]
+    got = decoder.unit * (fields.unflatten(0, (-1, decoder.planes)).sum(1) + decoder.center)
+    if decoder.table:
+        unit, *tables = two_roundings(values, dtype)
+        assert torch.equal(got, unit * looked_up(tables, codes(decoder.bits)))
+    else:
+        entries = torch.tensor(values, dtype=torch.float64)[codes(decoder.bits)]
+        torch.testing.assert_close(got, entries, rtol=2e-7, atol=2e-7)
+
+
+def looked_up(tables: list[Tensor], codes: Tensor) -> Tensor:
+    """Entries of the first table for the first two bytes of a word, of the second for the others."""
+    near, other = (table.double()[codes] for table in tables)
+    return torch.cat([near[..., :2], other[..., 2:]], -1)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -120,11 +74,7 @@ def test_exact_tables(format, dtype):
     decoder = make_decoder(values, dtype, exact=True)
     unit, *tables = two_roundings(values, dtype)
     assert (decoder.constants, decoder.unit, decoder.center, decoder.planes) == ((), unit, 0.0, 1)
-    rounded = [table.double().tolist() for table in tables]
-    for word in words():
-        for i, field in enumerate(decoded(decoder, dtype, word)):
-            codes = [word >> 8 * j + decoder.bits * i & len(values) - 1 for j in range(4)]
-            assert field == [rounded[j // 2][code] for j, code in enumerate(codes)]
+    assert torch.equal(decoded(decoder, dtype), looked_up(tables, codes(decoder.bits)))
 
 
 @pytest.mark.parametrize("format", [name for name in lk.format_names() if get_format(name).bits < 8])
@@ -168,8 +118,32 @@ def test_constants(format, dtype):
         return
     assert len(lines) == len(decoder.constants) + 1
     for line, value in zip(lines, [*decoder.constants, 1.0], strict=True):
-        for word in (0, MASK, 0x12345678):
-            assert floats(run(decoder.setup, line, 2, word), dtype) == [value] * 4
+        assert (run(decoder.setup, line, 2, WORDS, dtype) == value).all()
+
+
+def test_evaluator():
+    """Instructions by examples in which every bit tells, and what is refused."""
+    a, b = np.uint32(0x33221180), np.uint32(0x77665544)
+    assert ptx.prmt(a, b, np.uint32(0x7531)) == 0x77553311
+    assert ptx.prmt(a, b, np.array([0x3120, 0x9840], dtype=np.uint32)).tolist() == [0x33112280, 0x00FF4480]
+    assert ptx.lop3(a, b, np.uint32(0xF00F), np.uint32(0xEA)) == a & b | 0xF00F
+    assert ptx.lop3(a, b, np.uint32(0xF00F), np.uint32(0xAE)) == ~a & b | 0xF00F
+    refused = {
+        "mul.lo.u32 $0, $1, $1;": "no such instruction",
+        "xor.b32 $0, $1;": "no such instruction",
+        ".reg .b64 w; mov.b32 $0, $1;": "no such declaration",
+        ".reg .b32 w; .reg .b32 w; mov.b32 $0, $1;": "w is declared twice",
+        "mov.b32 $0, w;": "no register w",
+        "mov.b32 w, $1; mov.b32 $0, w;": "no register w",
+        "{ .reg .b32 w; mov.b32 w, $1; } mov.b32 $0, w;": "no register w",
+        ".reg .b32 w; mov.b32 $0, w;": "w is read before it is written",
+        "mov.b32 $1, $1; mov.b32 $0, $1;": r"no register \$1",
+        ".reg .b32 w; mov.b32 w, $1;": r"\$0 is missing",
+        "{ mov.b32 $0, $1;": "a brace is missing",
+    }
+    for text, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            ptx.run(text, [a], 1, {})
 
 
 def test_affine_map():
