@@ -1,12 +1,17 @@
-"""The Triton kernels against float64: on a CUDA device, or on a CPU where TRITON_INTERPRET=1 (see test_triton.py)."""
+"""The Triton kernels against float64: on a CUDA device, or on a CPU where TRITON_INTERPRET=1 (see test_triton.py).
+
+Interpreted they decode by plain Triton, but for the tests that take the fixture `asm`."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
+from types import SimpleNamespace
 
 import interpreter
+import ptx
 import pytest
 import torch
 from helpers import FORMATS, adapter, gaussian, op_arguments
@@ -133,6 +138,79 @@ def test_decoded_weights_are_exact(format, dtype, device):
         if device == "cpu" or format.startswith("int"):
             assert torch.equal(weight, packed.dequantize(dtype))
         assert ((weight.double() - exact).abs() <= (unit + 2.0**-10) * exact.abs()).all()
+
+
+@pytest.fixture
+def asm(device, monkeypatch) -> list[str]:
+    """The kernels decode by inline PTX, as on a device. The texts that the interpreter comes to are added to the list.
+
+    The kernels' modules ask Triton and `triton_backend` whether they are interpreted: here they hear that they are not.
+    """
+    texts = []
+    if device == "cpu":
+        from loftq_kernels.triton_kernels import decode_linear
+
+        run = ptx.run
+        monkeypatch.setattr(ptx, "run", lambda text, *operands: texts.append(text) or run(text, *operands))
+        monkeypatch.setattr(decode_linear, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+        monkeypatch.setattr(decode_linear, "_plans", {})  # made for kernels without
+        about = SimpleNamespace(**{**vars(triton_backend._device(torch.device("cpu"))), "asm": True})
+        monkeypatch.setattr(triton_backend, "_device", lambda device: about)
+    return texts
+
+
+@functools.cache
+def packed_and_exact(format: str, group_size: int, n: int, k: int) -> tuple[lk.PackedTensor, torch.Tensor]:
+    packed = lk.quantize(gaussian(n, k, seed=n + k), format, group_size)
+    return packed, exact_dequantize(packed)
+
+
+def check_asm(asm, path, format, dtype, group_size, one_sign, shape, device):
+    """||error|| of ours at most 1.2 times that of plain torch at the same dtype; path: a forward one, or "grad_input".
+
+    By norms, for a largest error is that of an output's rounding. Without any allowance, for plain torch rounds its
+    output as well, which is most of its error: one rounding more would hide a table twice as wrong as rounded weights.
+    """
+    rows, n, k = shape
+    packed, weight = packed_and_exact(format, group_size, n, k)
+    packed = packed.to(device)
+    plain = packed.dequantize(dtype, backend="reference")
+    x = gaussian(rows, n if path == "grad_input" else k, seed=rows)
+    x = (x.abs() if one_sign else x).to(device, dtype)
+    if path == "grad_input":
+        arguments = x, *op_arguments(packed), k, group_size, None, None, 1.0
+        ours = triton_backend.qlora_linear_grad_input(*arguments, path="fused")
+    else:
+        weight, plain = weight.T, plain.T
+        arguments = x, *op_arguments(packed), group_size, None, None, 1.0, None
+        ours = triton_backend.qlora_linear(*arguments, path=path)
+    if device == "cpu" and (
+        path == "decode" or packed.bits < 8
+    ):  # the large tiles' 8-bit codes are Triton's to convert
+        assert any("$2" in text for text in asm), "no asm decoded"
+    exact = x.double().cpu() @ weight
+    error, limit = ((y.double().cpu() - exact).norm().item() for y in (ours, x @ plain))
+    assert error <= 1.2 * limit, f"{error / limit:.2f} times the error of plain torch"
+
+
+@pytest.mark.parametrize("one_sign", [False, True], ids=["both signs", "one sign"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("format", ["nf2", "int2", "nf4", "int4", "uniform4", "int8", "int8_sym"])
+@pytest.mark.parametrize("path", ["decode", "prefill", "grad_input"])
+def test_asm(path, format, dtype, group_size, one_sign, device, asm):
+    """Tails of a tile and of a group in either dimension. x of one sign: errors of the weights add up."""
+    shape = (3 if path == "decode" else 17), 131, 330
+    check_asm(asm, path, format, dtype, group_size, one_sign, shape, device)
+
+
+@pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int2_sym", -1)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("path", ["decode", "prefill", "grad_input"])
+def test_asm_of_long_sums(path, dtype, format, group_size, device, asm):
+    """With x of one sign what is wrong on average grows with the sum's length, and roundings with its root."""
+    shape = (17, 2000, 131) if path == "grad_input" else (3 if path == "decode" else 17, 131, 2000)
+    check_asm(asm, path, format, dtype, group_size, True, shape, device)
 
 
 @pytest.mark.parametrize("path", PATHS)
