@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreter
 import numpy as np
 import ptx
 import pytest
@@ -144,6 +145,21 @@ def test_evaluator():
     for text, message in refused.items():
         with pytest.raises(ValueError, match=message):
             ptx.run(text, [a], 1, {})
+
+
+def test_inline_asm():
+    """As the interpreter packs elements: 16-bit outputs in two registers of neighbours, 32-bit ones in four."""
+    pairs = "".join(f"prmt.b32 ${i}, $6, 0, {selector:#x}; " for i, selector in enumerate((0x4140, 0x4342)))
+    singles = "".join(f"prmt.b32 ${2 + i}, $6, zero, {0x4440 + i:#x}; " for i in range(4))
+    setup = ".reg .b32 zero; mov.b32 zero, $1; mov.b32 $0, $1;"
+    kinds, registers = [np.dtype(np.uint16), np.dtype(np.float32)], {}
+    interpreter.inline_asm(setup, "=r,r", [np.zeros((), np.int32)], [np.dtype(np.int32)], 1, registers)
+    values = BYTES.reshape(16, 128)
+    short, single = interpreter.inline_asm(pairs + singles, "=r,=r,=r,=r,=r,=r,r", [values], kinds, 4, registers)
+    assert np.array_equal(short, values) and np.array_equal(single.view(np.uint32), values)
+    for constraints, rows in (("=r,r", values), ("=r,=r,=r,=r,=r,=r,r", values[:, :6])):
+        with pytest.raises(ValueError, match="constraints|rows of 6"):
+            interpreter.inline_asm(pairs + singles, constraints, [rows], kinds, 4, registers)
 
 
 def test_affine_map():

@@ -1,6 +1,6 @@
 """The Triton decode kernel against float64: interpreted in a process of its own, and on a GPU if there is one.
 
-The interpreter runs no PTX; test_triton_asm.py proves that.
+Interpreted it decodes by plain Triton here; test_triton_kernels.py runs the PTX as well, test_triton_asm.py it alone.
 """
 
 from __future__ import annotations
