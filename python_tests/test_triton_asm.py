@@ -23,12 +23,12 @@ WORDS = BYTES.view(np.uint32)[:, 0]
 
 
 def run(setup: str, asm: str, outputs: int, words: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """What asm yields for registers of packed bytes, two registers a field: float64 [fields, words, 4]."""
+    """What asm yields for registers of packed bytes, as many a field as dtype has bytes: float64 [fields, words, 4]."""
     registers: ptx.Registers = {}
     ptx.run(setup, [np.zeros(1, dtype=np.uint32)], 1, registers)
     results = [np.broadcast_to(result, words.shape) for result in ptx.run(asm, [words], outputs, registers)]
-    fields = [np.stack(results[i : i + 2], 1) for i in range(0, outputs, 2)]
-    return torch.stack([torch.from_numpy(field.view(np.int16)).view(dtype).double() for field in fields])
+    fields = [np.stack(results[i : i + dtype.itemsize], 1) for i in range(0, outputs, dtype.itemsize)]
+    return torch.stack([torch.from_numpy(field.view(np.uint8)).view(dtype).double() for field in fields])
 
 
 def decoded(decoder, dtype: torch.dtype) -> Tensor:
@@ -81,19 +81,10 @@ def test_exact_tables(format, dtype):
 @pytest.mark.parametrize("format", [name for name in lk.format_names() if get_format(name).bits < 8])
 def test_float32_tables(format):
     """exact=True: the code book's entries, bit for bit."""
-    values = tuple(get_format(format).codebook().tolist())
-    decoder = make_decoder(values, torch.float32, exact=True)
-    fields = 8 // decoder.bits
-    for word in words():
-        halves = run(decoder.setup, decoder.asm, 4 * fields, word)
-        patterns = [low | high << 16 for low, high in zip(halves[::2], halves[1::2], strict=True)]
-        expected = [
-            values[word >> 8 * byte + decoder.bits * field & len(values) - 1]
-            for field in range(fields)
-            for byte in range(4)
-        ]
-        signed = torch.tensor([p - (p >> 31 << 32) for p in patterns], dtype=torch.int32)
-        assert torch.equal(signed.view(torch.float32), torch.tensor(expected))
+    codebook = get_format(format).codebook()
+    decoder = make_decoder(tuple(codebook.tolist()), torch.float32, exact=True)
+    fields = run(decoder.setup, decoder.asm, 4 * 8 // decoder.bits, WORDS, torch.float32)
+    assert torch.equal(fields, codebook.double()[codes(decoder.bits)])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -193,9 +193,7 @@ def _multiply(
     constants = _constants(tl.load(codes + some), CONSTANTS, CONSTANT_ASM, DTYPE)
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zeros
-    part = zeros
     total = zeros
-    base = zeros
     for t in range(first, last, TILES):
         packed = _load_codes(codes_at, row_bytes - t * (LOADS * SLICE), k, TILES * LOADS, EVEN)
         next_scales = scales
@@ -207,17 +205,14 @@ def _multiply(
                 next_offsets = _load_groups(offset_at, group, G, GROUPS, WIDE)
         for b in tl.static_range(TILES // SPAN):
             xs = _load_x(x_at + b * (SPAN * 64), K - (t + b * SPAN) * 64, k, 4 * SPAN, EVEN)
+            part = zeros
             if GROUP:
-                part = zeros
                 total = zeros
             # Constants first: all rows of the weight share their products.
             if SUMS:
                 total = _sum(constants[len(CONSTANTS)], xs, 0, 2 if HALVES else 4 * SPAN, total)
             if CORRECT:
-                if GROUP:
-                    part = _correct(constants, xs, 0, 2 if HALVES else 4 * SPAN, LOADS, PLANES, part)
-                else:
-                    base = _correct(constants, xs, 0, 4 * SPAN, LOADS, PLANES, base)
+                part = _correct(constants, xs, 0, 2 if HALVES else 4 * SPAN, LOADS, PLANES, part)
             for u in tl.static_range(SPAN):
                 fields = _decode_tile(packed, (b * SPAN + u) * LOADS, codebook, ASM, TABLE, BITS, PLANES, DTYPE)
                 for s in tl.static_range(4):
@@ -237,12 +232,14 @@ def _multiply(
                     acc, part, total, scales[GROUPS * SPAN // TILES * (b + 1) - 1],
                     offsets[GROUPS * SPAN // TILES * (b + 1) - 1], offset is not None, UNIT, CENTER,
                 )  # fmt: skip
+            else:
+                acc += part  # of which the constants' large terms have cancelled
         scales = next_scales
         offsets = next_offsets
         codes_at += TILES * LOADS * SLICE
         x_at += TILES * 64
     if not GROUP:
-        acc = _add_group(acc, part + base, total, scales[0], offsets[0], offset is not None, UNIT, CENTER)
+        acc = _add_group(zeros, acc, total, scales[0], offsets[0], offset is not None, UNIT, CENTER)
     return acc
 
 
