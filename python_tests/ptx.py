@@ -40,6 +40,7 @@ OPERATIONS = {
     "mov.b32": (1, lambda a: a),
     "and.b32": (2, np.bitwise_and),
     "xor.b32": (2, np.bitwise_xor),
+    "shl.b32": (2, lambda a, b: np.where(b < 32, a << (b & 31), np.uint32(0))),
     "shr.u32": (2, lambda a, b: np.where(b < 32, a >> (b & 31), np.uint32(0))),
     "prmt.b32": (3, prmt),
     "lop3.b32": (4, lop3),

@@ -204,7 +204,7 @@ def test_asm(path, format, dtype, group_size, one_sign, device, asm):
     check_asm(asm, path, format, dtype, group_size, one_sign, shape, device)
 
 
-@pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int2_sym", -1)])
+@pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int2_sym", 64), ("int2_sym", -1)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("path", ["decode", "prefill", "grad_input"])
 def test_asm_of_long_sums(path, dtype, format, group_size, device, asm):

@@ -278,8 +278,10 @@ def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], str, tu
     fields = [(bits * i, 0) for i in range(8 // bits)]  # (first bit in the byte, power of two it counts)
     if bits > mantissa:  # int8 in bfloat16: a plane for each nibble
         width, fields = 4, [(0, 0), (4, 4)]
-    # A field that fits into the mantissa where it lies needs no shift; its bias is the smaller.
-    places = [position if position + width <= mantissa else 0 for position, _ in fields]
+    # A field that fits into the mantissa where it lies needs no shift, and the higher it lies the smaller is its bias,
+    # with which float32 sums grow before they cancel. So float16 lifts all by the bits that it has above a byte.
+    lift = max(mantissa - 8, 0)
+    places = [position + lift if position + lift + width <= mantissa else 0 for position, _ in fields]
     exponents = [mantissa - place + power for place, (_, power) in zip(places, fields, strict=True)]
     magics = [(EXPONENT_BIAS[dtype] + exponent) << mantissa for exponent in exponents]
     words = sorted(set(magics))
@@ -288,10 +290,9 @@ def _affine_asm(bits: int, dtype: torch.dtype) -> tuple[tuple[int, ...], str, tu
     for pair in (0, 1):
         for i, (place, (position, _)) in enumerate(zip(places, fields, strict=True)):
             shift = 8 * pair + position - place
-            source = "w"
+            source = "t" if shift else "w"
             if shift:
-                lines.append(f"shr.u32 t, w, {shift};")
-                source = "t"
+                lines.append(f"shr.u32 t, w, {shift};" if shift > 0 else f"shl.b32 t, w, {-shift};")
             mask = ((1 << width) - 1) << place
             magic = f"loftq_w{words.index(magics[i])}"
             lines.append(f"lop3.b32 ${2 * i + pair}, {source}, {mask * 0x10001:#x}, {magic}, {LOP3_AND_OR:#x};")

@@ -73,7 +73,7 @@ TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 2, 16, "tall"): (Config(16, 64, 256, 2, 4, 4),),
     Key("decode", 80, 2, 16, "small"): (Config(16, 64, 256, 2, 4, 4),),
     Key("decode", 80, 4, 8, "tall"): (Config(8, 64, 256, 2, 4, 4),),
-    Key("decode", 80, 4, 8, "small"): (Config(8, 32, 256, 2, 4, 4),),
+    Key("decode", 80, 4, 8, "small"): (Config(8, 64, 256, 2, 4, 4),),
     Key("decode", 80, 4, 16, "tall"): (Config(16, 64, 128, 2, 4, 4),),
     Key("decode", 80, 4, 16, "small"): (Config(16, 32, 256, 2, 4, 4),),
     Key("decode", 80, 8, 8, "tall"): (Config(8, 64, 128, 2, 4, 4),),
@@ -214,11 +214,9 @@ def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool,
     """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
     than there are, and spills: 168 or, with offsets, 128 rows or float32 x, 255, for 6 or 4 programs of 64 threads a
     multiprocessor."""
-    if not half:
+    if affine or not half or config.block_n >= 128:
         return 255
-    if adapters or (bits == 2 and (affine or (config.block_m == 16 and config.block_n >= 64))):
-        return 255 if affine or config.block_n >= 128 else 168
-    return None
+    return 168 if adapters or (bits == 2 and config.block_m == 16) else None
 
 
 def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_size: int = TILE) -> str | None:

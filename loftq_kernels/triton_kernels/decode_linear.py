@@ -166,7 +166,8 @@ def _multiply(
     CORRECT: tl.constexpr = len(CONSTANTS) > 0
     SUMS: tl.constexpr = CENTER != 0.0 or offset is not None
     HALVES: tl.constexpr = GROUP == 32  # two groups a tile
-    SPAN: tl.constexpr = TILES if GROUP == 0 else (1 if HALVES else GROUP // 64)  # tiles that are summed unscaled
+    # Tiles that are summed unscaled; large constants are to cancel before much is added to them.
+    SPAN: tl.constexpr = (1 if CORRECT else TILES) if GROUP == 0 else (1 if HALVES else GROUP // 64)
     GROUPS: tl.constexpr = (2 if HALVES else 1) * (TILES // SPAN)  # an iteration
     # A thread that is given a whole row of the bytes keeps it, and Triton then decodes ahead of shared memory, at three
     # times the instructions: so rows of 16 bytes are not to be known as aligned to 16.
