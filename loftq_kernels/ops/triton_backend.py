@@ -51,7 +51,7 @@ def _device(device: torch.device) -> SimpleNamespace:
     return SimpleNamespace(
         architecture=10 * properties.major + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        asm=torch.version.hip is None,
+        asm=True,
     )
 
 
@@ -66,6 +66,7 @@ def _launchers() -> SimpleNamespace:
         dequantize,
         grad_input,
         lora,
+        paths,
         prefill_linear,
         tiles,
     )
@@ -85,6 +86,7 @@ def _launchers() -> SimpleNamespace:
         )},
         autotune=autotune,
         configs=configs,
+        paths=paths,
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def qlora_linear(
     *,
     path: str | None = None,
 ) -> Tensor:
-    """As `reference.qlora_linear`. path: "decode", "prefill" or "chunked" instead of what `choose_path` says."""
+    """As `reference.qlora_linear`. path: "decode", "prefill" or "chunked" instead of what `paths` says."""
     weight = codes, scale, offset, codebook, group_size
     decision = _decision(x, *weight, lora_A, lora_B, None, bias, path)
     if decision == "reference":
@@ -224,10 +226,13 @@ def _decision(x, codes, scale, offset, codebook, group_size, lora_A, lora_B, ada
     if rows == 0 or codes.shape[0] == 0:
         decision = "empty"
     elif path is not None:
+        if path not in ("decode", "prefill", "chunked"):
+            raise ValueError(f"path={path!r} is none of decode, prefill and chunked")
         decision = path
     else:
-        choose = _launchers().configs.choose_path
-        decision = choose(rows, _device(x.device).architecture, half_precision=x.dtype != torch.float32)
+        about, bits = _device(x.device), codebook.numel().bit_length() - 1
+        shape = rows, codes.shape[0], x.shape[-1], bits, about.architecture, about.multiprocessors
+        decision = _launchers().paths.choose_linear(*shape, half=x.dtype != torch.float32)
     if key is not None:
         if len(_decisions) >= 4096:
             _decisions.clear()
@@ -313,7 +318,7 @@ def _linear(
 
             run(_tile("prefill", x.device, shape, weight[4], run))
         else:
-            chunk_bytes = launch.configs.crossover(device.architecture).chunk_bytes
+            chunk_bytes = launch.paths.device_of(device.architecture).chunk_bytes
             launch.chunked_linear(rows, *weight, bias, y, chunk_bytes)
             if h is not None:
                 launch.launch_lora_expand(y, h, lora_B, adapter_ids)
@@ -345,7 +350,7 @@ def qlora_linear_grad_input(
     *,
     path: str | None = None,
 ) -> Tensor:
-    """As `reference.qlora_linear_grad_input`. path: "fused" or "chunked" instead of what the crossover says."""
+    """As `reference.qlora_linear_grad_input`. path: "fused" or "chunked" instead of what `paths` says."""
     checks.check_grad_input(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B)
     _check_scale_dtype(scale)
     if grad_y.dtype not in DTYPES or unavailable(grad_y.device):
@@ -361,13 +366,15 @@ def qlora_linear_grad_input(
     grad_x = grad_y.new_empty(rows.shape[0], in_features)
     codes, scale, offset, codebook = (None if t is None else t.contiguous() for t in (codes, scale, offset, codebook))
     weight = codes, scale, offset, codebook, group_size
-    limits = launch.configs.crossover(device.architecture)
-    fused = path == "fused" if path else rows.shape[0] <= limits.grad_input
+    shape = rows.shape[0], in_features, rows.shape[1], codebook.numel().bit_length() - 1
+    half = grad_y.dtype != torch.float32
+    if path is None:
+        path = launch.paths.choose_grad_input(*shape, device.architecture, device.multiprocessors, half=half)
     with _on(grad_y.device):
         h = None
         if lora_A is not None and lora_A.shape[0] > 0:
             h = launch.launch_lora_shrink(rows, lora_B.T.unsqueeze(0), None, scaling, device.multiprocessors)
-        if fused and grad_y.dtype != torch.float32:
+        if path == "fused" and half:
             entries = launch.codebook_values(codebook)
             decoding = launch.decode_constexprs(entries, grad_y.dtype, device.asm, along=False)
             arguments = *weight, decoding, h, None if h is None else lora_A, grad_x
@@ -378,7 +385,8 @@ def qlora_linear_grad_input(
 
             run(_tile("grad_input", grad_y.device, shape, group_size, run))
         else:
-            launch.chunked_grad_input(rows, *weight, grad_x, limits.chunk_bytes)
+            chunk_bytes = launch.paths.device_of(device.architecture).chunk_bytes
+            launch.chunked_grad_input(rows, *weight, grad_x, chunk_bytes)
             if h is not None:
                 launch.launch_lora_expand(grad_x, h, lora_A.T.unsqueeze(0), None)
     return grad_x.view(*grad_y.shape[:-1], in_features)
