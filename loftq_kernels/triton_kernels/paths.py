@@ -1,4 +1,4 @@
-"""Which kernel serves a product: decode, large tiles of packed weights ("fused"), or chunks for a library GEMM ("chunked").
+"""Which kernel serves a product: decode, large tiles of packed weights (fused), or chunks for a library GEMM (chunked).
 
 Up to `DECODE_ROWS` rows it is decode. Beyond, the clocks of the other two are estimated from the shape, the bits and
 the device, and the smaller estimate is taken. The figures of `DEVICES` are counted (products, instructions: docs/
@@ -75,7 +75,8 @@ def _fused_is_faster(kernel: str, shape: tuple[int, int, int, int], capability: 
 def _fused_clocks(
     kernel: str, shape: tuple[int, int, int, int], device: Device, capability: int, multiprocessors: int
 ) -> float:
-    """Waves of programs, each of which decodes its weights behind its products or, if it is more, the other way round."""
+    """Waves of programs, each of which decodes its weights behind its products or, if that is more, products behind
+    decoding."""
     bits, rows, columns, summed = shape
     config = configs.choose(kernel, capability, *shape, multiprocessors)
     splits = configs.splits(config, *shape, multiprocessors)
