@@ -54,6 +54,19 @@ def test_nothing_is_held_twice_and_layers_go_on_working():
 
 
 @torch.no_grad()
+def test_layers_of_weights_alone():
+    """No adapter and no bias; then a bias that moves from one layer to another."""
+    layers, x = make_layers(ranks=(None, None), outs=(64, 64), bias=(False, False)), gaussian(3, 130)
+    group = lk.QuantLoRALinearGroup(layers)
+    bias = nn.Parameter(gaussian(64))
+    for own in ((None, None), (bias, None), (None, bias)):
+        for layer, value in zip(layers, own, strict=True):
+            layer.bias = value
+        for mine, layer in zip(group(x), layers, strict=True):
+            torch.testing.assert_close(mine, layer(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_sees_parameters_that_were_replaced():
     """Also by ones that got the ids and the memory of those before them, as two swaps in a row can bring about."""
     layers, x = make_layers(), gaussian(3, 130)

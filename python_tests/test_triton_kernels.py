@@ -247,6 +247,16 @@ def test_an_id_out_of_range_shows_in_its_row_alone(adapters, rank, dtype, device
         torch.testing.assert_close(y[2], plain[2], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_an_adapters_inf_shows_in_its_rows_alone(path, device):
+    packed, x = lk.quantize(gaussian(7, 64)).to(device), gaussian(3, 64, device=device, dtype=torch.float16)
+    lora_A, lora_B = gaussian(2, 3, 64, device=device), gaussian(2, 7, 3, device=device)
+    lora_B[1, 5] = float("inf")
+    ids = torch.tensor([0, 1, -1], device=device)
+    y = triton_backend.qlora_linear_multi(x, *op_arguments(packed), 64, lora_A, lora_B, ids, 1.0, None, path=path)
+    assert (~y.isfinite()).nonzero().tolist() == [[1, 5]]
+
+
 def test_float64_scales_are_rounded_or_refused(device):
     """16 bits of them at a time would be other numbers; the wrapper rounds them, the ops refuse."""
     packed, x = lk.quantize(gaussian(7, 128), "int4").to(device), gaussian(3, 128, device=device)

@@ -18,6 +18,11 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _state_of(parameter: Tensor | None) -> tuple[int, int]:
+    """What changes with a parameter's values."""
+    return (0, 0) if parameter is None else (parameter._version, parameter.data_ptr())
+
+
 class QuantLoRALinearGroup:
     """(y_0, y_1, ...) with y_i = layers[i](x), as one product with the weights on top of each other.
 
@@ -27,7 +32,8 @@ class QuantLoRALinearGroup:
     without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
     It is made anew when an adapter, bias or scaling has changed, with two exceptions:
 
-    * A write to ``parameter.data`` (``p.data.copy_(...)``) leaves no trace that PyTorch keeps: call `invalidate` after.
+    * A write to ``parameter.data`` (``p.data.copy_(...)``), or by the replay of a CUDA graph, leaves no trace that
+      PyTorch keeps: call `invalidate` after.
     * A CUDA graph that is captured after a call reads the copy of that call, for good. It never sees a later change,
       `invalidate` or not: capture it anew.
 
@@ -134,12 +140,13 @@ class QuantLoRALinearGroup:
     def _adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Stacked lora_A [sum of ranks, K], block-diagonal lora_B with the scalings, stacked bias; remembered until a
         layer's own change, except where gradients flow through them or a compiler traces."""
-        own = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B, layer.bias) if p is not None]
+        of_layers = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B, layer.bias)]
+        own = [p for p in of_layers if p is not None]
         traced = torch.compiler.is_compiling() or any(p.is_inference() for p in own)
         if traced or (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
             return self._stacked_adapters_and_bias()
         capturing = _capturing(self.layers[0].codes)
-        if self._cached is not None and self._is_current(self._cached[0], own):
+        if self._cached is not None and self._is_current(self._cached[0], of_layers):
             stacked = self._cached[1]
             if capturing and not any(stacked is kept for kept in self._in_graphs):
                 self._in_graphs.append(stacked)  # the graph reads this memory, and nobody tells when the graph ends
@@ -147,23 +154,23 @@ class QuantLoRALinearGroup:
         with torch.inference_mode(False), torch.no_grad():
             stacked = self._stacked_adapters_and_bias()
         if not capturing:  # what a graph computes has no values before the graph runs
-            if own[0].is_cuda:
+            if own and own[0].is_cuda:
                 torch.cuda.current_stream(own[0].device).synchronize()  # other streams will read it
             # The parameters themselves, not their ids and addresses, which those that replace them may be given.
-            of_parameters = [(p, p._version, p.data_ptr()) for p in own]
+            of_parameters = [(p, *_state_of(p)) for p in of_layers]
             self._cached = [*of_parameters, *self._settings()], stacked
         return stacked
 
     def _settings(self) -> list[tuple[float, bool]]:
         return [(layer.scaling, layer.adapter_enabled) for layer in self.layers]
 
-    def _is_current(self, made_of: list, own: list[Tensor]) -> bool:
+    def _is_current(self, made_of: list, of_layers: list[Tensor | None]) -> bool:
         """Whether a copy made of these parameters, as they were, and settings is of the layers as they are."""
-        if made_of[len(own) :] != self._settings():
+        if made_of[len(of_layers) :] != self._settings():
             return False
         return all(
-            kept is p and (version, address) == (p._version, p.data_ptr())
-            for (kept, version, address), p in zip(made_of, own, strict=False)
+            kept is p and (version, address) == _state_of(p)
+            for (kept, version, address), p in zip(made_of, of_layers, strict=False)
         )
 
     def _stacked_adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

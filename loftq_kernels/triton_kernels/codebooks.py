@@ -101,7 +101,8 @@ def two_roundings(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float,
     near, other = _rounded_twice(exact / units, dtype)
     errors = torch.stack([table.double() * units - exact for table in (near, other)])
     of_mean, of_each = errors.mean(0).square().mean(1).sqrt(), errors.square().mean((0, 2)).sqrt()
-    best = int((8 * errors.mean((0, 2)).abs() + of_mean + 0.3 * of_each).argmin())
+    score = 8 * errors.mean((0, 2)).abs() + of_mean + 0.3 * of_each
+    best = int(score.nan_to_num(nan=math.inf).argmin())  # not a number where an entry / unit overflows
     return units[best].item(), near[best], other[best]
 
 

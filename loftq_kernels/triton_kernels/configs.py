@@ -12,7 +12,15 @@ from itertools import product
 from typing import NamedTuple
 
 TILE = 64  # columns: the tile of the storage contract
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}  # bytes a block
 KERNELS = ("decode", "prefill", "grad_input")
 SHAPES = ("small", "tall")
 DECODE_BLOCK_M = (8, 16)  # columns of an mma instruction; fewer rows of x are padded
@@ -194,7 +202,7 @@ def splits(config: Config, bits: int, rows: int, out_features: int, in_features:
     float32 parts, written and read, are no more bytes than the codes."""
     programs = _programs(config, rows, out_features)
     steps = cdiv(in_features, config.block_k)
-    most = in_features * bits // (64 * cdiv(rows, config.block_m) * config.block_m)
+    most = in_features * bits // (64 * cdiv(max(rows, 1), config.block_m) * config.block_m)
     count = 1
     while (
         count < 16

@@ -131,7 +131,7 @@ def lora_up(
     own = counters_of(counters, R, row_block, BLOCK_R)
     while tl.atomic_add(own, 0, sem="acquire") < rank_blocks:
         pass
-    if tl.atomic_add(own + 1, 1, sem="relaxed") == tl.cdiv(N, BLOCK_N) - 1:
+    if tl.atomic_add(own + 1, 1, sem="acq_rel") == tl.cdiv(N, BLOCK_N) - 1:
         tl.store(own, 0)  # all tiles have seen it
         tl.store(own + 1, 0)
     tl.debug_barrier()
@@ -148,7 +148,9 @@ def lora_up(
             own_B = lora_B + tl.where(is_first, adapter, 0) * N * R
             rows = tl.where(is_first, N, 0)
             r0 = i % rank_blocks * BLOCK_R
-            acc = _up_product(acc, x, down_at, own_B, used & is_first, n, r0, rows, R, BLOCK_M, BLOCK_R)
+            zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            up = _up_product(zeros, x, down_at, own_B, used & is_first, n, r0, rows, R, BLOCK_M, BLOCK_R)
+            acc += tl.where(used[None, :], up, 0.0)  # an adapter's Inf times other rows' zeros would be their NaN
         # An adapter that is not there shows in its row, not in a neighbour's memory.
         acc += tl.where((ids >= -1) & (ids < S), 0.0, float("nan"))[None, :]
     return acc

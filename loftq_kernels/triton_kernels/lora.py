@@ -125,11 +125,20 @@ def add_lora(
                     place = m_in[None, :] * R + r_in[:, None]
                     b = tl.load(b_rows[:, None] + r_in[None, :] * stride_br)
                 part = tl.load(h + place, mask=inside, other=0.0)
-                if ROWS_FIRST:
-                    acc = tl.dot(part, b.to(dtype), acc, input_precision="ieee")
-                else:
-                    acc = tl.dot(b.to(dtype), part, acc, input_precision="ieee")
+                if ids is None:
+                    acc = _product(part, b.to(dtype), acc, ROWS_FIRST)
+                else:  # an adapter's Inf times other rows' zeros would be their NaN
+                    up = _product(part, b.to(dtype), tl.zeros(acc.shape, tl.float32), ROWS_FIRST)
+                    acc += tl.where(mine[:, None] if ROWS_FIRST else mine[None, :], up, 0.0)
     return acc
+
+
+@triton.jit
+def _product(h, b, acc, ROWS_FIRST: tl.constexpr):
+    if ROWS_FIRST:
+        return tl.dot(h, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(b, h, acc, input_precision="ieee")
 
 
 @triton.jit

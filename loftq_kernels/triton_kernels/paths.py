@@ -91,5 +91,6 @@ def _chunked_clocks(shape: tuple[int, int, int, int], device: Device, multiproce
     bits, rows, columns, summed = shape
     weights = columns * summed
     chunks = cdiv(2 * weights, device.chunk_bytes)
-    products = cdiv(rows, 64) * 64 * weights / (device.products * multiprocessors)
+    tiles = cdiv(rows, 128) * cdiv(columns, 128 * chunks)  # of the library's GEMM, which may split each in 4
+    products = cdiv(rows, 64) * 64 * weights / (device.products * min(4 * tiles, multiprocessors))
     return 2 * chunks * LAUNCH + weights * (4 + bits / 8) / device.l2_bytes + products
