@@ -247,7 +247,7 @@ def test_an_id_out_of_range_shows_in_its_row_alone(adapters, rank, dtype, device
         torch.testing.assert_close(y[2], plain[2], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["decode", "chunked"])
 def test_an_adapters_inf_shows_in_its_rows_alone(path, device):
     packed, x = lk.quantize(gaussian(7, 64)).to(device), gaussian(3, 64, device=device, dtype=torch.float16)
     lora_A, lora_B = gaussian(2, 3, 64, device=device), gaussian(2, 7, 3, device=device)

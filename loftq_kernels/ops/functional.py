@@ -172,7 +172,8 @@ def qlora_linear(
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias
 
     With ``adapter_ids`` each row of x has an adapter of its own: lora_A is [S, r, K], lora_B [S, N, r], and row m takes
-    those of index adapter_ids[m], or none where that is -1. Adapters of lower rank are padded with zeros.
+    those of index adapter_ids[m], or none where that is -1. Adapters of lower rank are padded with zeros. On a GPU, and
+    with more than 16 rows, Inf or NaN in an adapter may also reach rows of others that are multiplied beside its own.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; under autocast it is cast as for `nn.Linear`.

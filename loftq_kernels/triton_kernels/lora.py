@@ -125,20 +125,14 @@ def add_lora(
                     place = m_in[None, :] * R + r_in[:, None]
                     b = tl.load(b_rows[:, None] + r_in[None, :] * stride_br)
                 part = tl.load(h + place, mask=inside, other=0.0)
-                if ids is None:
-                    acc = _product(part, b.to(dtype), acc, ROWS_FIRST)
-                else:  # an adapter's Inf times other rows' zeros would be their NaN
-                    up = _product(part, b.to(dtype), tl.zeros(acc.shape, tl.float32), ROWS_FIRST)
-                    acc += tl.where(mine[:, None] if ROWS_FIRST else mine[None, :], up, 0.0)
+                if ROWS_FIRST and ids is not None:  # an adapter's Inf times other rows' zeros would be their NaN
+                    up = tl.dot(part, b.to(dtype), tl.zeros(acc.shape, tl.float32), input_precision="ieee")
+                    acc += tl.where(mine[:, None], up, 0.0)
+                elif ROWS_FIRST:
+                    acc = tl.dot(part, b.to(dtype), acc, input_precision="ieee")
+                else:  # a tile of prefill has no registers left for a second product: there it is their NaN
+                    acc = tl.dot(b.to(dtype), part, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def _product(h, b, acc, ROWS_FIRST: tl.constexpr):
-    if ROWS_FIRST:
-        return tl.dot(h, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(b, h, acc, input_precision="ieee")
 
 
 @triton.jit
