@@ -6,11 +6,13 @@ the median of the replays over the calls of a graph. Peers that are not installe
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,6 +109,9 @@ def device() -> dict[str, Any]:
     import triton
 
     described["triton"] = triton.__version__
+    for peer in ("bitsandbytes", "gemlite", "torchao"):
+        with contextlib.suppress(PackageNotFoundError):
+            described[peer] = version(peer)
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
     try:
         query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
@@ -155,16 +160,14 @@ def ours(name: str, shape: tuple[int, int], rank: int | None = None, path: str |
 
 
 def several_adapters(shape: tuple[int, int], adapters: int = 16, rank: int = 16) -> list[Call]:
-    lora_A = torch.randn(adapters, rank, shape[1], device="cuda", dtype=DTYPE)
-    lora_B = torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
-    weights = [random_packed("nf4", shape) for _ in copies(shape[0] * shape[1] // 2)]
+    def layer() -> tuple[lk.PackedTensor, Tensor, Tensor]:
+        lora_A = torch.randn(adapters, rank, shape[1], device="cuda", dtype=DTYPE)
+        return random_packed("nf4", shape), lora_A, torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
 
+    layers = [layer() for _ in copies(shape[0] * shape[1] // 2)]
     ids = {m: (torch.arange(m, device="cuda") % adapters).sort().values for m in DECODE_ROWS}  # as many as m allows
 
-    def call(x: Tensor, packed: lk.PackedTensor) -> Tensor:
-        return lk.qlora_linear(x, packed, lora_A, lora_B, adapter_ids=ids[x.shape[0]])
-
-    return [lambda x, packed=packed: call(x, packed) for packed in weights]
+    return [lambda x, own=own: lk.qlora_linear(x, *own, adapter_ids=ids[x.shape[0]]) for own in layers]
 
 
 def dense(shape: tuple[int, int]) -> list[Call]:

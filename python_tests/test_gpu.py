@@ -20,17 +20,18 @@ def layer_and_input(rows: int, format: str = "nf4", dtype: torch.dtype = torch.b
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("format", ["nf4", "nf2", "int4", "int8"])
-def test_real_shapes(format, rows):
-    """Llama's 11008 is not a multiple of 512; against the dense weight, the same products in bfloat16."""
-    packed, lora, x = layer_and_input(rows, format, n=4096, k=11008)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_real_shapes(dtype, format, rows):
+    """Llama's 11008 is not a multiple of 512; against the dense weight, the same products in plain torch."""
+    packed, lora, x = layer_and_input(rows, format, dtype, n=4096, k=11008)
     dense = packed.dequantize(torch.float32)
     dense.addmm_(lora[1].float(), lora[0].float(), alpha=0.5)
     exact = x.float() @ dense.T
-    plain = torch.nn.functional.linear(x, packed.dequantize(torch.bfloat16)) + 0.5 * (x @ lora[0].T) @ lora[1].T
+    plain = torch.nn.functional.linear(x, packed.dequantize(dtype)) + 0.5 * (x @ lora[0].T) @ lora[1].T
     y = lk.qlora_linear(x, packed, *lora, scaling=0.5)
     errors = [(t.float() - exact).square().mean().sqrt().item() for t in (y, plain)]
     assert errors[0] <= 1.2 * errors[1]
-    grad, arguments = exact.bfloat16(), (*op_arguments(packed), 11008, 64, *lora, 0.5)
+    grad, arguments = exact.to(dtype), (*op_arguments(packed), 11008, 64, *lora, 0.5)
     mine = torch.ops.loftq_kernels.qlora_linear_grad_input(grad, *arguments)
     exact = grad.float() @ dense
     assert (mine.float() - exact).square().mean().sqrt() <= 0.01 * exact.square().mean().sqrt()

@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 the same functions take CPU tensors, for tests.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -399,17 +400,8 @@ def _dequantize(*args) -> Tensor:
 def _on(device: torch.device):
     """Triton launches on the current device, whatever its arguments are on. Mostly they are the same."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _nowhere
+        return contextlib.nullcontext()
     return torch.cuda.device(device)
-
-
-class _Nowhere:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_) -> None: ...
-
-
-_nowhere = _Nowhere()
 
 
 def _warn_unavailable(device: torch.device) -> None:
