@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
@@ -9,6 +12,8 @@ pytest.importorskip("triton")
 from loftq_kernels.triton_kernels.configs import TABLE  # noqa: E402
 from loftq_kernels.triton_kernels.paths import DEVICES, choose_grad_input, choose_linear, device_of  # noqa: E402
 
+SASS = Path(__file__).parent.parent / "bench" / "results" / "sass.json"
+BITS = {"nf2": 2, "nf4": 4, "int4": 4, "int8": 8}
 H200, A100 = (90, 132), (80, 108)
 
 
@@ -41,6 +46,19 @@ def test_few_rows_are_fused_and_many_are_not():
 def test_small_weights_are_fused():
     """Two launches take longer than their product."""
     assert choose_linear(4096, 256, 256, 4, *H200, half=True) == "prefill"
+
+
+@pytest.mark.parametrize("kernel", ["prefill", "grad_input"])
+@pytest.mark.parametrize("capability", DEVICES)
+def test_instructions_are_those_that_were_counted(capability, kernel):
+    """Within 15% of what lies between a kernel's tiles in the last `python -m bench sass`."""
+    counted: dict[int, list[float]] = {}
+    for row in json.loads(SASS.read_text(encoding="utf-8"))["kernels"]:
+        if row["kernel"].startswith(kernel) and row["target"] == f"sm_{capability}":
+            counted.setdefault(BITS[row["format"]], []).append(row["instructions/weight"])
+    assert set(counted) == {2, 4, 8}
+    for bits, figures in counted.items():
+        assert 0.85 * min(figures) <= DEVICES[capability].instructions[kernel][bits] <= 1.15 * max(figures)
 
 
 def test_devices_cover_the_table():

@@ -26,8 +26,8 @@ def tile_of(index, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.co
 def add_parts(acc, used, parts, counter, split, SPLITS: tl.constexpr):
     """(whether this program is the last of SPLITS that add their acc up, then the sum), in the order of the splits.
 
-    used: columns of acc that matter, of which alone memory sees anything. parts: float32 memory for SPLITS times acc;
-    counter: a zero, which the last program leaves as one.
+    used: columns of acc that matter: the others are not stored, and come back as zeros. parts: float32 memory for
+    SPLITS times acc. counter: zero before, and zero again after the last program.
     """
     size: tl.constexpr = acc.shape[0] * acc.shape[1]
     column = tl.arange(0, acc.shape[1])[None, :]
