@@ -99,7 +99,7 @@ def optional_build(command):
                 say_pure_python(f"its compilation failed: {error}")
                 self.extensions = []
 
-    return OptionalBuild.with_options(use_ninja=True)
+    return OptionalBuild
 
 
 try:
