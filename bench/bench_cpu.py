@@ -193,7 +193,7 @@ def backward(shape: tuple[int, int], rows: tuple[int, ...], rotated: int) -> lis
 @torch.inference_mode()
 def minilm(batches: int) -> dict:
     """Sentences a second of all-MiniLM-L6-v2, batches of 32, bf16: dense and nf4 with r=16; bytes of each model."""
-    from loftq_kernels import demo
+    from loftq_kernels.cli import demo
 
     sentences = demo.read_sentences(32 * batches)
     models = {}

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 import loftq_kernels as lk
 from bench import harness
-from loftq_kernels import demo
+from loftq_kernels.cli import demo
 
 FORMATS, RANK = ("nf2", "int2"), 16
 METHODS = {  # name -> (init, with statistics)

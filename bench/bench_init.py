@@ -105,7 +105,7 @@ def _profile(weight: Tensor, name: str, rank: int, num_iter: int) -> dict[str, f
 
 def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
     """The products with the residual and the passes over memory that the algorithm needs, over rates measured now."""
-    from loftq_kernels.initializers import low_rank
+    from loftq_kernels.initializers.drivers import low_rank
 
     width = low_rank.block_width(rank)
     passes = 2 * low_rank.COLD_STEPS + 2 + (num_iter - 1) * (2 * low_rank.warm_steps(size, 4) + 1)

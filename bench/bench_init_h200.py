@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from bench.bench_init import LLAMA_LAYER
-from loftq_kernels import convert
+from loftq_kernels.models import select
 from loftq_kernels.formats import get_format
-from loftq_kernels.initializers import loftq, low_rank
-from loftq_kernels.initializers.loftq_options import LoftQOptions
+from loftq_kernels.initializers import engine, options
+from loftq_kernels.initializers.drivers import low_rank
+from loftq_kernels.initializers.options import SolverOptions
 
 LAYERS, RANK, NUM_ITER = 32, 64, 5
 MEMORY = 141e9  # bytes; this and the rates below: NVIDIA's H200 SXM data sheet
@@ -147,7 +148,7 @@ class _Operators(TorchDispatchMode):
 def _count(batch: int) -> tuple[int, int]:
     """Operators, and waits for results, of one batch on a CPU. A GPU has fewer: there norms are not taken by blocks of
     rows, and some of these results are on the host already."""
-    options = LoftQOptions(
+    options = SolverOptions(
         format=get_format("nf4"),
         rank=RANK,
         num_iter=NUM_ITER,

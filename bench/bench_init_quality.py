@@ -13,7 +13,7 @@ from torch import Tensor
 
 import loftq_kernels as lk
 from bench import harness
-from loftq_kernels.initializers.loftq import ORDERS
+from loftq_kernels.initializers.options import ORDERS
 
 FORMATS, RANKS, KINDS = ("nf4", "nf2", "int2", "uniform2"), (8, 16, 64), ("gaussian", "outliers", "low rank + noise")
 SHAPES = ((1024, 1024), (1000, 1300), (2048, 2048), (4096, 4096), (4096, 11008))
@@ -85,8 +85,8 @@ def summarize(rows: list[dict]) -> dict:
 
 def minilm_layers() -> list[tuple[str, Tensor]]:
     """The linear weights of all-MiniLM-L6-v2."""
-    from loftq_kernels.demo import minilm_folder
-    from loftq_kernels.storage import open_tensors
+    from loftq_kernels.cli.demo import minilm_folder
+    from loftq_kernels.storage.files import open_tensors
 
     with open_tensors(minilm_folder() / "model.safetensors") as file:
         names = [name for name in file.keys() if name.endswith("weight") and "embeddings" not in name]  # noqa: SIM118

@@ -14,7 +14,7 @@ from torch import nn
 
 import loftq_kernels as lk
 from bench import harness
-from loftq_kernels import demo
+from loftq_kernels.cli import demo
 
 CANDIDATES = ("nf2", "nf4")
 BLOCKS = (1, 2)  # of the first-n rule, whose bits are the plans' budgets: 2.58 and 2.91

@@ -24,7 +24,7 @@ from torch import nn
 
 import loftq_kernels as lk
 from bench import harness
-from loftq_kernels import storage
+from loftq_kernels.storage import files
 from loftq_kernels.recipes import finetune, small_lm
 
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
@@ -207,7 +207,7 @@ def measure(mode: str, folder: Path, sizes: dict[str, int]) -> int:
     if mode == "prepare":
         torch.manual_seed(0)
         model = small_lm.SmallLM(**sizes)
-        storage.save_tensors(folder / "dense.safetensors", model.state_dict(), {})
+        files.save_tensors(folder / "dense.safetensors", model.state_dict(), {})
         lk.quantize_model(model, lk.QuantConfig("nf2", rank=8, init="qlora"), progress=False)
         lk.save_quantized(model, folder / "quantized")
     if mode == "nothing":
@@ -231,7 +231,7 @@ def measure(mode: str, folder: Path, sizes: dict[str, int]) -> int:
 def _dense(folder: Path, sizes: dict[str, int]) -> nn.Module:
     with torch.device("meta"):
         model = small_lm.SmallLM(**sizes)
-    model.load_state_dict(storage.load_tensors(folder / "dense.safetensors")[0], assign=True)
+    model.load_state_dict(files.load_tensors(folder / "dense.safetensors")[0], assign=True)
     return model.eval()
 
 

@@ -3,15 +3,14 @@
 y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
-from loftq_kernels.allocate import plan_bits, solve_plan
-from loftq_kernels.calibration import ActivationStatistics, collect_activations
-from loftq_kernels.checkpoint import load_quantized, save_quantized
-from loftq_kernels.config import QuantConfig
-from loftq_kernels.convert import QuantizationReport, merge_adapters, quantize_model, train_only_adapters
-from loftq_kernels.formats import PackedTensor, format_names, quantize
+from loftq_kernels.calibration.activations import ActivationStatistics
+from loftq_kernels.calibration.collect import collect_activations
+from loftq_kernels.checkpoints.native import load_quantized, save_quantized
+from loftq_kernels.formats import PackedTensor, format_names, qlora_linear, quantize
 from loftq_kernels.initializers import (
     AdapterInit,
     InputStatistics,
+    LayerConfig,
     aser_init,
     eora_init,
     initializer_names,
@@ -21,6 +20,12 @@ from loftq_kernels.initializers import (
     qlora_init,
     weighted_low_rank,
 )
+from loftq_kernels.models.allocate import plan_bits, solve_plan
+from loftq_kernels.models.config import QuantConfig
+from loftq_kernels.models.convert import quantize_model
+from loftq_kernels.models.plan import BitPlan
+from loftq_kernels.models.report import QuantizationReport
+from loftq_kernels.models.select import first_layers
 from loftq_kernels.nn import (
     QuantLoRAConv1d,
     QuantLoRAConv2d,
@@ -28,10 +33,11 @@ from loftq_kernels.nn import (
     QuantLoRALinear,
     QuantLoRALinearGroup,
 )
-from loftq_kernels.ops import available_backends, qlora_linear
-from loftq_kernels.plan import BitPlan, first_layers
-from loftq_kernels.rilq import RilqConfig, RilqResult, rilq_tune
-from loftq_kernels.teacher import cache_teacher
+from loftq_kernels.nn.adapters import merge_adapters, train_only_adapters
+from loftq_kernels.ops import available_backends
+from loftq_kernels.tuning.rilq import rilq_tune
+from loftq_kernels.tuning.teacher import cache_teacher
+from loftq_kernels.tuning.tuner import RilqConfig, RilqResult
 
 __version__ = "0.1.0"
 
@@ -40,6 +46,7 @@ __all__ = [
     "AdapterInit",
     "BitPlan",
     "InputStatistics",
+    "LayerConfig",
     "PackedTensor",
     "QuantConfig",
     "QuantLoRAConv1d",

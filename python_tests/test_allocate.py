@@ -16,8 +16,9 @@ from helpers import TinyModel, assert_unchanged, gaussian, minilm_weights, param
 from torch import nn
 
 import loftq_kernels as lk
-from loftq_kernels import allocate, cli
-from loftq_kernels.allocate import solve_plan
+from loftq_kernels import cli
+from loftq_kernels.models import allocate
+from loftq_kernels.models.allocate import solve_plan
 
 CFG = lk.QuantConfig(rank=4, num_iter=1)
 X = gaussian(3, 64)

@@ -8,7 +8,7 @@ from helpers import DEVICES, FORMATS, dense_of, gaussian, output_error, same_pac
 from torch import Tensor
 
 import loftq_kernels as lk
-from loftq_kernels.initializers import weighted
+from loftq_kernels.initializers.drivers import gram, weighted
 
 
 def eight_bits(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class TestOutlierChannels:
         weight, x = with_outliers()
         x[:, 3:] = 0
         own = lk.InputStatistics.from_inputs(x)
-        assert len(weighted.outlier_channels(weight, own, 8)) == 3
+        assert len(aser.outlier_channels_of(weight, own, 8)) == 3
         init = lk.aser_init(weight, own, "nf4", 16, outlier_channels=8)
         assert torch.isfinite(init.smoothing).all() and init.weighted_error < 1e-6
 
@@ -110,9 +110,9 @@ class TestRankByEnergy:
     def test_rule(self):
         singular = torch.tensor([4.0, 3.0, 2.0, 1.0])
         for energy, rank in [(0.1, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.75, 3), (0.95, 4), (1.0, 4)]:
-            assert weighted.rank_for_energy(singular, energy, 4) == rank, energy
-        assert weighted.rank_for_energy(singular, 1.0, 2) == 2, "the most is kept"
-        assert weighted.rank_for_energy(torch.zeros(4), 0.5, 4) == 1, "nothing to hold: the smallest adapter"
+            assert low_rank.rank_for_energy(singular, energy, 4) == rank, energy
+        assert low_rank.rank_for_energy(singular, 1.0, 2) == 2, "the most is kept"
+        assert low_rank.rank_for_energy(torch.zeros(4), 0.5, 4) == 1, "nothing to hold: the smallest adapter"
 
     @pytest.mark.parametrize("shape", [(96, 128), (128, 96)], ids=str)
     def test_is_the_least_rank_that_holds_it(self, shape):

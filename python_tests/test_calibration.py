@@ -24,7 +24,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import loftq_kernels as lk
-from loftq_kernels import calibration
+from loftq_kernels.calibration import collect, collector
 
 WHAT = ("gram", "mean", "abs_mean", "abs_max")
 ALL = lk.QuantConfig(exclude=())
@@ -149,8 +149,8 @@ class TestStreaming:
 class TestSharedInputs:
     def test_computed_and_stored_once(self, monkeypatch):
         counted = []
-        add = calibration._Sums.add
-        monkeypatch.setattr(calibration._Sums, "add", lambda own, x, rows: counted.append(1) or add(own, x, rows))
+        add = collector._Sums.add
+        monkeypatch.setattr(collector._Sums, "add", lambda own, x, rows: counted.append(1) or add(own, x, rows))
         batches = [gaussian(40, 16, seed=seed) for seed in range(3)]
         own = collect(Attention(), batches)
         assert own["q"] is own["k"] is own["v"] is not own["out"] and len(own.distinct()) == 2
@@ -517,7 +517,7 @@ class TestQuantizeModel:
         whole = tiny_model()
         cfg = lk.QuantConfig(init="eora", rank=4, exclude=())
         lk.quantize_model(whole, cfg, statistics=own, progress=False)
-        model, initialize, calls = tiny_model(), lk.convert.initialize, []
+        model, initialize, calls = tiny_model(), convert.initialize, []
 
         def interrupt(*args, **kwargs):
             calls.append(1)

@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
-from loftq_kernels import storage
-from loftq_kernels.checkpoint_config import CONFIG_NAME
+from loftq_kernels.storage import files
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 
 pytest.importorskip("safetensors")
 X = gaussian(3, 64)

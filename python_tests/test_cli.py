@@ -13,7 +13,7 @@ from helpers import TOKENS, gaussian, save_file, tiny_bert
 
 import loftq_kernels as lk
 from loftq_kernels import cli
-from loftq_kernels.checkpoint_config import CONFIG_NAME
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 
 
 @pytest.fixture

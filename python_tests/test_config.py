@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import loftq_kernels as lk
-from loftq_kernels.config import adapter_scaling, matches
+from loftq_kernels.initializers.config import adapter_scaling
+from loftq_kernels.models.config import matches
 
 
 def test_defaults():

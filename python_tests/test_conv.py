@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
-from loftq_kernels.checkpoint_config import CONFIG_NAME
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 
 SMALL = {"rank": 4, "num_iter": 2}
 # Each option alone, then together; an even kernel with "same" pads one more on one side; depthwise has one row a group.

@@ -21,8 +21,8 @@ from helpers import (
 from torch import nn
 
 import loftq_kernels as lk
-from loftq_kernels import convert
-from loftq_kernels.initializers import needs_statistics
+from loftq_kernels.models import convert
+from loftq_kernels.nn import kinds
 
 LAYERS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "head"]
 
@@ -259,7 +259,7 @@ class TestModelsOfTransformers:
         class Conv1D(nn.Module):
             pass
 
-        assert not convert.is_conv1d(Conv1D())
+        assert not kinds.is_conv1d(Conv1D())
 
 
 class TestReport:
@@ -327,7 +327,7 @@ def test_no_adapter():
 def test_initializers(init):
     model, x = tiny_model(), gaussian(3, 64)
     statistics = None
-    if needs_statistics(lk.QuantConfig(init=init)):
+    if lk.QuantConfig(init=init).needs_statistics:
         statistics = lk.collect_activations(model, [gaussian(200, 64)], config(), progress=False)
     report = lk.quantize_model(model, config(init=init), statistics=statistics, progress=False)
     assert len(report.layers) == 5 and model(x).isfinite().all()

@@ -19,7 +19,7 @@ from properties import given, settings, st
 from torch import Tensor
 
 import loftq_kernels as lk
-from loftq_kernels import packing
+from loftq_kernels.storage import packing
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import extension, reference
 

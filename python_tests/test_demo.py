@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loftq_kernels as lk
-from loftq_kernels import demo
+from loftq_kernels.cli import demo
 
 
 def test_sentences():

@@ -15,7 +15,8 @@ import torch
 from helpers import BACKENDS, DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
 
 import loftq_kernels as lk
-from loftq_kernels.initializers import loftq, low_rank
+from loftq_kernels.initializers import engine, options
+from loftq_kernels.initializers.drivers import low_rank
 
 RANKS = [8, 16, 64]
 SOLVERS = ["exact", "fast"]
@@ -155,7 +156,7 @@ def test_promises(format, shape, svd):
     assert init.errors[0] < rounded
 
 
-@pytest.mark.parametrize("order", loftq.ORDERS)
+@pytest.mark.parametrize("order", options.ORDERS)
 @pytest.mark.parametrize("svd", SOLVERS)
 @pytest.mark.parametrize("format", ["nf2", "int4", "uniform2"])
 def test_drivers_agree(format, svd, order):
@@ -189,7 +190,7 @@ def test_tiny_shapes(shape, svd):
     assert init.error == pytest.approx(oracle.relative_error(gaussian(*shape), init), rel=1e-4, abs=2e-6)
 
 
-@pytest.mark.parametrize("order", loftq.ORDERS)
+@pytest.mark.parametrize("order", options.ORDERS)
 @pytest.mark.parametrize("scaling", [0.25, 0.5, 2, 11.3])
 def test_scaling_is_folded_in(scaling, order):
     """Whatever the module multiplies the adapter by, what it computes is what was minimised."""
@@ -257,7 +258,7 @@ class TestBatch:
         """A GPU takes as many matrices at a time as its workspace holds, a CPU one after another."""
         weights = [gaussian(32, 64, seed=seed, device=device) for seed in range(5)]
         whole, told = lk.loftq_init_batch(weights, "nf2", 4, 2), []
-        monkeypatch.setattr(loftq, "workspace_bytes", lambda device: 2 * loftq._WORKSPACE_COPIES * 4 * 32 * 64)
+        monkeypatch.setattr(engine, "workspace_bytes", lambda device: 2 * engine._WORKSPACE_COPIES * 4 * 32 * 64)
         chunked = lk.loftq_init_batch(weights, "nf2", 4, 2, progress=told.append)
         assert told == ([1] * 5 if device == "cpu" else [2, 2, 1])
         for a, b in zip(whole, chunked, strict=True):
@@ -277,7 +278,7 @@ class TestBatch:
             assert b.error == pytest.approx(oracle.relative_error(weight, b), rel=1e-4)
 
     @pytest.mark.parametrize("shape", [(256, 300), (300, 256)], ids=str)
-    @pytest.mark.parametrize("order", loftq.ORDERS)
+    @pytest.mark.parametrize("order", options.ORDERS)
     @pytest.mark.parametrize("svd", ["exact", "fast"])
     def test_together_on_a_cpu(self, svd, order, shape, monkeypatch):
         """What a GPU runs: the driver with several matrices in one call, one of them zero, one in need of a unit."""
@@ -435,7 +436,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="too small for float32 scales"):
             lk.loftq_init(gaussian(64, 96) * magnitude, scale_dtype=torch.float32)
 
-    @pytest.mark.parametrize("order", loftq.ORDERS)
+    @pytest.mark.parametrize("order", options.ORDERS)
     @pytest.mark.parametrize("svd", SOLVERS)
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_not_finite(self, bad, svd, order):

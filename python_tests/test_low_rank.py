@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import gaussian
 
-from loftq_kernels.initializers import low_rank
+from loftq_kernels.initializers.drivers import low_rank
 
 
 def captured(image: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from properties import given, st
 
-from loftq_kernels import packing
+from loftq_kernels.storage import packing
 
 BITS = packing.BITS
 

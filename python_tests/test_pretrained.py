@@ -9,7 +9,7 @@ import torch
 from helpers import TOKENS, gaussian, save_file, tiny_bert, tiny_gpt2
 from torch import nn
 
-from loftq_kernels import pretrained
+from loftq_kernels.checkpoints import dense
 
 
 class TestTransformers:
@@ -17,13 +17,13 @@ class TestTransformers:
     def test_load(self, build, tmp_path):
         model = build()
         model.save_pretrained(tmp_path)
-        loaded = pretrained.load_dense(tmp_path)
+        loaded = dense.load_dense(tmp_path)
         assert type(loaded) is type(model) and not loaded.training
         assert torch.equal(loaded(TOKENS)[0], model(TOKENS)[0])
 
     def test_dtype_is_that_of_the_file(self, tmp_path):
         tiny_bert().bfloat16().save_pretrained(tmp_path)
-        assert pretrained.load_dense(tmp_path).dtype == torch.bfloat16
+        assert dense.load_dense(tmp_path).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
     def test_skeleton(self, build):
@@ -43,13 +43,13 @@ class TestTransformers:
         tiny_bert().save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
         with pytest.raises(ValueError, match="architecture|not a model class"):
-            pretrained.load_dense(tmp_path)
+            dense.load_dense(tmp_path)
 
     def test_config_that_is_not_json(self, tmp_path):
         tiny_bert().save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(ValueError, match="config.json"):
-            pretrained.load_dense(tmp_path)
+            dense.load_dense(tmp_path)
 
 
 class TestPlainFolder:
@@ -76,7 +76,7 @@ class TestPlainFolder:
         names = sorted(tensors)
         for i in range(2):
             save_file({name: tensors[name] for name in names[i::2]}, tmp_path / f"model-{i}.safetensors")
-        model = pretrained.load_dense(tmp_path)
+        model = dense.load_dense(tmp_path)
         state = model.state_dict()
         assert state.keys() == tensors.keys() and all(torch.equal(state[name], t) for name, t in tensors.items())
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -89,17 +89,17 @@ class TestPlainFolder:
         data = (tmp_path / "model.safetensors").read_bytes()
         (tmp_path / "model.safetensors").write_bytes(data[:100])
         with pytest.raises(ValueError, match="model.safetensors.*truncated"):
-            pretrained.load_dense(tmp_path)
+            dense.load_dense(tmp_path)
 
 
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        pretrained.load_dense(tmp_path / "nowhere")
+        dense.load_dense(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no .safetensors file"):
-        pretrained.load_dense(tmp_path)
+        dense.load_dense(tmp_path)
 
 
 def test_pickles_are_not_read(tmp_path):
     torch.save({"weight": gaussian(3, 3)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="pickled weights are not read"):
-        pretrained.load_dense(tmp_path)
+        dense.load_dense(tmp_path)

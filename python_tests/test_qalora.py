@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import avg_pool1d, pad
 
 import loftq_kernels as lk
-from loftq_kernels.checkpoint_config import CONFIG_NAME
-from loftq_kernels.convert import adapter_parameters
-from loftq_kernels.initializers import initialize, needs_statistics, takes_statistics
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME
+from loftq_kernels.nn.adapters import adapter_parameters
+from loftq_kernels.initializers import initialize
 from loftq_kernels.initializers.qalora import expand_groups
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -461,7 +461,7 @@ def identity_statistics(width: int) -> lk.InputStatistics:
 class TestStatistics:
     def test_not_looked_at(self):
         cfg = lk.QuantConfig("nf4", 32, rank=2, adapter="qalora")
-        assert not takes_statistics(cfg) and not needs_statistics(cfg) and takes_statistics(lk.QuantConfig())
+        assert not cfg.takes_statistics and not cfg.needs_statistics and lk.QuantConfig().takes_statistics
         statistics = identity_statistics(130)
         weight = gaussian(33, 130)
         plain = initialize([weight], cfg)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import loftq_kernels as lk
-from loftq_kernels import rilq, teacher
+from loftq_kernels.tuning import teacher, tuner
 
 VOCABULARY = 50
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loftq_kernels import ops, packing, storage
+from loftq_kernels import arguments, ops
 from loftq_kernels.formats.format import Format, get_format
 from loftq_kernels.ops import checks
+from loftq_kernels.storage import files, packing
 
 _METADATA_KEY = "loftq_packed_tensor"
 
@@ -20,7 +21,7 @@ class PackedTensor:
     """A weight [N, K] as codes, scales, offsets and a code book: W = codebook[codes] * scale + offset.
 
     Attributes:
-        codes: uint8 [N, K_pad * bits / 8], laid out as in `loftq_kernels.packing`.
+        codes: uint8 [N, K_pad * bits / 8], laid out as in `loftq_kernels.storage.packing`.
         scale: [N, G], float16, bfloat16 or float32; G groups of ``group_size`` columns (the last may be partial).
         offset: [N, G] of the dtype of scale. Affine formats have one; of others only weights into which an adapter was
             merged, otherwise None. Merging a float64 adapter makes both float64, which no kernel reads: it is slow.
@@ -139,12 +140,12 @@ class PackedTensor:
         metadata = {"format": self.format.name, "in_features": self.shape[1], "group_size": self.group_size}
         if self.offset is not None and not self.format.affine:
             metadata["merged"] = True  # told apart from a file that claims another format
-        storage.save_tensors(path, self.tensors(), {_METADATA_KEY: json.dumps(metadata)})
+        files.save_tensors(path, self.tensors(), {_METADATA_KEY: json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> PackedTensor:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
-        tensors, metadata = storage.load_tensors(path, device)
+        tensors, metadata = files.load_tensors(path, device)
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} is not a saved PackedTensor: its header has no {_METADATA_KEY!r}")
         try:
@@ -217,13 +218,10 @@ def empty_packed(
     ``offset``: with one, also in a format that has none, as after merging an adapter; scale_dtype may then be float64.
     """
     fmt = get_format(format)
-    packing.check_group_size(group_size)
-    for what, size in (("out_features", out_features), ("in_features", in_features)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{what}={size!r} must be an integer >= 1")
-    dtypes = checks.STORED_DTYPES if offset else checks.SCALE_DTYPES
-    if scale_dtype not in dtypes:
-        raise ValueError(f"scale_dtype={scale_dtype} is not one of {dtypes}")
+    group_size = packing.check_group_size(group_size)
+    out_features = arguments.whole_number("out_features", out_features, 1)
+    in_features = arguments.whole_number("in_features", in_features, 1)
+    arguments.choice("scale_dtype", scale_dtype, checks.STORED_DTYPES if offset else checks.SCALE_DTYPES)
     groups = (out_features, packing.num_groups(in_features, group_size))
     scale = torch.zeros(groups, dtype=scale_dtype, device=device)
     return PackedTensor(

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from loftq_kernels import arguments
 from loftq_kernels.formats import get_format
-from loftq_kernels.initializers.loftq import check_batch, check_scaling, run_batch
-from loftq_kernels.initializers.loftq_options import LoftQOptions
+from loftq_kernels.initializers.config import OUTLIER_CHANNELS, LayerConfig, Method, check_rank_energy
+from loftq_kernels.initializers.drivers.gram import resolve_mode
+from loftq_kernels.initializers.engine import check_batch, run_batch
+from loftq_kernels.initializers.options import SolverOptions, check_scaling
 from loftq_kernels.initializers.result import AdapterInit
-from loftq_kernels.initializers.statistics import InputStatistics
-from loftq_kernels.initializers.weighted import resolve_mode
-
-OUTLIER_CHANNELS = 32  # the paper's f, at rank 64
+from loftq_kernels.initializers.statistics import InputStatistics, check_statistics
 
 
 def aser_init(
@@ -92,37 +92,77 @@ def aser_init_batch(
     """`aser_init` for same-shape matrices; ``progress`` and ``names`` as for `loftq_init_batch`."""
     weights = list(weights)
     names = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
-    check_scaling(scaling)
-    check_aser(rank_energy, outlier_channels)
-    check_batch(weights, names, rank)
+    scaling = check_scaling(scaling)
+    check_rank_energy(rank_energy)
+    outlier_channels = arguments.whole_number("outlier_channels", outlier_channels, 0, error=TypeError)
+    rank = check_batch(weights, names, rank)
     if not weights:
         return []
-    options = LoftQOptions(
+    options = SolverOptions(
         format=get_format(format),
         rank=rank,
         num_iter=1,
         group_size=group_size,
-        scaling=float(scaling),
+        scaling=scaling,
         mode=resolve_mode(svd),
         warm_steps=0,
         order="quantize_first",
         scale_dtype=scale_dtype,
         scale_search=scale_search,
         seed=seed,
-        outlier_channels=min(outlier_channels, rank // 2),
         rank_energy=rank_energy,
     )
-    return run_batch(weights, names, options, device=device, backend=backend, progress=progress, statistics=statistics)
+    outliers = [
+        outlier_channels_of(weight.detach(), check_statistics(own, name, weight.shape[1]), min(outlier_channels, rank // 2))
+        for weight, own, name in zip(weights, statistics, names, strict=True)
+    ]
+    inits = run_batch(
+        weights,
+        names,
+        options,
+        device=device,
+        backend=backend,
+        progress=progress,
+        statistics=statistics,
+        left_out=outliers,
+    )
+    for init, own, channels in zip(inits, statistics, outliers, strict=True):
+        init.smoothing = smoothing_vector(own, channels).to(init.packed.device)
+    return inits
 
 
-def check_aser(rank_energy: float | None, outlier_channels: int) -> None:
-    """Raise ValueError or TypeError for options out of range."""
-    if isinstance(outlier_channels, bool) or not isinstance(outlier_channels, int):
-        raise TypeError(f"outlier_channels must be an int, got {outlier_channels!r}")
-    if outlier_channels < 0:
-        raise ValueError(f"outlier_channels={outlier_channels} must be >= 0")
-    if rank_energy is None:
-        return
-    number = isinstance(rank_energy, int | float) and not isinstance(rank_energy, bool)
-    if not number or not 0 < rank_energy <= 1:
-        raise ValueError(f"rank_energy={rank_energy!r} must be in (0, 1], or None for a fixed rank")
+def outlier_channels_of(weight: Tensor, statistics: InputStatistics, count: int) -> Tensor:
+    """ASER's: the ``count`` columns with the largest mean|x_k| * mean|w_k| (fewer where that is zero), int64."""
+    strength = statistics.abs_mean.to(weight.device).double() * weight.double().abs().mean(0)
+    values, channels = strength.topk(min(count, len(strength)))
+    return channels[values > 0]
+
+
+def smoothing_vector(statistics: InputStatistics, channels: Tensor) -> Tensor:
+    """ASER's m [K], float32: mean|x_k| over the least of it among the outlier channels; 1 for all other channels."""
+    size = statistics.abs_mean.to(channels.device)
+    smoothing = torch.ones_like(size, dtype=torch.float32)
+    if len(channels):
+        smoothing[channels] = (size[channels] / size[channels].min()).float()
+    return smoothing
+
+
+def _run(weights: Sequence[Tensor], cfg: LayerConfig, *, statistics: Sequence[InputStatistics], **options):
+    return aser_init_batch(
+        weights,
+        statistics,
+        cfg.format,
+        cfg.rank,
+        rank_energy=cfg.rank_energy,
+        outlier_channels=cfg.outlier_channels,
+        group_size=cfg.group_size,
+        scaling=cfg.scaling,
+        svd=cfg.svd,
+        scale_dtype=cfg.scale_dtype,
+        scale_search=cfg.scale_search,
+        seed=cfg.seed,
+        **options,
+    )
+
+
+METHOD = Method("aser", {"lora": _run}, needs_statistics=True, takes_statistics=True, options=("rank_energy",))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor, get_format
-from loftq_kernels.initializers.loftq import check_scaling, loftq_init, run_batch
-from loftq_kernels.initializers.loftq_options import LoftQOptions
+from loftq_kernels.initializers import loftq
+from loftq_kernels.initializers.config import LayerConfig, Method
+from loftq_kernels.initializers.drivers.gram import resolve_mode
+from loftq_kernels.initializers.engine import run_batch
+from loftq_kernels.initializers.options import SolverOptions, check_scaling
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.initializers.statistics import InputStatistics
-from loftq_kernels.initializers.weighted import resolve_mode
 from loftq_kernels.ops import checks
 
 
@@ -47,7 +51,7 @@ def eora_init(
     width, with NaN or Inf, or that are no Gram matrix, and for ``packed`` of another shape.
     """
     if packed is None:
-        return loftq_init(
+        return loftq.loftq_init(
             weight,
             format,
             rank,
@@ -63,18 +67,18 @@ def eora_init(
             backend=backend,
         )
     checks.check_weight("weight", weight)
-    checks.check_rank(rank, *weight.shape)
-    check_scaling(scaling)
+    rank = checks.check_rank(rank, *weight.shape)
+    scaling = check_scaling(scaling)
     if not isinstance(packed, PackedTensor):
         raise TypeError(f"packed must be a PackedTensor, got {type(packed).__name__}")
     if packed.shape != weight.shape:
         raise ValueError(f"packed has shape {tuple(packed.shape)}, the weight {tuple(weight.shape)}")
-    options = LoftQOptions(
+    options = SolverOptions(
         format=get_format(packed.format.name),
         rank=rank,
         num_iter=1,
         group_size=packed.group_size,
-        scaling=float(scaling),
+        scaling=scaling,
         mode=resolve_mode(svd),
         warm_steps=0,
         order="quantize_first",
@@ -92,3 +96,11 @@ def eora_init(
         statistics=[statistics],
         packed=[packed],
     )[0]
+
+
+def _run(weights: Sequence[Tensor], cfg: LayerConfig, **options):
+    """EoRA is the first alternation of the weighted LoftQ."""
+    return loftq.run(weights, cfg, num_iter=1, order="quantize_first", **options)
+
+
+METHOD = Method("eora", {"lora": _run}, needs_statistics=True, takes_statistics=True)

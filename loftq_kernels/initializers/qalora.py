@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loftq_kernels import packing
+from loftq_kernels import arguments
 from loftq_kernels.formats import quantize
-from loftq_kernels.initializers.loftq import check_scaling, check_schedule
-from loftq_kernels.initializers.qlora import qlora_init
+from loftq_kernels.initializers import nearest
+from loftq_kernels.initializers.config import LayerConfig
+from loftq_kernels.initializers.options import check_scaling, check_schedule
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks
-from loftq_kernels.ops.functional import check_finite, check_finite_scales
+from loftq_kernels.ops.values import check_finite, check_finite_scales
+from loftq_kernels.storage import packing
 
 QALORA_STARTS = ("loftq", "qlora")
 
@@ -25,7 +28,7 @@ def expand_groups(lora_A: Tensor, in_features: int, group_size: int) -> Tensor:
     The mean of a group is its sum over ``group_size`` (in_features for -1), also where the last group is partial: x is
     padded with zeros. That is `nn.AvgPool1d(group_size)` of the authors' code and of PEFT. Differentiable.
     """
-    width = in_features if group_size == -1 else group_size
+    width = packing.group_width(in_features, group_size)
     return (lora_A / width).repeat_interleave(width, dim=1)[:, :in_features]
 
 
@@ -55,16 +58,15 @@ def qalora_init(
     Arguments as for `loftq_init`; rank is 1 .. min(N, G). Returns an `AdapterInit` with adapter="qalora".
     Raises as `loftq_init`.
     """
-    if init not in QALORA_STARTS:
-        raise ValueError(f"init={init!r} is not one of {QALORA_STARTS}")
+    arguments.choice("init", init, QALORA_STARTS)
     checks.check_weight(name, weight)
-    check_scaling(scaling)
-    check_schedule(num_iter, "quantize_first", "auto", seed)
-    packing.check_group_size(group_size)
-    checks.check_rank(rank, weight.shape[0], packing.num_groups(weight.shape[1], group_size), "groups")
+    scaling = check_scaling(scaling)
+    num_iter, seed = check_schedule(num_iter, "quantize_first", "auto", seed)
+    group_size = packing.check_group_size(group_size)
+    rank = checks.check_rank(rank, weight.shape[0], packing.num_groups(weight.shape[1], group_size), "groups")
     options = {"group_size": group_size, "scale_dtype": scale_dtype, "scale_search": scale_search, "name": name}
     if init == "qlora":
-        start = qlora_init(weight, format, None, scaling=scaling, seed=seed, **options)
+        start = nearest.nearest_init(weight, format, scaling=scaling, **options)
         start.lora_A, start.lora_B = _zero_start(weight, rank, start.packed.scale.shape[1], seed)
         start.adapter = "qalora"
         return start
@@ -102,10 +104,19 @@ def _alternate(weight: Tensor, format: str, rank: int, num_iter: int, scaling: f
 def _group_factors(residual: Tensor, rank: int, group_size: int, scaling: float) -> tuple[Tensor, Tensor]:
     """lora_A [r, G] and lora_B [N, r]: s/g B A is, group by group, the rank-r matrix nearest to the residual [N, K]."""
     columns = residual.shape[1]
-    width = columns if group_size == -1 else group_size
+    width = packing.group_width(columns, group_size)
     grouped = pad(residual.double(), (0, -columns % width)).unflatten(1, (-1, width))
     ones = torch.ones(1, columns, dtype=torch.float64, device=residual.device)
     root = pad(ones, (0, -columns % width)).view(-1, width).sum(1).sqrt()  # of the columns a group has
     u, sigma, vh = torch.linalg.svd(grouped.sum(2) / root, full_matrices=False)
     half = (sigma[:rank] * (width / scaling)).sqrt()
     return (half[:, None] * vh[:rank] / root).float(), (u[:, :rank] * half).float()
+
+
+def run(weights: Sequence[Tensor], cfg: LayerConfig, **options) -> list[AdapterInit]:
+    """`qalora_init` of each weight as a `LayerConfig` says; data-free in both its starts."""
+
+    def one(weight: Tensor, **own) -> AdapterInit:
+        return qalora_init(weight, cfg.format, cfg.rank, cfg.num_iter, init=cfg.init, **own)
+
+    return nearest.one_by_one(weights, cfg, one, **options)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loftq_kernels.formats import quantize
-from loftq_kernels.initializers.loftq import check_scaling
+from loftq_kernels.initializers import nearest, qalora
+from loftq_kernels.initializers.config import LayerConfig, Method
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks
 
@@ -31,14 +32,17 @@ def qlora_init(
     1 .. min(N, K); errors call the weight ``name``.
     """
     checks.check_weight(name, weight)
-    check_scaling(scaling)
     if rank is not None:
-        checks.check_rank(rank, *weight.shape)
-    packed = quantize(weight, format, group_size, scale_dtype=scale_dtype, scale_search=scale_search, name=name)
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
-    residual = weight.detach().float() - packed.dequantize()
-    error = torch.linalg.vector_norm(residual, dtype=torch.float64).item() / norm if norm > 0 else 0.0
-    init = AdapterInit(packed, None, None, scaling, error, [error])
+        rank = checks.check_rank(rank, *weight.shape)
+    init = nearest.nearest_init(
+        weight,
+        format,
+        group_size=group_size,
+        scaling=scaling,
+        scale_dtype=scale_dtype,
+        scale_search=scale_search,
+        name=name,
+    )
     if rank is not None:
         out_features, in_features = weight.shape
         bound = 1 / math.sqrt(in_features)
@@ -48,3 +52,10 @@ def qlora_init(
         init.lora_A = ((2 * uniform - 1) * bound).to(weight.device)
         init.lora_B = torch.zeros(out_features, rank, dtype=torch.float32, device=weight.device)
     return init
+
+
+def _run(weights: Sequence[Tensor], cfg: LayerConfig, **options) -> list[AdapterInit]:
+    return nearest.one_by_one(weights, cfg, lambda w, **own: qlora_init(w, cfg.format, cfg.rank, **own), **options)
+
+
+METHOD = Method("qlora", {"lora": _run, "qalora": qalora.run})

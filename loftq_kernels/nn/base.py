@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.config import adapter_scaling
-from loftq_kernels.formats import PackedTensor, empty_packed, get_format, quantize
+from loftq_kernels.formats import PackedTensor, empty_packed, get_format
 from loftq_kernels.initializers import AdapterInit
+from loftq_kernels.initializers.config import adapter_scaling, default_adapter_dtype
 from loftq_kernels.initializers.qalora import expand_groups
-from loftq_kernels.ops.checks import SCALE_DTYPES, check_rank
+from loftq_kernels.nn.merging import Mergeable
+from loftq_kernels.ops.checks import check_rank
+from loftq_kernels.ops.constant import Constant, plain, plain_state, restore_constants
 
-PACKED_BUFFERS = ("codes", "scale", "offset", "codebook")
+PACKED = ("codes", "scale", "offset", "codebook")
+_STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
 
 
-class QuantLoRAModule(nn.Module):
+class QuantLoRAModule(Mergeable):
     """A matrix W [rows, columns] = codebook[codes] * scale + offset + scaling * lora_B @ lora_A, and a bias [rows].
 
-    The base of the layers, which say what they compute with it. The packed weight lives in buffers whose dtypes never
-    change (`.to(dtype)` moves the adapter and the bias only) and is constant; the adapter is trained, the bias frozen.
-    A new one holds the zero weight, lora_A Kaiming-uniform and lora_B zero.
+    The base of the layers, which say what they compute with it. The packed weight lives in frozen parameters
+    (`Constant`), which FSDP and tensor parallel plans shard, DDP sends once and averaging leaves alone; their dtypes
+    never change (`.to(dtype)` moves the adapter and the bias only). The adapter is trained, the bias frozen. A new one
+    holds the zero weight, lora_A Kaiming-uniform and lora_B zero. ``dtype`` is that of the dense layer whose place it
+    takes: of the bias, and of what `weight` says it is.
+
+    Its state_dict holds the tensors by these names, and under "_extra_state" the scaling and whether the adapter is
+    enabled, without which the same tensors would compute something else.
 
     With ``adapter="qalora"`` lora_A is [rank, G], and `over_columns` of it stands above. ``offset``: have offsets also
     in a format without, as a layer has that such an adapter was merged into. Both are for `QuantLoRALinear` alone.
     """
 
-    kind: str  # of layer, in checkpoints
+    kind: str  # of layer, in checkpoints: see `kinds`
     adapters: tuple[str, ...] = ("lora",)  # that a layer of this kind can have
     geometry_names: tuple[str, ...] = ()  # attributes beside the matrix's shape that a layer of this kind is made from
 
@@ -46,6 +55,7 @@ class QuantLoRAModule(nn.Module):
         scale_dtype: torch.dtype,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        adapter_dtype: torch.dtype | None = None,
         adapter: str = "lora",
         offset: bool = False,
     ):
@@ -54,26 +64,32 @@ class QuantLoRAModule(nn.Module):
         self.adapter = adapter
         packed = empty_packed(rows, columns, format, group_size, scale_dtype=scale_dtype, offset=offset, device=device)
         inner, called = (packed.scale.shape[1], "groups") if adapter == "qalora" else (columns, "in_features")
-        if rank is not None:
-            check_rank(rank, rows, inner, called)
-        self.rank, self.scaling = rank, adapter_scaling(rank, lora_alpha, use_rslora)
+        self.rank = None if rank is None else check_rank(rank, rows, inner, called)
+        self.scaling = adapter_scaling(rank, lora_alpha, use_rslora)
         self.adapter_enabled = True
-        self.format, self.group_size = packed.format, group_size
+        self.format, self.group_size = packed.format, packed.group_size
         self._columns = columns
-        for name in PACKED_BUFFERS:
-            self.register_buffer(name, getattr(packed, name))
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        adapter_dtype = default_adapter_dtype(self.dtype) if adapter_dtype is None else adapter_dtype
 
-        def parameter(*shape: int, trained: bool) -> nn.Parameter:
+        def parameter(*shape: int, dtype: torch.dtype, trained: bool) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=packed.device, dtype=dtype), requires_grad=trained)
 
-        for name in ("lora_A", "lora_B", "bias"):
+        for name in ("lora_A", "lora_B", "bias", *PACKED):
             self.register_parameter(name, None)
         if rank is not None:
-            self.lora_A = parameter(rank, inner, trained=True)
-            self.lora_B = parameter(rows, rank, trained=True)
+            self.lora_A = parameter(self.rank, inner, dtype=adapter_dtype, trained=True)
+            self.lora_B = parameter(rows, self.rank, dtype=adapter_dtype, trained=True)
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         if bias:
-            self.bias = parameter(rows, trained=False)
+            self.bias = parameter(rows, dtype=self.dtype, trained=False)
+        self.hold(packed)
+
+    def hold(self, packed: PackedTensor) -> None:
+        """Take over the tensors of a packed weight."""
+        for name in PACKED:
+            tensor = getattr(packed, name)
+            self._parameters[name] = tensor if tensor is None or type(tensor) is Constant else Constant(tensor)
 
     @classmethod
     def _check_adapter(cls, adapter: str) -> None:
@@ -82,7 +98,9 @@ class QuantLoRAModule(nn.Module):
             raise ValueError(f"adapter={adapter!r} is not one of {cls.adapters}, those of {cls.__name__}")
 
     @classmethod
-    def _init_options(cls, init: AdapterInit, dtype: torch.dtype | None) -> dict:
+    def _init_options(
+        cls, init: AdapterInit, dtype: torch.dtype | None, adapter_dtype: torch.dtype | None = None
+    ) -> dict:
         """The arguments of a layer, made on the meta device, that `_fill` can put an initializer's result into."""
         cls._check_adapter(init.adapter)
         options = {
@@ -92,6 +110,7 @@ class QuantLoRAModule(nn.Module):
             "scale_dtype": init.packed.scale.dtype,
             "device": "meta",
             "dtype": dtype,
+            "adapter_dtype": adapter_dtype,
         }
         if "qalora" in cls.adapters:
             options |= {"adapter": init.adapter, "offset": init.packed.offset is not None}
@@ -105,9 +124,9 @@ class QuantLoRAModule(nn.Module):
         """Take over what an initializer returned, and a copy of bias."""
         packed = init.packed
         self.scaling = init.scaling
-        for name in PACKED_BUFFERS:
-            setattr(self, name, getattr(packed, name))
-        self.codebook = packed.codebook.clone()  # layers initialized together share one, which safetensors refuses
+        self.hold(packed)
+        # Layers that were initialized together share a code book, which safetensors would refuse.
+        self._parameters["codebook"] = Constant(packed.codebook.clone())
         for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
             if value is not None:
                 old = getattr(self, name)
@@ -117,11 +136,9 @@ class QuantLoRAModule(nn.Module):
     @property
     def packed(self) -> PackedTensor:
         """The quantized weight; shares its tensors with the layer."""
+        held = (self._parameters[name] for name in PACKED)
         return PackedTensor(
-            self.codes,
-            self.scale,
-            self.offset,
-            self.codebook,
+            *(held if torch.compiler.is_compiling() else map(plain, held)),
             in_features=self._columns,
             group_size=self.group_size,
             format=self.format,
@@ -147,14 +164,7 @@ class QuantLoRAModule(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense quantized weight in the dense layer's shape, without the adapter; dtype as `weight` by default."""
-        return self.packed.dequantize(dtype or self._dtype).view(self._weight_shape)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        parameter = self.lora_A if self.lora_A is not None else self.bias
-        if parameter is None:  # float64 scales are those of a float64 layer
-            return self.scale.dtype if self.scale.dtype == torch.float64 else torch.get_default_dtype()
-        return parameter.dtype
+        return self.packed.dequantize(dtype or self.dtype).view(self._weight_shape)
 
     @property
     def weight(self) -> Tensor:
@@ -162,10 +172,15 @@ class QuantLoRAModule(nn.Module):
 
         For code that inspects ``layer.weight`` (its dtype, its device, or PyTorch's own transformer fast path).
         """
-        return self._merged().to(self._dtype).view(self._weight_shape)
+        return self._dense()
+
+    def _dense(self) -> Tensor:
+        """`_merged` in the dense layer's shape and dtype."""
+        return self._merged().to(self.dtype).view(self._weight_shape)
 
     def _merged(self) -> Tensor:
-        dense = self.packed.dequantize(torch.promote_types(self._dtype, torch.float32))
+        """The matrix that `forward` computes with, adapter included, detached; float32 or wider."""
+        dense = self.packed.dequantize(torch.promote_types(self.dtype, torch.float32))
         if self.has_adapter:
             lora_A, lora_B = self.lora_A.detach().to(dense.dtype), self.lora_B.detach().to(dense.dtype)
             dense.addmm_(lora_B, self.over_columns(lora_A), alpha=self.scaling)
@@ -174,84 +189,6 @@ class QuantLoRAModule(nn.Module):
     def over_columns(self, lora_A: Tensor) -> Tensor:
         """lora_A as the matrix [rank, columns] that x itself is multiplied by: "qalora" has one of groups."""
         return expand_groups(lora_A, self._columns, self.group_size) if self.adapter == "qalora" else lora_A
-
-    def check_mergeable(self, *, requantize: bool = False) -> None:
-        """Raise the ValueError that `merge_adapter` would raise for the kind or state of the adapter."""
-        if self.lora_A is None:
-            return
-        if not self.adapter_enabled:
-            raise ValueError("the adapter is disabled, and merging would add it: call enable_adapter first")
-        if self.adapter == "lora" and not requantize:
-            raise ValueError(
-                f"a rank-{self.rank} adapter changes each weight of a group differently, which the group's scale and "
-                "offset cannot hold: merge_adapter(requantize=True) rounds again and returns the error that adds, the "
-                "dense merged_linear() (or its like) is exact, and adapter='qalora' of linear layers merges exactly"
-            )
-
-    def merge_adapter(self, *, requantize: bool = False, scale_search: bool = False) -> float:
-        """Move the adapter into the packed weight, in place; returns the relative error ||W - W'||_F / ||W||_F it adds.
-
-        adapter="qalora": exact, the error is 0. The codes stay; the offsets (of zero where the format has none) become
-
-            offset'[n, g] = offset[n, g] + scaling / group_size * (lora_B @ lora_A)[n, g]
-
-        and are stored, with the scales, in float32 (float64 in a float64 layer, for which there is no fast kernel): in
-        float16 they would be rounded by 5e-4 of themselves. adapter="lora": the merged weight is quantized anew,
-        only with ``requantize=True``, its scales searched with ``scale_search=True`` (a layer does not know whether
-        its own were, so say it again). A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
-
-        Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, or NaN
-        or Inf in the adapter.
-        """
-        packed, error = self.merged_packed(requantize=requantize, scale_search=scale_search)
-        self.take_merged(packed)
-        return error
-
-    def merged_packed(self, *, requantize: bool = False, scale_search: bool = False) -> tuple[PackedTensor, float]:
-        """The packed weight that `merge_adapter` would leave, and the error that it would return; changes nothing."""
-        self.check_mergeable(requantize=requantize)
-        if self.lora_A is None:
-            return self.packed, 0.0
-        with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
-            return self._with_offsets() if self.adapter == "qalora" else self._requantized(scale_search)
-
-    def take_merged(self, packed: PackedTensor) -> None:
-        """Hold what `merged_packed` returned, without an adapter."""
-        if self.lora_A is None:
-            return
-        for name in PACKED_BUFFERS:
-            setattr(self, name, getattr(packed, name))
-        self.lora_A = self.lora_B = self.rank = None
-        self.scaling, self.adapter = 1.0, "lora"
-
-    def _with_offsets(self) -> tuple[PackedTensor, float]:
-        wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
-        width = self._columns if self.group_size == -1 else self.group_size
-        offset = (self.scaling / width) * (self.lora_B.double() @ self.lora_A.double())
-        if self.offset is not None:
-            offset += self.offset.double()
-        offset = offset.to(wide)
-        if not torch.isfinite(offset).all():
-            raise ValueError(
-                f"merged offsets are not finite: lora_A or lora_B holds NaN, Inf or more than {wide} can hold"
-            )
-        packed = self.packed
-        packed.scale, packed.offset = self.scale.to(wide), offset
-        return packed, 0.0
-
-    def _requantized(self, scale_search: bool) -> tuple[PackedTensor, float]:
-        dense = self._merged()
-        dtype = self.scale.dtype if self.scale.dtype in SCALE_DTYPES else torch.float32
-        packed = quantize(
-            dense,
-            self.format.name,
-            self.group_size,
-            scale_dtype=dtype,
-            scale_search=scale_search,
-            name="the merged weight",
-        )
-        norm, difference = dense.norm().item(), (dense - packed.dequantize(dense.dtype)).norm().item()
-        return packed, difference / norm if norm > 0 else 0.0
 
     def _describe_weight(self) -> str:
         """The end of `extra_repr`: format and adapter."""
@@ -264,31 +201,81 @@ class QuantLoRAModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLoRAModule:
         """Let `.to(dtype)`, `.half()` and the like change the device of the packed weight but never its dtypes."""
-        fixed = {id(buffer) for name, buffer in self._buffers.items() if name in PACKED_BUFFERS}
+        held = {name: self._parameters.pop(name) for name in PACKED}
+        try:
+            super()._apply(fn, recurse)
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=held["codes"].device)).dtype
+            held = {name: None if own is None else _moved(own, fn) for name, own in held.items()}
+        finally:
+            self._parameters.update(held)
+        return self
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in fixed or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
+    def get_extra_state(self) -> Tensor:
+        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0]."""
+        return torch.tensor([self.scaling, float(self.adapter_enabled)], dtype=torch.float64, device="cpu")
 
-        return super()._apply(keep_dtype, recurse)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` returned. Raises ValueError for anything else."""
+        values = state.flatten().tolist() if isinstance(state, Tensor) and state.numel() == 2 else (0.0, None)
+        if not 1e-30 < values[0] < 1e30 or values[1] not in (0.0, 1.0):
+            raise ValueError(f"_extra_state must be [scaling, adapter_enabled], got {state!r}")
+        self.scaling, self.adapter_enabled = values[0], bool(values[1])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            plain_state(destination, (prefix + name for name in PACKED))
+        if self.lora_A is None:
+            destination.pop(prefix + _STATE, None)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """Refuse a checkpoint of another format: shapes alone cannot tell nf2 from uniform2."""
-        error_messages: list[str] = args[-1]
-        known = len(error_messages)
-        codebook = state_dict.get(prefix + "codebook")
-        if codebook is not None and not codebook.is_meta:
-            expected = get_format(self.format.name).codebook(codebook.device)
-            if codebook.shape != expected.shape or not torch.equal(codebook.float(), expected):
-                error_messages.append(
-                    f"{prefix}codebook is not that of format {self.format.name}: {codebook.flatten()[:4].tolist()}..."
-                )
-        for name in PACKED_BUFFERS:
-            stored, own = state_dict.get(prefix + name), getattr(self, name)
-            if stored is not None and own is not None and stored.dtype != own.dtype:
-                # Copying would round codes, or the scales that they were chosen against.
-                error_messages.append(f"{prefix}{name} is {stored.dtype}, this layer stores {own.dtype}")
-        if len(error_messages) == known:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        wrong = [message for name in PACKED if (message := self._misfit(name, state_dict.get(prefix + name)))]
+        error_msgs.extend(prefix + message for message in wrong)
+        if wrong:
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        restore_constants(self, PACKED)
+        if prefix + _STATE not in state_dict:
+            self._note_missing_state(prefix, missing_keys)
+
+    def _misfit(self, name: str, stored: Tensor | None) -> str | None:
+        """What keeps a stored tensor of the packed weight from being this layer's; None where nothing does."""
+        own = getattr(self, name)
+        if stored is None or own is None:
+            return None
+        if stored.dtype != own.dtype:  # Copying would round codes, or the scales that they were chosen against.
+            return f"{name} is {stored.dtype}, this layer stores {own.dtype}"
+        if name != "codebook" or stored.is_meta:
+            return None
+        if hasattr(stored, "to_local") and hasattr(own, "to_local"):  # shards of a DTensor
+            stored, expected = stored.to_local(), own.to_local()
+        else:
+            expected = get_format(self.format.name).codebook(stored.device)
+        if stored.shape == expected.shape and torch.equal(stored, expected):
+            return None
+        return f"{name} is not that of format {self.format.name}: {stored.flatten()[:4].tolist()}..."
+
+    def _note_missing_state(self, prefix: str, missing_keys: list[str]) -> None:
+        """State dicts of earlier versions lack it: what the layer has stays, which is right for the same config."""
+        if prefix + _STATE in missing_keys:
+            missing_keys.remove(prefix + _STATE)
+        if self.lora_A is not None and (self.scaling != 1 or not self.adapter_enabled):
+            warnings.warn(
+                f"the state_dict does not say what the adapter of {prefix.rstrip('.') or 'the layer'} is scaled by: "
+                f"it keeps scaling={self.scaling:g}, adapter_enabled={self.adapter_enabled}",
+                stacklevel=2,
+            )
+
+
+def _moved(constant: Constant, fn: Callable[[Tensor], Tensor]) -> Constant:
+    """A constant as `Module._apply` moves it: to fn's device, in its own dtype."""
+    stored = plain(constant)
+    moved = fn(stored)
+    if moved.dtype != stored.dtype:
+        moved = stored.to(moved.device)
+    return constant if moved is stored else Constant(moved)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loftq_kernels.config import QuantConfig
-from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops.convolution import ConvGeometry, conv_tensors
 from loftq_kernels.ops.functional import autocast
@@ -52,6 +51,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ):
         _check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         dense = self._dense_class(  # checks and completes its arguments; on the meta device it allocates nothing
@@ -69,6 +69,7 @@ class _QuantLoRAConv(QuantLoRAModule):
             scale_dtype=scale_dtype,
             device=device,
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
         )
         for name in self.geometry_names:
             setattr(self, name, getattr(dense, name))
@@ -77,7 +78,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         self._geometry = ConvGeometry(self._kernel, group_size, self.stride, inside, self.dilation, groups)
 
     @classmethod
-    def from_conv(cls, conv: nn.Module, cfg: QuantConfig | None = None) -> _QuantLoRAConv:
+    def from_conv(cls, conv: nn.Module, cfg: LayerConfig | None = None) -> _QuantLoRAConv:
         """Quantize the kernel of a convolution as cfg says (default: LoftQ, NF4, rank 16); conv is not changed.
 
         Raises TypeError unless conv is of exactly the class that this one replaces, and ValueError as the initializer:
@@ -86,18 +87,20 @@ class _QuantLoRAConv(QuantLoRAModule):
         """
         if type(conv) is not cls._dense_class:
             raise TypeError(f"from_conv takes a torch.nn.{cls._dense_class.__name__}, got {type(conv).__name__}")
-        cfg = cfg or QuantConfig()
+        cfg = cfg or LayerConfig()
         if cfg.has_qalora:
             cls._check_adapter(cfg.adapter)
         init = initialize([conv.weight.detach().flatten(1)], cfg)[0]
-        return cls.from_init(init, conv)
+        return cls.from_init(init, conv, adapter_dtype=cfg.adapter_dtype)
 
     @classmethod
-    def from_init(cls, init: AdapterInit, conv: nn.Module) -> _QuantLoRAConv:
+    def from_init(
+        cls, init: AdapterInit, conv: nn.Module, *, adapter_dtype: torch.dtype | None = None
+    ) -> _QuantLoRAConv:
         """A layer that holds what an initializer returned for ``conv.weight.flatten(1)``; the rest is as in conv."""
         with torch.inference_mode(False):  # parameters made under inference mode could never be trained
             geometry = {name: getattr(conv, name) for name in cls.geometry_names}
-            options = cls._init_options(init, conv.weight.dtype)
+            options = cls._init_options(init, conv.weight.dtype, adapter_dtype)
             layer = cls(**geometry, bias=conv.bias is not None, **options)
             if init.packed.shape != layer.packed.shape:
                 raise ValueError(
@@ -141,8 +144,8 @@ class _QuantLoRAConv(QuantLoRAModule):
     def merged_conv(self) -> nn.Module:
         """A plain convolution that computes the same: kernel = Q + scaling * B A, dense."""
         geometry = {name: getattr(self, name) for name in self.geometry_names}
-        conv = self._dense_class(**geometry, bias=self.bias is not None, device="meta", dtype=self._dtype)
-        conv.weight = nn.Parameter(self.weight)
+        conv = self._dense_class(**geometry, bias=self.bias is not None, device="meta", dtype=self.dtype)
+        conv.weight = nn.Parameter(self._dense())
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone())
         return conv.train(self.training)
@@ -179,8 +182,8 @@ class QuantLoRAConv2d(_QuantLoRAConv):
     are as for `QuantLoRALinear`.
 
     Args:
-        in_channels .. padding_mode, device, dtype: as for `nn.Conv2d`; dtype is that of adapter and bias.
-        format, group_size, scale_dtype, rank, lora_alpha, use_rslora: as for `QuantLoRALinear`;
+        in_channels .. padding_mode, device, dtype: as for `nn.Conv2d`; dtype is that of the bias.
+        format, group_size, scale_dtype, rank, lora_alpha, use_rslora, adapter_dtype: as for `QuantLoRALinear`;
             rank is 1 .. min(c_out, c_in / groups * k * k), or None for no adapter.
 
     Shapes: x [B, c_in, h, w] or [c_in, h, w], as `nn.Conv2d`; the result is in the dtype of x. Raises ValueError or

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loftq_kernels.config import QuantConfig
-from loftq_kernels.initializers import AdapterInit, initialize
+from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import dequantize_tensors
 
@@ -25,10 +24,10 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         num_embeddings, embedding_dim, padding_idx, device, dtype: as for `nn.Embedding`. The padding row is Q's alone:
             its row of lora_B is zero and gets no gradient.
         max_norm: must be None: it rescales rows in place, which a packed row cannot be.
-        format, group_size, scale_dtype, rank, lora_alpha, use_rslora: as for `QuantLoRALinear`.
+        format, group_size, scale_dtype, rank, lora_alpha, use_rslora, adapter_dtype: as for `QuantLoRALinear`.
 
-    Shapes: indices [...] int64 or int32 -> [..., embedding_dim], in the dtype of the adapter (``dtype``, which
-    `.to(dtype)` changes, with or without one). Parameters lora_A [rank, embedding_dim], lora_B [num_embeddings, rank].
+    Shapes: indices [...] int64 or int32 -> [..., embedding_dim], in ``dtype``, which
+    `.to(dtype)` changes. Parameters lora_A [rank, embedding_dim], lora_B [num_embeddings, rank].
     Raises ValueError or TypeError for arguments out of range and IndexError for an index outside the table.
     """
 
@@ -51,6 +50,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ):
         if max_norm is not None:
             raise ValueError(f"max_norm={max_norm!r} rescales rows in place, which a quantized table cannot do")
@@ -66,14 +66,13 @@ class QuantLoRAEmbedding(QuantLoRAModule):
             scale_dtype=scale_dtype,
             device=device,
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
         )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = _padding_row(padding_idx, num_embeddings)
-        # Of the dtype of what is looked up, which nothing else tells where there is no adapter. Not in the state_dict.
-        self.register_buffer("output_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, cfg: QuantConfig | None = None) -> QuantLoRAEmbedding:
+    def from_embedding(cls, embedding: nn.Embedding, cfg: LayerConfig | None = None) -> QuantLoRAEmbedding:
         """Quantize the table of an `nn.Embedding` as cfg says (default: LoftQ, NF4, rank 16); it is not changed.
 
         Raises TypeError for other classes, subclasses included, and ValueError for an embedding with max_norm,
@@ -83,28 +82,31 @@ class QuantLoRAEmbedding(QuantLoRAModule):
             raise TypeError(f"from_embedding takes a torch.nn.Embedding, got {type(embedding).__name__}")
         if reason := unsupported(embedding):
             raise ValueError(f"the embedding has {reason}")
-        cfg = cfg or QuantConfig()
+        cfg = cfg or LayerConfig()
         if cfg.has_qalora:
             cls._check_adapter(cfg.adapter)
         init = initialize([embedding.weight.detach()], cfg)[0]
-        return cls.from_init(init, embedding.padding_idx, dtype=embedding.weight.dtype).train(embedding.training)
+        layer = cls.from_init(
+            init, embedding.padding_idx, dtype=embedding.weight.dtype, adapter_dtype=cfg.adapter_dtype
+        )
+        return layer.train(embedding.training)
 
     @classmethod
     def from_init(
-        cls, init: AdapterInit, padding_idx: int | None = None, *, dtype: torch.dtype | None = None
+        cls,
+        init: AdapterInit,
+        padding_idx: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ) -> QuantLoRAEmbedding:
         """A layer that holds what an initializer returned for the table."""
         with torch.inference_mode(False):  # parameters made under inference mode could never be trained
-            layer = cls(*init.packed.shape, padding_idx, **cls._init_options(init, dtype))
+            layer = cls(*init.packed.shape, padding_idx, **cls._init_options(init, dtype, adapter_dtype))
             layer._fill(init, None)
-            layer.output_like = torch.empty(0, device=init.packed.device, dtype=layer.output_like.dtype)
             if layer.padding_idx is not None and layer.lora_B is not None:
                 layer.lora_B.data[layer.padding_idx] = 0
             return layer
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.output_like.dtype
 
     def forward(self, indices: Tensor) -> Tensor:
         if not isinstance(indices, Tensor) or indices.dtype not in _INDEX_DTYPES:
@@ -124,7 +126,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         stored = (self.codes, self.scale, self.offset)
         codes, scale, offset = (None if t is None else t.index_select(0, indices) for t in stored)
         return dequantize_tensors(
-            codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.output_like.dtype
+            codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.dtype
         )
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -135,9 +137,9 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     def merged_embedding(self) -> nn.Embedding:
         """A plain `nn.Embedding` that looks up the same: table = Q + scaling * lora_B @ lora_A, dense."""
         embedding = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=self._dtype
+            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=self.dtype
         )
-        embedding.weight = nn.Parameter(self.weight)
+        embedding.weight = nn.Parameter(self._dense())
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from loftq_kernels.formats import PackedTensor
 from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.ops import linear_tensors
+from loftq_kernels.ops.constant import Constant, plain
 
 _STACKED = ("codes", "scale", "offset")
 
@@ -27,7 +28,7 @@ class QuantLoRALinearGroup:
     """(y_0, y_1, ...) with y_i = layers[i](x), as one product with the weights on top of each other.
 
     One call instead of one a layer, x read once, and all adapters' x @ lora_A.T computed at once. The packed weights
-    move into common tensors, of which the layers' buffers become views: nothing is held twice, and the layers work,
+    move into common tensors, of which the layers' own become views: nothing is held twice, and the layers work,
     save and load as before. Layers that are moved or loaded anew are gathered again at the next call. What a call
     without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
     It is made anew when an adapter, bias or scaling has changed, with two exceptions:
@@ -85,7 +86,7 @@ class QuantLoRALinearGroup:
                 raise ValueError(f"layers[{i}] is on {layer.codes.device}, layers[0] on {first.codes.device}")
 
     def _stack(self) -> None:
-        """Gather the packed weights into common tensors and make the layers' buffers views of them."""
+        """Gather the packed weights into common tensors and make the layers' tensors views of them."""
         self._check()
         if _capturing(self.layers[0].codes):
             raise RuntimeError(
@@ -98,12 +99,12 @@ class QuantLoRALinearGroup:
                 if getattr(first, name) is None:
                     stacked[name] = None
                     continue
-                stacked[name] = torch.cat([getattr(layer, name) for layer in self.layers])
+                stacked[name] = torch.cat([plain(getattr(layer, name)) for layer in self.layers])
                 for layer, view in zip(self.layers, stacked[name].split(self.out_features), strict=True):
-                    setattr(layer, name, view)
+                    layer._parameters[name] = Constant(view)
         self._packed = PackedTensor(
             *(stacked[name] for name in _STACKED),
-            first.codebook,
+            plain(first.codebook),
             in_features=first.in_features,
             group_size=first.group_size,
             format=first.format,
@@ -114,8 +115,8 @@ class QuantLoRALinearGroup:
     @property
     def packed(self) -> PackedTensor:
         """The stacked weight [sum of out_features, in_features]; shares its memory with the layers."""
-        now = (layer._buffers[name] for layer in self.layers for name in _STACKED)
-        if any(buffer is not view for buffer, view in zip(now, self._views, strict=True)):
+        now = (layer._parameters[name] for layer in self.layers for name in _STACKED)
+        if any(own is not view for own, view in zip(now, self._views, strict=True)):
             self._stack()  # a layer was moved, or loaded with assign=True
         return self._packed
 

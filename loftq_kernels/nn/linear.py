@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.config import QuantConfig
-from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
+from loftq_kernels.initializers import AdapterInit, InputStatistics, LayerConfig, initialize
 from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import linear_tensors
@@ -15,8 +14,8 @@ from loftq_kernels.ops import linear_tensors
 class QuantLoRALinear(QuantLoRAModule):
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias
 
-    A drop-in for `nn.Linear` in inference and training. The packed weight lives in buffers whose dtypes never change
-    (`.to(dtype)` moves the adapter and the bias only) and is constant; the adapter is trained, the bias frozen.
+    A drop-in for `nn.Linear` in inference and training. The packed weight lives in frozen parameters whose dtypes never
+    change (`.to(dtype)` moves the adapter and the bias only) and is constant; the adapter is trained, the bias frozen.
     A new layer holds the zero weight, lora_A Kaiming-uniform and lora_B zero, to be filled by a checkpoint;
     `from_linear` and `from_init` make one from a weight.
 
@@ -27,7 +26,8 @@ class QuantLoRALinear(QuantLoRAModule):
     so that it is constant in each group and `merge_adapter` can move it into the offsets exactly.
 
     Args:
-        in_features, out_features, bias, device, dtype: as for `nn.Linear`; dtype is that of adapter and bias.
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`; dtype is that of the bias.
+        adapter_dtype: of lora_A and lora_B; None: dtype, but float32 where that is float16 or bfloat16, as in PEFT.
         format, group_size, scale_dtype: as for `quantize`.
         rank: 1 .. min(in_features, out_features), or None for no adapter; for "qalora" 1 .. min(G, out_features).
         adapter: "lora" or "qalora".
@@ -57,6 +57,7 @@ class QuantLoRALinear(QuantLoRAModule):
         offset: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ):
         super().__init__(
             out_features,
@@ -72,47 +73,54 @@ class QuantLoRALinear(QuantLoRAModule):
             offset=offset,
             device=device,
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
         )
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, cfg: QuantConfig | None = None, statistics: InputStatistics | None = None
+        cls, linear: nn.Linear, cfg: LayerConfig | None = None, statistics: InputStatistics | None = None
     ) -> QuantLoRALinear:
         """Quantize the weight of an `nn.Linear` as cfg says (default: LoftQ, NF4, rank 16); it is not changed.
 
         ``statistics`` of its input are for the initializers that take them.
         """
-        cfg = cfg or QuantConfig()
+        cfg = cfg or LayerConfig()
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear takes a torch.nn.Linear, got {type(linear).__name__}")
         calibration = None if statistics is None else [statistics]
         init = initialize([linear.weight.detach()], cfg, statistics=calibration)[0]
-        return cls.from_init(init, linear.bias, dtype=linear.weight.dtype).train(linear.training)
+        layer = cls.from_init(init, linear.bias, dtype=linear.weight.dtype, adapter_dtype=cfg.adapter_dtype)
+        return layer.train(linear.training)
 
     @classmethod
     def from_init(
-        cls, init: AdapterInit, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+        cls,
+        init: AdapterInit,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ) -> QuantLoRALinear:
         """A layer that holds what an initializer returned; ``bias`` [out_features] is copied."""
         with torch.inference_mode(False):  # parameters made under inference mode could never be trained
             out_features, in_features = init.packed.shape
-            layer = cls(in_features, out_features, bias is not None, **cls._init_options(init, dtype))
+            layer = cls(in_features, out_features, bias is not None, **cls._init_options(init, dtype, adapter_dtype))
             layer._fill(init, bias)
             return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        buffers, parameters = self._buffers, self._parameters  # nn.Module's attribute look-up takes longer, eight times
+        parameters = self._parameters  # nn.Module's own look-up of an attribute takes longer, eight times.
         adapted = self.adapter_enabled
         lora_A = parameters["lora_A"] if adapted else None
         if lora_A is not None and self.adapter != "lora":
             lora_A = self.over_columns(lora_A)
         return linear_tensors(
             x,
-            buffers["codes"],
-            buffers["scale"],
-            buffers["offset"],
-            buffers["codebook"],
+            parameters["codes"],
+            parameters["scale"],
+            parameters["offset"],
+            parameters["codebook"],
             self.group_size,
             lora_A,
             parameters["lora_B"] if adapted else None,
@@ -123,8 +131,8 @@ class QuantLoRALinear(QuantLoRAModule):
 
     def merged_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: weight = Q + scaling * lora_B @ lora_A, dense."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self._dtype)
-        linear.weight = nn.Parameter(self.weight)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
+        linear.weight = nn.Parameter(self._dense())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)

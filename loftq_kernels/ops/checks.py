@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq_kernels import packing
+from loftq_kernels import arguments
 from loftq_kernels.ops.reference import SCALE_RULES
+from loftq_kernels.storage import packing
 
 SCALE_DTYPES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCALE_DTYPES = tuple(SCALE_DTYPES_BY_NAME.values())
 # What scale and offset may be stored in: float64 is what merging a float64 adapter makes, `quantize` never does.
-STORED_DTYPES_BY_NAME = {**SCALE_DTYPES_BY_NAME, "float64": torch.float64}
+DTYPES_BY_NAME = STORED_DTYPES_BY_NAME = {**SCALE_DTYPES_BY_NAME, "float64": torch.float64}
 STORED_DTYPES = tuple(STORED_DTYPES_BY_NAME.values())
 
 
@@ -41,7 +42,7 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def bits_of(codebook: Tensor) -> int:
-    bits = codebook.numel().bit_length() - 1
+    bits = packing.bits_of(codebook)
     if bits not in packing.BITS or codebook.numel() != 2**bits or codebook.dim() != 1:
         raise ValueError(f"codebook has shape {tuple(codebook.shape)}: expected [2^bits] with bits in {packing.BITS}")
     if codebook.dtype != torch.float32:
@@ -57,17 +58,14 @@ def check_quantize(
         raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     bits_of(codebook)
     packing.check_group_size(group_size)
-    if scale_rule not in SCALE_RULES:
-        raise ValueError(f"scale_rule={scale_rule!r} is not one of {SCALE_RULES}")
+    arguments.choice("scale_rule", scale_rule, SCALE_RULES)
     check_scale_options(scale_dtype, scale_search)
     check_same_device("weight", weight, "codebook", codebook)
 
 
 def check_scale_options(scale_dtype: torch.dtype, scale_search: bool) -> None:
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype={scale_dtype!r} is not one of {SCALE_DTYPES}")
-    if not isinstance(scale_search, bool):
-        raise TypeError(f"scale_search must be True or False, got {scale_search!r}")
+    arguments.choice("scale_dtype", scale_dtype, SCALE_DTYPES)
+    arguments.flag("scale_search", scale_search)
 
 
 def check_low_rank(weight: Tensor, low_rank: Tensor) -> None:
@@ -218,15 +216,18 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
         raise ValueError(f"adapter_ids holds {wrong}; {adapters} adapters have ids 0..{adapters - 1}, and -1 is none")
 
 
-def check_rank(rank: int, out_features: int, in_features: int, inner: str = "in_features") -> None:
-    """``inner`` is what messages call in_features: the columns of lora_A."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, got {rank!r} (None means no adapter)")
+def check_rank(rank: int, out_features: int, in_features: int, inner: str = "in_features") -> int:
+    """rank as an int. Raises TypeError or ValueError unless it is one of 1 .. the smaller side.
+
+    ``inner`` is what messages call in_features: the columns of lora_A.
+    """
+    rank = arguments.whole_number("rank", rank, note=" (None means no adapter)", error=TypeError)
     if not 1 <= rank <= min(out_features, in_features):
         raise ValueError(
             f"rank={rank} is outside 1..{min(out_features, in_features)} = min(out_features={out_features}, "
             f"{inner}={in_features}); rank=None means no adapter"
         )
+    return rank
 
 
 def check_matrices(name: str, matrices: Tensor, *, square: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from loftq_kernels import packing
+from loftq_kernels.storage import packing
 
 SCALE_RULES = ("absmax", "minmax", "mean_std")
 SEARCH_FACTORS = tuple(1 - i / 32 for i in range(25))  # 1.0 down to 0.25; each exact in float32
@@ -29,9 +29,9 @@ def quantize(
     groups = packing.num_groups(columns, group_size)
     if rows == 0 or columns == 0:
         empty = weight.new_empty(rows, groups, dtype=scale_dtype)
-        codes = weight.new_empty(rows, packing.row_bytes(columns, codebook.numel().bit_length() - 1), dtype=torch.uint8)
+        codes = weight.new_empty(rows, packing.row_bytes(columns, packing.bits_of(codebook)), dtype=torch.uint8)
         return codes, empty, empty.clone() if scale_rule == "minmax" else empty.new_empty(0)
-    width = columns if group_size == -1 else group_size
+    width = packing.group_width(columns, group_size)
     weight = weight.float()
     # Padding with the row's last value keeps minimum, maximum and absmax of a partial group; mean and std mask it out.
     grouped = torch.cat([weight, weight[:, -1:].expand(-1, groups * width - columns)], 1).view(rows, groups, width)
@@ -60,7 +60,7 @@ def quantize(
         )
     codes, scale, offset = best
     codes = codes.to(torch.uint8).view(rows, groups * width)[:, :columns]
-    bits = codebook.numel().bit_length() - 1
+    bits = packing.bits_of(codebook)
     stored_offset = weight.new_empty(0, dtype=scale_dtype) if offset is None else offset.squeeze(-1).to(scale_dtype)
     return packing.pack_codes(codes, bits), scale.squeeze(-1).to(scale_dtype), stored_offset
 
@@ -148,12 +148,11 @@ def dequantize(
 ) -> Tensor:
     """``codebook[codes] * scale + offset`` [N, K], computed in float32 (float64 for dtype float64) and rounded once."""
     compute = torch.promote_types(dtype, torch.float32)
-    bits = codebook.numel().bit_length() - 1
+    bits = packing.bits_of(codebook)
     dense = codebook.to(compute)[packing.unpack_codes(codes, bits, in_features).int()]
-    width = in_features if group_size == -1 else group_size
-    dense = dense * scale.to(compute).repeat_interleave(width, dim=1)[:, :in_features]
+    dense = dense * packing.spread_groups(scale.to(compute), in_features, group_size)
     if offset is not None:
-        dense = dense + offset.to(compute).repeat_interleave(width, dim=1)[:, :in_features]
+        dense = dense + packing.spread_groups(offset.to(compute), in_features, group_size)
     return dense.to(dtype)
 
 

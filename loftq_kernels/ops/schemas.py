@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loftq_kernels import packing
 from loftq_kernels.ops import checks, extension, reference, small_matrix
+from loftq_kernels.storage import packing
 
 NAMESPACE = "loftq_kernels"
 

@@ -1,0 +1,1 @@
+"""Calibration: statistics of layers' inputs, collected by running a model on data."""

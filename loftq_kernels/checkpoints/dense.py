@@ -1,0 +1,91 @@
+"""Dense models in local folders: transformers ones, and plain safetensors files. Nothing is fetched or unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from loftq_kernels.checkpoints.architecture import architecture_of, is_linear, model_class, plain_model
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME
+from loftq_kernels.models.config import matches
+from loftq_kernels.nn.wrappers import unwrapped
+from loftq_kernels.storage import files
+
+_NAME_LAYERS = (
+    "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), or "
+    "give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
+)
+
+
+def load_dense(
+    path: str | Path, *, layers: Iterable[str] | None = None, model: nn.Module | None = None
+) -> nn.Module:
+    """The model in a local folder, with its tensors.
+
+    Args:
+        path: a folder with a config.json of transformers, or plain safetensors files.
+        layers: plain files: patterns of the names of their linear layers, whose weights are [out_features,
+            in_features]. Nothing is guessed from shapes: GPT-2's matrices are transposed, and embedding tables look
+            like linear layers.
+        model: plain files: the model that they belong to; filled in place, and returned.
+
+    Raises FileNotFoundError when there is no such folder or no safetensors file in it, ValueError for files that
+    cannot be read, a quantized folder, plain files without ``layers`` or ``model``, and patterns that match no matrix.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder")
+    if (path / CONFIG_NAME).is_file():
+        raise ValueError(f"{path} is already quantized: it holds {CONFIG_NAME}; load it with load_quantized")
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are not read)")
+    if model is not None:
+        return _filled(model, _all_tensors(found))
+    if (path / "config.json").is_file():
+        return _from_transformers(path)
+    if layers is None:
+        raise ValueError(f"{path} has no config.json, and shapes do not tell an architecture: {_NAME_LAYERS}")
+    return _named_layers(path, _all_tensors(found), tuple(layers))
+
+
+def _from_transformers(path: Path) -> nn.Module:
+    cls = model_class(architecture_of(path / "config.json"))
+    try:
+        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
+        wrong = f"cannot be loaded as {cls.__name__} (truncated, corrupted or of another model?)"
+        raise ValueError(f"{path} {wrong}: {type(error).__name__}: {error}") from error
+
+
+def _all_tensors(found: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in found:
+        own = files.load_tensors(file)[0]
+        if twice := own.keys() & tensors.keys():
+            raise ValueError(f"{file} holds {min(twice)!r}, which another file of the folder holds, too")
+        tensors.update(own)
+    return tensors
+
+
+def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    try:
+        unwrapped(model).load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the files are not those of {type(model).__name__}: {error}") from error
+    return model.eval()
+
+
+def _named_layers(path: Path, tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> nn.Module:
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        owners.setdefault(stem, {})[leaf] = tensor
+    matrices = [stem for stem, own in owners.items() if stem and is_linear(own)]
+    chosen = [stem for stem in matrices if any(matches(stem, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(matches(stem, pattern) for stem in matrices):
+            raise ValueError(f"{path}: {pattern!r} matches none of its matrices: {', '.join(matrices[:8])}, ...")
+    return plain_model(tensors, chosen)

@@ -1,0 +1,72 @@
+"""What the drivers are told, once an initializer has checked it, and the checks that initializers share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq_kernels import arguments
+from loftq_kernels.formats import Format, PackedTensor
+
+ORDERS = ("quantize_first", "svd_first")
+SVD_MODES = ("auto", "exact", "fast")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The arguments of `loftq_init`, and what "auto" means for these weights: ``mode`` "exact" or "fast".
+
+    rank_energy: as for `aser_init`; for the weighted driver alone.
+    """
+
+    format: Format
+    rank: int
+    num_iter: int
+    group_size: int
+    scaling: float
+    mode: str
+    warm_steps: int
+    order: str
+    scale_dtype: torch.dtype
+    scale_search: bool
+    seed: int
+    rank_energy: float | None = None
+
+    def packed(self, codes: Tensor, scale: Tensor, offset: Tensor, codebook: Tensor, in_features: int) -> PackedTensor:
+        """The weight that the quantize ops returned, whose offset is empty for formats without one."""
+        return PackedTensor(
+            codes,
+            scale,
+            offset if self.format.affine else None,
+            codebook,
+            in_features=in_features,
+            group_size=self.group_size,
+            format=self.format,
+        )
+
+
+def check_scaling(scaling: Any) -> float:
+    """Its root divides float32 factors."""
+    plain = arguments.plain_number(scaling)
+    if plain is None or not 1e-30 <= plain <= 1e30:
+        raise ValueError(f"scaling={scaling!r} must be a number in 1e-30 .. 1e30")
+    return float(plain)
+
+
+def check_schedule(num_iter: Any, order: str, svd: str, seed: Any) -> tuple[int, int]:
+    """(num_iter, seed) as ints. Raises ValueError for values out of range, TypeError for a seed that is no integer."""
+    num_iter = arguments.whole_number("num_iter", num_iter, 1, 2**31 - 1)
+    seed = arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)  # what torch.Generator takes
+    arguments.choice("order", order, ORDERS)
+    arguments.choice("svd", svd, SVD_MODES)
+    return num_iter, seed
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of the matrix of that name: other matrices have other ones, whatever they are batched with."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,193 @@
+"""`quantize_model`: replace the layers of a model, in place, and report what that did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
+from loftq_kernels.models.config import QuantConfig
+from loftq_kernels.models.plan import BitPlan
+from loftq_kernels.models.report import LayerReport, QuantizationReport, account, module_bytes
+from loftq_kernels.models.select import (
+    LEFT_DENSE,
+    Candidate,
+    Selection,
+    carry_over,
+    in_batches,
+    select_layers,
+    why_dense,
+    with_statistics,
+)
+from loftq_kernels.nn.adapters import train_only_adapters
+from loftq_kernels.nn.kinds import kind_of, matrix_shape
+from loftq_kernels.nn.wrappers import named_modules, set_submodule, unwrapped
+from loftq_kernels.ops.values import check_finite
+from loftq_kernels.progress import tqdm
+
+
+def quantize_model(
+    model: nn.Module,
+    cfg: QuantConfig | None = None,
+    *,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    plan: BitPlan | str | Path | None = None,
+    progress: bool = True,
+    freeze: bool = True,
+    device: torch.device | str | None = None,
+) -> QuantizationReport:
+    """Replace `nn.Linear` (and transformers' Conv1D) by `QuantLoRALinear`, in place, as cfg says; convolutions and
+    embeddings by `QuantLoRAConv1d`, `QuantLoRAConv2d` and `QuantLoRAEmbedding` where ``cfg.layer_types`` asks for it.
+
+    Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
+    reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module, hooks or a
+    forward of its own, a matrix that would grow, adapter="qalora" for any but a linear layer. A rank above the smaller
+    side becomes that side, with a note. Layers are swapped as they are done, each batch's dense ones freed then; so a
+    model whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still works, and a second
+    call goes on.
+
+    Args:
+        model: changed in place; its modules keep their device and training mode. May be inside torch.compile or DDP.
+        cfg: default `QuantConfig()`: LoftQ, NF4, rank 16.
+        statistics: by layer name, from `collect_activations` on the dense model: init "eora" and "aser" need them,
+            "loftq" takes them. Calibration observes linear layers alone: convolutions and embeddings get the data-free
+            LoftQ (their ``weighted_error`` is None), and cannot be initialized by "eora" and "aser". Layers that no
+            token reached get the data-free way, with a warning.
+        plan: a `BitPlan` or its file: chooses format, group size, rank and scales of the layers that it names; cfg says
+            the rest, and all of layers that the plan does not name.
+        progress: show a bar on standard error.
+        freeze: also set requires_grad=False on every parameter that is neither an adapter's nor named by
+            ``cfg.modules_to_save``.
+        device: where to compute, if not where the weights are.
+
+    Returns a `QuantizationReport`, which accounts for every byte of the model. Raises ValueError, before anything is
+    changed, for a weight with NaN or Inf (naming layer and row), for a model that is itself such a layer, for a pattern
+    that matches no layer, for a plan of another model or one that names a layer which is skipped (other than by an
+    override None), when no layer matches, and for statistics that lack a layer or are of another width.
+    """
+    cfg = cfg or QuantConfig()
+    if not isinstance(cfg, QuantConfig):
+        raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
+    started = time.perf_counter()
+    model = unwrapped(model)
+    if plan is not None:
+        plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+        cfg = plan.config(cfg)
+    selection = _checked_selection(model, cfg, plan)
+    candidates = with_statistics(selection.candidates, statistics)
+    selection.candidates.clear()
+    _check_weights(candidates)
+    report = QuantizationReport(skipped=selection.skipped, already=selection.already)
+    order = {candidate.name: i for i, candidate in enumerate(candidates)}
+    try:
+        with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
+            for batch in in_batches(candidates):
+                report.layers += _replace(model, batch, device, bar, freeze)
+    finally:  # Layers that were swapped before an interruption are as they would be after a whole run.
+        if freeze:
+            train_only_adapters(model)
+        _train_saved(model, cfg)
+    report.layers.sort(key=lambda layer: order[layer.name])
+    report.tensors = account(model, why_dense(cfg, selection))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None) -> Selection:
+    """The layers to quantize. Raises ValueError where there are none, or where they do not fit the plan."""
+    selection = select_layers(model, cfg)
+    if plan is not None:
+        plan.check_model(_planned_shapes(model, selection, plan, cfg))
+    if not selection.candidates and not selection.already:
+        raise ValueError(
+            f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {selection.skipped}"
+        )
+    return selection
+
+
+def _check_weights(candidates: list[Candidate]) -> None:
+    for candidate in candidates:
+        check_finite(candidate.weight, f"{candidate.name}.weight")
+
+
+def _train_saved(model: nn.Module, cfg: QuantConfig) -> None:
+    """requires_grad = True for what ``cfg.modules_to_save`` names."""
+    for name, module in named_modules(model):
+        if cfg.saves(name):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _planned_shapes(
+    model: nn.Module, selection: Selection, plan: BitPlan, cfg: QuantConfig
+) -> dict[str, tuple[int, ...]]:
+    """Matrix shapes of the layers that a plan may name: to be quantized, left dense by hand, or done before.
+
+    Raises ValueError, with the reason, for a layer that the plan names and that would be left dense otherwise.
+    """
+    shapes = {c.name: tuple(c.weight.shape) for c in selection.candidates}
+    modules = dict(named_modules(model))
+    for name in plan.layers.keys() & modules.keys() - shapes.keys():
+        kind, reason = kind_of(modules[name]), selection.skipped.get(name)
+        if name in selection.already or reason == LEFT_DENSE:
+            shapes[name] = matrix_shape(modules[name])
+        elif reason is not None:
+            raise ValueError(f"the plan names layer {name!r}, which cannot be quantized: {reason}")
+        elif kind is not None and kind.layer_type not in cfg.layer_types:
+            raise ValueError(
+                f"the plan names layer {name!r}, an nn.{type(modules[name]).__name__}: layer_types={cfg.layer_types} "
+                f"of the config must hold {kind.layer_type!r}"
+            )
+    return shapes
+
+
+def initialize_batch(
+    batch: list[Candidate], device: torch.device | str | None, bar: tqdm
+) -> list[AdapterInit]:
+    """The initializer's results for the layers of a batch, which go through it together."""
+    statistics = [candidate.statistics for candidate in batch]
+    return initialize(
+        [candidate.weight for candidate in batch],
+        batch[0].cfg,
+        statistics=None if statistics[0] is None else statistics,
+        device=device,
+        progress=bar.update,
+        names=[f"{candidate.name}.weight" for candidate in batch],
+    )
+
+
+def _replace(
+    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: tqdm, freeze: bool
+) -> Iterator[LayerReport]:
+    """Initialize the layers of a batch together, then swap each in; the batch is emptied."""
+    inits = initialize_batch(batch, device, bar)[::-1]
+    while batch:
+        yield _swap(model, batch.pop(0), inits.pop(), freeze)
+
+
+def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit, freeze: bool) -> LayerReport:
+    """Put the quantized layer in the place of the dense one."""
+    old, kind = candidate.module, candidate.kind
+    layer = kind.place(old, init, candidate.cfg.adapter_dtype).train(old.training)
+    carry_over(old, layer, kind)
+    if not freeze and layer.bias is not None:
+        layer.bias.requires_grad_(old.bias.requires_grad)
+    for name in candidate.names:
+        set_submodule(model, name, layer)
+    return LayerReport(
+        name=candidate.name,
+        out_features=init.packed.shape[0],
+        in_features=init.packed.shape[1],
+        format=layer.format.name,
+        rank=layer.rank,
+        error=init.error,
+        bytes_before=module_bytes(old),
+        bytes_after=module_bytes(layer),
+        packed_bytes=layer.packed.nbytes,
+        weighted_error=init.weighted_error,
+        note=candidate.note,
+    )

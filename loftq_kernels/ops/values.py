@@ -1,0 +1,81 @@
+"""Checks that read data: finite weights, and scales that fit their dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loftq_kernels.ops import checks
+from loftq_kernels.storage import packing
+
+
+def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
+    """weight, in float32 where it is of a type (float64) that the quantize kernels do not read."""
+    if weight.dtype in checks.SCALE_DTYPES:
+        return weight
+    narrow = weight.float()
+    largest = check_finite(weight, name)
+    if largest > 0 and not torch.finfo(torch.float32).tiny <= largest <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} has magnitude {largest:.4g}, beyond the range of float32, which formats are read in")
+    return narrow
+
+
+def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> float:
+    """max|weight|; raises ValueError with the place of the first NaN or Inf in weight [N, K], where there is one."""
+    if weight.numel() == 0:
+        return 0.0
+    low, high = (extreme.item() for extreme in weight.aminmax())  # allocates nothing of the weight's size
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
+    row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    raise ValueError(f"{name} holds {weight[row, column].item()} in row {first_row + row}, column {column}")
+
+
+def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str = "weight") -> None:
+    """Raise for what only the values tell: NaN or Inf in weight, or scales beyond the range of their dtype.
+
+    Looks at the small scale tensor first; the weight is read again only to explain a failure or a zero scale.
+    """
+    check_finite_scales(weight, scale, offset, name)
+    _check_zero_scales(weight, scale, offset, group_size, name)
+
+
+def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, name: str = "weight") -> None:
+    """Raise where a scale or offset of weight, or of weight less a low-rank term, is not finite."""
+    finite = torch.isfinite(scale)
+    if offset is not None:
+        finite = finite & torch.isfinite(offset)
+    if not finite.all():
+        row, group = (~finite).nonzero()[0].tolist()
+        check_finite(weight[row : row + 1], name, first_row=row)
+        raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
+
+
+def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:
+    """A zero scale is right for a constant group, which its offset holds rounded. It may also drop noise below the
+    matrix's own float32 resolution (a row of zeros less a low-rank term), but never weights that matter."""
+    rows = (scale == 0).any(1).nonzero().flatten()
+    if rows.numel() == 0:
+        return
+
+    def per_column(groups: Tensor) -> Tensor:
+        return packing.spread_groups(groups[rows], weight.shape[1], group_size)
+
+    deviation = weight[rows].float()
+    if offset is not None:
+        deviation = deviation - per_column(offset).float()
+    negligible = weight.abs().max().float() * torch.finfo(torch.float32).eps
+    lost = (deviation.abs() > (weight[rows].float().abs() / 2).clamp(min=negligible)) & per_column(scale == 0)
+    if lost.any():
+        row, column = lost.nonzero()[0].tolist()
+        magnitude = deviation[row, column].abs().item()
+        raise ValueError(_range_message(name, int(rows[row]), column // packing.group_width(weight.shape[1], group_size), magnitude, scale.dtype))
+
+
+def _range_message(name: str, row: int, group: int, magnitude: float, dtype: torch.dtype) -> str:
+    advice = "rescale the weight" if dtype == torch.float32 else "use scale_dtype=torch.float32"
+    return (
+        f"{name} row {row}, group {group}: magnitude {magnitude:.4g} gives a scale that does not fit {dtype}; {advice}"
+    )

@@ -1,0 +1,1 @@
+"""Ground floor: how codes lie in bytes, and how tensors and descriptions lie in files."""

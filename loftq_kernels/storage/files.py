@@ -1,0 +1,139 @@
+"""Files that are written whole or not at all, and safetensors files, read with every size checked.
+
+A file is written under a temporary name that tells who writes it, and renamed when it is complete. What a writer that
+was killed has left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+_LONG_DEAD = 24 * 3600.0  # seconds without a write, after which a file of another machine's process is abandoned
+
+
+def _safetensors() -> ModuleType:
+    """Imported where a file is read or written: the kernels alone run without it."""
+    import safetensors.torch
+
+    return safetensors
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "unknown"
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside path; on success it is renamed over path, on failure it is removed.
+
+    A name that is gone at the end has been moved by the caller. Temporary files that dead writers of the same path have
+    left are removed first.
+    """
+    path = Path(path)
+    for left in abandoned(path):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.exists():
+            sync(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def abandoned(path: Path) -> list[Path]:
+    """Temporary files of path whose writers are dead, those of earlier versions (".name.pid.tmp") included."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:(?P<machine>[A-Za-z0-9-]+)\.)?(?P<process>\d+)\.tmp")
+    left = []
+    with contextlib.suppress(OSError):
+        for file in path.parent.iterdir():
+            found = pattern.fullmatch(file.name)
+            if found and _is_dead(file, found["machine"], int(found["process"])):
+                left.append(file)
+    return left
+
+
+def _is_dead(file: Path, machine: str | None, process: int) -> bool:
+    """Whether the writer of a temporary file is gone: by its process where that is this machine's, else by its age."""
+    if machine not in (None, _machine()):
+        return _is_old(file)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user: alive
+        return False
+    return False
+
+
+def _is_old(file: Path) -> bool:
+    """Whether nobody has written to a file for a day."""
+    with contextlib.suppress(OSError):
+        return time.time() - file.stat().st_mtime > _LONG_DEAD
+    return False
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata as one safetensors file, atomically."""
+    with replacing(path) as temporary:
+        write_tensors(temporary, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a name that nobody reads yet, readable by whom the umask says."""
+    own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that the owner alone can read
+    _safetensors().torch.save_file(own, path, metadata=dict(metadata))
+    path.chmod(mode)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where it is a view into something larger (safetensors refuses those)."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
+    """Open a safetensors file lazily. The library checks the header's sizes against the file's before anything is read.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, corrupted or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or corrupted?): {error}") from error
+
+
+def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata."""
+    with open_tensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -1,0 +1,1 @@
+"""RILQ: tuning the adapters of all layers together towards the full-precision model."""
