@@ -42,14 +42,14 @@ def run(output: Path, *, quick: bool) -> None:
     print(f"torch before 2.12: at least {looped:.2f} s for the eigenproblems alone")
     unsure = sum(row["seconds"] for row in parts if row["part"].startswith(("eigenproblems", "Cholesky", "host")))
     pessimistic = parts[-1]["seconds"] + 2 * unsure
-    by_layers = estimate(convert._LAYERS_A_BATCH)[-1]["seconds"]
-    print(f"quantize_model, {convert._LAYERS_A_BATCH} layers at a time: {by_layers:.2f} s in all")
+    by_layers = estimate(select._LAYERS_PER_BATCH)[-1]["seconds"]
+    print(f"quantize_model, {select._LAYERS_PER_BATCH} layers at a time: {by_layers:.2f} s in all")
     print(f"eigenproblems, Cholesky and host three times that: {pessimistic:.2f} s in all")
     harness.write_json(
         output / "init_h200.json",
         {
             "H200 estimate, not measured": parts,
-            f"sum for quantize_model, {convert._LAYERS_A_BATCH} layers at a time, seconds": by_layers,
+            f"sum for quantize_model, {select._LAYERS_PER_BATCH} layers at a time, seconds": by_layers,
             "sum with eigenproblems, Cholesky and host three times that, seconds": pessimistic,
             "eigenproblems with torch before 2.12, at least, seconds": looped,
         },
@@ -112,7 +112,7 @@ def _streamed(part: str, size: float, flops: float = 0.0, dtype: str = "float32"
 
 def batches(at_most: float) -> int:
     """Calls of the driver: as many matrices at a time as a quarter of the memory holds."""
-    sizes = {s: min(at_most, MEMORY / 4 // (loftq._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
+    sizes = {s: min(at_most, MEMORY / 4 // (engine._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
     return sum(math.ceil(count * LAYERS / sizes[shape]) for shape, count in LLAMA_LAYER.items())
 
 
@@ -163,5 +163,5 @@ def _count(batch: int) -> tuple[int, int]:
     )
     weights = [torch.randn(1024, 1024) for _ in range(batch)]
     with _Operators() as operators:
-        loftq._run(weights, [f"weights[{i}]" for i in range(batch)], options, None)
+        engine._run(weights, [f"weights[{i}]" for i in range(batch)], options, None)
     return operators.calls.total(), operators.calls["aten::_local_scalar_dense"]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import loftq_kernels as lk
 from loftq_kernels.initializers import aser, engine
-from loftq_kernels.initializers.drivers import gram, low_rank, weighted
+from loftq_kernels.initializers.drivers import gram as gram_driver
+from loftq_kernels.initializers.drivers import low_rank, weighted
 
 SHAPES = [(96, 128), (128, 96), (64, 64), (5, 31), (31, 5)]
 
@@ -160,7 +161,7 @@ class TestSingular:
         x = gaussian(40, 128, dtype=torch.float64)
         gram = (x.T @ x / 40).float()
         assert torch.linalg.eigvalsh(gram.double())[0] < 0
-        factor = gram.gram_factor(gram)
+        factor = gram_driver.gram_factor(gram)
         assert (factor @ factor.T - gram.double()).norm() <= 1e-6 * gram.norm()
 
     def test_no_gram_matrix(self):
@@ -323,7 +324,7 @@ class TestWeightedLoftQ:
         weights, own = [w for w, _ in problems] + [problems[2][0].flip(0)], [*own, own[2]]
         single = [lk.loftq_init(w, "nf2", 8, 3, statistics=s) for w, s in zip(weights, own, strict=True)]
         factored = []
-        gram_factor = gram.gram_factor
+        gram_factor = gram_driver.gram_factor
         monkeypatch.setattr(weighted, "gram_factor", lambda *a: factored.append(1) or gram_factor(*a))
         for chunk in (1, 8):
             monkeypatch.setattr(loftq, "chunk_size", lambda *_, chunk=chunk: chunk)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import loftq_kernels as lk
-from loftq_kernels.tuning import teacher, tuner
+from loftq_kernels.nn.adapters import adapter_parameters
+from loftq_kernels.nn.blocks import checkpointed_blocks
+from loftq_kernels.tuning import rilq, state, teacher
+from loftq_kernels.tuning.tuner import Tuner, discrepancy
 
 VOCABULARY = 50
 
@@ -72,7 +75,7 @@ def tune(model, dense, batches=None, cfg=None, **options) -> lk.RilqResult:
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in rilq.adapter_parameters(model).items()}
+    return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -121,8 +124,8 @@ class TestLoss:
         batch = tokens(1)[0]
         expected = dense_gradients(model, dense, batch)
         cfg = config(accumulate=1, gradient_checkpointing=checkpointing)
-        tuner = rilq._Tuner(
-            model, rilq.adapter_parameters(model), teacher.LiveTeacher(dense), [batch], [batch], cfg, None, None
+        tuner = Tuner(
+            model, adapter_parameters(model), teacher.LiveTeacher(dense), [batch], [batch], cfg, None, None
         )
         with rilq._checkpointed(model):
             tuner._losses(batch)[0].backward()
@@ -149,7 +152,7 @@ class TestLoss:
 
 def dense_gradients(model: nn.Module, dense: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     """By `torch.func` on a dense twin whose weights are functions of copies of the adapters."""
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in rilq.adapter_parameters(model).items()}
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in adapter_parameters(model).items()}
     weights = {}
     for name, layer in model.named_modules():
         if isinstance(layer, lk.QuantLoRALinear):
@@ -175,7 +178,7 @@ class TestTuning:
         result = tune(model, dense, batches=tokens(16), cfg=config(weight=1.0, lr=3e-3, steps=30, patience=30))
         assert result.best_loss < result.start_loss and result.best_step > 0
         assert result.train[-1].loss < result.train[0].loss and len(result.train) == result.steps == 30
-        chosen = rilq.adapter_parameters(model)
+        chosen = adapter_parameters(model)
         for name, tensor in parameters_of(model).items():
             assert torch.equal(tensor, before[name]) == (name not in chosen), name
         assert_unchanged(dense, teacher_before)
@@ -277,7 +280,7 @@ class TestModels:
             for checkpointing in (False, True)
         ]
         assert results[0] == results[1] and results[0].best_loss < results[0].start_loss
-        assert rilq._blocks(dense) and not any("forward" in m.__dict__ for m in dense.modules())
+        assert checkpointed_blocks(dense) and not any("forward" in m.__dict__ for m in dense.modules())
 
     def test_bare_transformers_model(self):
         """An encoder without a head has states, but no logits."""
@@ -315,8 +318,8 @@ class TestModels:
         b[:, 6:] = 3
         seen = torch.ones(2, 12)
         seen[:, 6:] = 0
-        assert rilq.discrepancy(a, b, batches[0]).item() == 5
-        assert rilq.discrepancy(a, b, {**batches[0], "decoder_attention_mask": seen}).item() == 1
+        assert discrepancy(a, b, batches[0]).item() == 5
+        assert discrepancy(a, b, {**batches[0], "decoder_attention_mask": seen}).item() == 1
 
     def test_no_states_to_be_seen(self):
         """A model that is its own base model, without decoder, whose output begins with logits."""
@@ -386,7 +389,7 @@ class TestTeacher:
             (lambda: dense, {"cache": tmp_path / "c"}),
             (lambda: dense, {}),
         ):
-            for name, parameter in rilq.adapter_parameters(model).items():
+            for name, parameter in adapter_parameters(model).items():
                 parameter.data.copy_(start[name])
             assert tune(model, source, **options) == live and same(adapters(model), tuned)
 
@@ -560,14 +563,14 @@ class TestResume:
         model, dense = pair()
         other = copy.deepcopy(model)
         expected = tune(other, dense)
-        save = rilq.rilq_state.save
+        save = state.save
 
         def full(folder, settings, done, tensors):
             if done.step == 6:
                 raise OSError("no space left")
             save(folder, settings, done, tensors)
 
-        monkeypatch.setattr(rilq.rilq_state, "save", full)
+        monkeypatch.setattr(state, "save", full)
         with pytest.raises(OSError, match="no space"):
             tune(model, dense, state_dir=tmp_path)
         monkeypatch.undo()
