@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,10 +37,19 @@ def _writes(name: str) -> bool:
 
 def _plain(value: Any) -> Any:
     """The value itself; of a `Constant` or an alias of one, a plain tensor on the same memory."""
-    if not isinstance(value, (Constant, _Alias)):
-        return value
-    with torch._C.DisableTorchFunctionSubclass():
-        return Tensor.detach(value)
+    if isinstance(value, (Constant, _Alias)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return Tensor.detach(value)
+    return value
+
+
+def _all_plain(value: Any) -> Any:
+    """`_plain` of every tensor in nested lists, tuples and dicts."""
+    if type(value) in (list, tuple):
+        return type(value)(_all_plain(item) for item in value)
+    if type(value) is dict:
+        return {key: _all_plain(item) for key, item in value.items()}
+    return _plain(value)
 
 
 def _alias(tensor: Tensor) -> _Alias:
@@ -107,7 +117,7 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
         func(wide, *tree_map(copied, tuple(args)), **tree_map(copied, kwargs))
     except (RuntimeError, TypeError, IndexError):  # no such function of float64, as of bits; or a true error, again
         wide = target.clone()
-        func(wide, *tree_map(_plain, tuple(args)), **tree_map(_plain, kwargs))
+        func(wide, *_all_plain(tuple(args)), **_all_plain(kwargs))
     return wide, max(roundings)
 
 
@@ -150,13 +160,13 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
             _write(lambda wide, *a, **k: func([wide], *a, **k), name, _plain(targets[i]), tuple(entry_args), entry_kwargs)
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
-        func([targets[i] for i in others], *tree_map(_plain, entry_args), **tree_map(_plain, entry_kwargs))
+        func([targets[i] for i in others], *_all_plain(entry_args), **_all_plain(entry_kwargs))
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Apply func with `out=`, in which a constant may be."""
     out = kwargs.pop("out")
-    args, kwargs = tree_map(_plain, (args, kwargs))
+    args, kwargs = _all_plain((args, kwargs))
     results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
@@ -177,6 +187,9 @@ class _Alias(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_compiling():  # a compiled function reads the packed weight
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         with torch._C.DisableTorchFunctionSubclass():
             if kwargs.get("out") is not None:
@@ -186,7 +199,7 @@ class _Alias(Tensor):
             if _writes(name) and args and isinstance(args[0], _Alias):
                 _write(func, name, _plain(args[0]), args[1:], kwargs)
                 return None if name == "__setitem__" else args[0]
-            result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+            result = func(*_all_plain(args), **_all_plain(kwargs))
             return _same(result, args[0]) if args and isinstance(args[0], _Alias) else result
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -229,11 +242,15 @@ class Constant(nn.Parameter):
         return nn.Parameter(data, requires_grad=False)  # a DTensor or fake tensor has a class of its own
 
     def detach(self) -> Tensor:
-        return _alias(_plain(self))
+        return Tensor.detach(self) if torch.compiler.is_compiling() else _alias(_plain(self))
 
     @property
     def data(self) -> Tensor:
-        return _alias(_plain(self))
+        if torch.compiler.is_compiling():
+            return Tensor.detach(self)
+        # The compiler's check of custom operators accepts data of the exact type torch.Tensor alone.
+        compiler = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._")
+        return _plain(self) if compiler else _alias(_plain(self))
 
     @data.setter
     def data(self, new: Tensor) -> None:
@@ -285,12 +302,18 @@ for _name in dir(Tensor):
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def keep_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """For `Module._apply`: fn, but of a `Constant` only the change of device."""
+def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterable[str]) -> Callable[[Tensor], Tensor]:
+    """For `Module._apply`: fn, but of the module's parameters of these names only the change of device.
+
+    By identity, as a sharded one is a DTensor and no `Constant` any more.
+    """
+    constants = {id(module._parameters.get(name)) for name in names}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        return _plain(tensor).to(moved.device) if isinstance(tensor, Constant) and moved.dtype != tensor.dtype else moved
+        if id(tensor) not in constants or moved.dtype == tensor.dtype:
+            return moved
+        return _plain(tensor).to(moved.device)
 
     return apply
 
@@ -301,11 +324,12 @@ def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     torch then puts an `nn.Parameter` in their place. Sharded ones (DTensor) stay as they are.
     """
     for name in names:
-        if type(module._parameters.get(name)) is nn.Parameter:
-            module._parameters[name] = Constant(module._parameters[name])
+        parameter = module._parameters.get(name)
+        if type(parameter) is nn.Parameter:
+            module._parameters[name] = Constant(parameter)
 
 
-def plain_state(destination: dict, keys: Iterable[str]) -> None:
+def plain_state(destination: dict[str, Any], keys: Iterable[str]) -> None:
     """For `Module._save_to_state_dict`: put plain tensors in the place of the aliases under these keys."""
     for key in keys:
         if isinstance(destination.get(key), _Alias):
