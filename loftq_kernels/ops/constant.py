@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,16 +16,14 @@ REMEDY = (
 )
 ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
 
-_IN_PLACE_OPERATORS = tuple(
-    f"__i{name}__"
-    for name in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
-    if hasattr(Tensor, f"__i{name}__")
-) + ("__setitem__",)
+_IN_PLACE_OPERATORS = tuple(name for name in dir(Tensor) if name.startswith("__i") and hasattr(operator, name)) + (
+    "__setitem__",
+)
 # These end in an underscore and write no value.
 _NO_WRITES = frozenset(
-    "as_strided_ detach_ pin_memory_ rename_ requires_grad_ resize_ resize_as_ resize_as_sparse_ retain_grad_ set_ "
-    "share_memory_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_ module_load_ sparse_resize_ "
-    "sparse_resize_and_clear_".split()
+    ("detach_", "rename_", "requires_grad_", "retain_grad_", "set_", "share_memory_", "module_load_")
+    + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
+    + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
 )
 
 
@@ -143,6 +142,10 @@ def _entry(value: Any, index: int | list[int], count: int) -> Any:
     return [value[i] for i in ([index] if isinstance(index, int) else index)]
 
 
+def _of_one(func: Callable) -> Callable:
+    return lambda tensor, *args, **kwargs: func([tensor], *args, **kwargs)
+
+
 def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
     """Apply torch._foreach_* in place: to the ordinary tensors as ever, to each constant by `_write`."""
     targets, rest, count = args[0], args[1:], len(args[0])
@@ -157,7 +160,9 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
         if name == "_foreach_copy_":
             _write(Tensor.copy_, "copy_", _plain(targets[i]), (entry_args[0][0],), {})
         else:
-            _write(lambda wide, *a, **k: func([wide], *a, **k), name, _plain(targets[i]), tuple(entry_args), entry_kwargs)
+            _write(
+                lambda wide, *a, **k: func([wide], *a, **k), name, _plain(targets[i]), tuple(entry_args), entry_kwargs
+            )
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
         func([targets[i] for i in others], *_all_plain(entry_args), **_all_plain(entry_kwargs))
@@ -191,6 +196,8 @@ class _Alias(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if _writes(name) and not args:  # as torch.nn.init passes it
+            args = (kwargs.pop(next(iter(kwargs))),)
         with torch._C.DisableTorchFunctionSubclass():
             if kwargs.get("out") is not None:
                 return _write_out(func, name, args, kwargs)
@@ -256,7 +263,8 @@ class Constant(nn.Parameter):
     def data(self, new: Tensor) -> None:
         old, new = _plain(self), _plain(new)
         if old.dtype != new.dtype:
-            return _settle(old, new, _rounding(new), f"data = a {new.dtype} tensor")
+            _settle(old, new, _rounding(new), f"data = a {new.dtype} tensor")
+            new = old.to(new.device)
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
         if moved or _copy(old, new, exact=False):
             Tensor.data.__set__(self, new)
