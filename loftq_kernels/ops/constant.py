@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,9 +15,8 @@ REMEDY = (
 )
 ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
 
-_IN_PLACE_OPERATORS = tuple(name for name in dir(Tensor) if name.startswith("__i") and hasattr(operator, name)) + (
-    "__setitem__",
-)
+_OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+_IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
 # These end in an underscore and write no value.
 _NO_WRITES = frozenset(
     ("detach_", "rename_", "requires_grad_", "retain_grad_", "set_", "share_memory_", "module_load_")
