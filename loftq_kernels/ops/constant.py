@@ -15,16 +15,13 @@ REMEDY = (
 )
 ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
 
-_IN_PLACE_OPERATORS = tuple(
-    f"__i{name}__"
-    for name in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
-    if hasattr(Tensor, f"__i{name}__")
-) + ("__setitem__",)
+_OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+_IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
 # These end in an underscore and write no value.
 _NO_WRITES = frozenset(
-    "as_strided_ detach_ pin_memory_ rename_ requires_grad_ resize_ resize_as_ resize_as_sparse_ retain_grad_ set_ "
-    "share_memory_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_ module_load_ sparse_resize_ "
-    "sparse_resize_and_clear_".split()
+    ("detach_", "rename_", "requires_grad_", "retain_grad_", "set_", "share_memory_", "module_load_")
+    + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
+    + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
 )
 
 
@@ -37,10 +34,19 @@ def _writes(name: str) -> bool:
 
 def plain(value: Any) -> Any:
     """The value itself; of a `Constant` or an alias of one, a plain tensor on the same memory."""
-    if not isinstance(value, (Constant, _Alias)):
-        return value
-    with torch._C.DisableTorchFunctionSubclass():
-        return Tensor.detach(value)
+    if isinstance(value, (Constant, _Alias)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return Tensor.detach(value)
+    return value
+
+
+def _allplain(value: Any) -> Any:
+    """`_plain` of every tensor in nested lists, tuples and dicts."""
+    if type(value) in (list, tuple):
+        return type(value)(_allplain(item) for item in value)
+    if type(value) is dict:
+        return {key: _allplain(item) for key, item in value.items()}
+    return plain(value)
 
 
 def _alias(tensor: Tensor) -> _Alias:
@@ -108,7 +114,7 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
         func(wide, *tree_map(copied, tuple(args)), **tree_map(copied, kwargs))
     except (RuntimeError, TypeError, IndexError):  # no such function of float64, as of bits; or a true error, again
         wide = target.clone()
-        func(wide, *tree_map(plain, tuple(args)), **tree_map(plain, kwargs))
+        func(wide, *_allplain(tuple(args)), **_allplain(kwargs))
     return wide, max(roundings)
 
 
@@ -134,6 +140,10 @@ def _entry(value: Any, index: int | list[int], count: int) -> Any:
     return [value[i] for i in ([index] if isinstance(index, int) else index)]
 
 
+def _of_one(func: Callable) -> Callable:
+    return lambda tensor, *args, **kwargs: func([tensor], *args, **kwargs)
+
+
 def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
     """Apply torch._foreach_* in place: to the ordinary tensors as ever, to each constant by `_write`."""
     targets, rest, count = args[0], args[1:], len(args[0])
@@ -148,16 +158,18 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
         if name == "_foreach_copy_":
             _write(Tensor.copy_, "copy_", plain(targets[i]), (entry_args[0][0],), {})
         else:
-            _write(lambda wide, *a, **k: func([wide], *a, **k), name, plain(targets[i]), tuple(entry_args), entry_kwargs)
+            _write(
+                lambda wide, *a, **k: func([wide], *a, **k), name, plain(targets[i]), tuple(entry_args), entry_kwargs
+            )
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
-        func([targets[i] for i in others], *tree_map(plain, entry_args), **tree_map(plain, entry_kwargs))
+        func([targets[i] for i in others], *_allplain(entry_args), **_allplain(entry_kwargs))
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Apply func with `out=`, in which a constant may be."""
     out = kwargs.pop("out")
-    args, kwargs = tree_map(plain, (args, kwargs))
+    args, kwargs = _allplain((args, kwargs))
     results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
@@ -178,7 +190,12 @@ class _Alias(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_compiling():  # a compiled function reads the packed weight
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        if _writes(name) and not args:  # as torch.nn.init passes it
+            args = (kwargs.pop(next(iter(kwargs))),)
         with torch._C.DisableTorchFunctionSubclass():
             if kwargs.get("out") is not None:
                 return _write_out(func, name, args, kwargs)
@@ -187,7 +204,7 @@ class _Alias(Tensor):
             if _writes(name) and args and isinstance(args[0], _Alias):
                 _write(func, name, plain(args[0]), args[1:], kwargs)
                 return None if name == "__setitem__" else args[0]
-            result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+            result = func(*_allplain(args), **_allplain(kwargs))
             return _same(result, args[0]) if args and isinstance(args[0], _Alias) else result
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -230,10 +247,12 @@ class Constant(nn.Parameter):
         return nn.Parameter(data, requires_grad=False)  # a DTensor or fake tensor has a class of its own
 
     def detach(self) -> Tensor:
-        return _alias(plain(self))
+        return Tensor.detach(self) if torch.compiler.is_compiling() else _alias(plain(self))
 
     @property
     def data(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return Tensor.detach(self)
         # The compiler's check of custom operators accepts data of the exact type torch.Tensor alone.
         compiler = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._")
         return plain(self) if compiler else _alias(plain(self))
@@ -242,7 +261,8 @@ class Constant(nn.Parameter):
     def data(self, new: Tensor) -> None:
         old, new = plain(self), plain(new)
         if old.dtype != new.dtype:
-            return _settle(old, new, _rounding(new), f"data = a {new.dtype} tensor")
+            _settle(old, new, _rounding(new), f"data = a {new.dtype} tensor")
+            new = old.to(new.device)
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
         if moved or _copy(old, new, exact=False):
             Tensor.data.__set__(self, new)
@@ -288,12 +308,18 @@ for _name in dir(Tensor):
 torch.serialization.add_safe_globals([_rebuild])
 
 
-def keep_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """For `Module._apply`: fn, but of a `Constant` only the change of device."""
+def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterable[str]) -> Callable[[Tensor], Tensor]:
+    """For `Module._apply`: fn, but of the module's parameters of these names only the change of device.
+
+    By identity, as a sharded one is a DTensor and no `Constant` any more.
+    """
+    constants = {id(module._parameters.get(name)) for name in names}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        return plain(tensor).to(moved.device) if isinstance(tensor, Constant) and moved.dtype != tensor.dtype else moved
+        if id(tensor) not in constants or moved.dtype == tensor.dtype:
+            return moved
+        return plain(tensor).to(moved.device)
 
     return apply
 
@@ -304,11 +330,12 @@ def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     torch then puts an `nn.Parameter` in their place. Sharded ones (DTensor) stay as they are.
     """
     for name in names:
-        if type(module._parameters.get(name)) is nn.Parameter:
-            module._parameters[name] = Constant(module._parameters[name])
+        parameter = module._parameters.get(name)
+        if type(parameter) is nn.Parameter:
+            module._parameters[name] = Constant(parameter)
 
 
-def plain_state(destination: dict, keys: Iterable[str]) -> None:
+def plain_state(destination: dict[str, Any], keys: Iterable[str]) -> None:
     """For `Module._save_to_state_dict`: put plain tensors in the place of the aliases under these keys."""
     for key in keys:
         if isinstance(destination.get(key), _Alias):
