@@ -33,6 +33,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     """
 
     kind = "embedding"
+    dense_copy = "merged_embedding"
     geometry_names = ("padding_idx",)
     bias: None
 
@@ -137,7 +138,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         embedding = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=self._dtype
         )
-        embedding.weight = nn.Parameter(self.weight)
+        embedding.weight = nn.Parameter(self.dense_weight())
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:
