@@ -250,7 +250,7 @@ class TestModel:
         for search in (False, True):
             model = self.quantized(adapter="lora", format="int2", scale_search=search)
             layer = model.head
-            weight = layer.weight
+            weight = layer.weight.clone()
             errors.append(lk.merge_adapters(model, requantize=True, scale_search=search)["head"])
             expected = lk.quantize(weight, "int2", 32, scale_search=search)
             assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.scale, expected.scale)
@@ -391,7 +391,7 @@ class TestOtherKinds:
         with pytest.raises(ValueError, match="layer 'table'.*requantize=True"):
             lk.merge_adapters(model)
         assert model.out.lora_A is not None
-        dense = {name: model.get_submodule(name).weight for name in ("table", "conv1", "conv2", "out")}
+        dense = {name: model.get_submodule(name).weight.clone() for name in ("table", "conv1", "conv2", "out")}
         errors = lk.merge_adapters(model, requantize=True)
         assert set(errors) == set(dense) and errors.pop("out") == 0
         for name, error in errors.items():

@@ -170,7 +170,7 @@ class QuantLoRAModule(nn.Module):
         return self.dense_weight(detach=False) if torch.compiler.is_compiling() else QuantizedWeight(self)
 
     def dense_weight(self, *, detach: bool = True) -> Tensor:
-        """The weight that `forward` computes with, decoded into memory of its own, in the dense layer's shape and dtype.
+        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.
 
         Without ``detach`` it is differentiable in lora_A and lora_B.
         """
@@ -188,7 +188,7 @@ class QuantLoRAModule(nn.Module):
             return torch.addmm(dense, lora_B, lora_A, alpha=self.scaling)
 
     def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False) -> Tensor:
-        """x @ W.T + bias with the weight that `forward` computes with as the matrix W [rows, columns]; see `qlora_linear`.
+        """x @ W.T + bias, W [rows, columns] being the weight that `forward` computes with; see `qlora_linear`.
 
         With ``detach`` no gradient reaches the adapter.
         """

@@ -1,4 +1,4 @@
-"""`QuantizedWeight`: what `layer.weight` returns: a tensor to look at, to read and to multiply by, never to write to."""
+"""`QuantizedWeight`, what `layer.weight` returns: a tensor to look at, read and multiply by, never to write to."""
 
 from __future__ import annotations
 
@@ -79,13 +79,19 @@ class QuantizedWeight(ReadOnly):
 
     @staticmethod
     def __new__(cls, layer: QuantLoRAModule, detached: bool = False) -> QuantizedWeight:
-        self = Tensor._make_wrapper_subclass(cls, layer._weight_shape, dtype=layer._dtype, device=layer.codes.device)
-        self.__dict__.update(_layer=layer, _detached=detached)
+        # To the dispatcher a meta tensor: C++ code that asks no subclass, as of `other.data = layer.weight`, then raises
+        # instead of sharing memory that is not there.
+        self = Tensor._make_wrapper_subclass(
+            cls, layer._weight_shape, dtype=layer._dtype, device="meta", dispatch_device=True
+        )
+        self.__dict__.update(_layer=layer, _detached=detached, _device=layer.codes.device)
         return self
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """What code reaches that bypasses `__torch_function__`, such as `torch.as_tensor`."""
+        if func is torch.ops.prim.device.default:
+            return args[0]._device
         return _read(func, args, kwargs or {})
 
     def __repr__(self) -> str:
@@ -170,6 +176,13 @@ def _detach(func: Callable, args: Sequence, kwargs: Mapping) -> Tensor:
     return _read(func, args, kwargs)
 
 
+def _type(func: Callable, args: Sequence, kwargs: Mapping) -> Any:
+    """Without arguments the name of the type, else a cast."""
+    if len(args) > 1 or kwargs:
+        return _read(func, args, kwargs)
+    return torch.empty(0, dtype=args[0].dtype, device=args[0].device).type()
+
+
 def _require_grad(func: Callable, args: Sequence, kwargs: Mapping) -> Any:
     """False asks for nothing: a QuantizedWeight is no leaf to be trained."""
     (wanted,) = (*args[1:], *kwargs.values()) or (True,)
@@ -194,6 +207,7 @@ _HANDLERS: dict[Callable, Callable[[Callable, Sequence, Mapping], Any]] = {
     **dict.fromkeys((Tensor.detach, torch.detach, Tensor.data.__get__), _detach),
     **dict.fromkeys((Tensor.numpy, Tensor.__array__), _array),
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), _require_grad),
+    Tensor.type: _type,
     functional.linear: _linear,
 }
 
@@ -237,7 +251,7 @@ def _name(func: Callable) -> str:
 
 def _protected(tensor: Tensor, origins: Mapping[int | None, str]) -> Tensor:
     explanation = origins.get(_storage_of(tensor))
-    if explanation is None or isinstance(tensor, ReadOnly):
+    if explanation is None or type(tensor) is not Tensor:  # ReadOnly already, or fake: that has nothing to lose
         return tensor
     view = tensor.as_subclass(ReadOnly)
     view.__dict__["_explanation"] = explanation
