@@ -47,6 +47,9 @@ class ReadOnly(Tensor):
             raise self._refusal(f"setting the attribute {name}")
         super().__setattr__(name, value)
 
+    def set_(self, *args, **kwargs) -> NoReturn:  # the one in-place method that asks no `__torch_function__`
+        raise self._refusal("set_")
+
     def __deepcopy__(self, memo: dict) -> Tensor:
         memo[id(self)] = copied = self._values().clone()
         return copied
@@ -79,8 +82,8 @@ class QuantizedWeight(ReadOnly):
 
     @staticmethod
     def __new__(cls, layer: QuantLoRAModule, detached: bool = False) -> QuantizedWeight:
-        # To the dispatcher a meta tensor: C++ code that asks no subclass, as of `other.data = layer.weight`, then raises
-        # instead of sharing memory that is not there.
+        # To the dispatcher it is a meta tensor. C++ code that asks no subclass, such as that of
+        # `other.data = layer.weight`, then raises instead of sharing memory that is not there.
         self = Tensor._make_wrapper_subclass(
             cls, layer._weight_shape, dtype=layer._dtype, device="meta", dispatch_device=True
         )
@@ -231,10 +234,11 @@ def _read(func: Callable, args: Sequence, kwargs: Mapping) -> Any:
 def _refuse_named_writes(func: Callable, args: Sequence, kwargs: Mapping) -> None:
     """Raise for writes that their names tell, before anything is decoded or other tensors are written to.
 
-    PyTorch's in-place functions end in an underscore, and write to their first argument: a tensor or a list of them.
+    PyTorch's in-place functions end in an underscore or are told so by ``inplace``, and write to their first argument:
+    a tensor or a list of them.
     """
     name = _name(func)
-    in_place = name in _IN_PLACE_DUNDERS or (name.endswith("_") and not name.endswith("__"))
+    in_place = name in _IN_PLACE_DUNDERS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
     written = [kwargs.get("out"), args[0] if in_place and args else None]
     for one in pytree.tree_leaves(written):
         if isinstance(one, ReadOnly):
