@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from bench.bench_init import LLAMA_LAYER
-from loftq_kernels.models import select
 from loftq_kernels.formats import get_format
-from loftq_kernels.initializers import engine, options
+from loftq_kernels.initializers import engine
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
+from loftq_kernels.models import select
 
 LAYERS, RANK, NUM_ITER = 32, 64, 5
 MEMORY = 141e9  # bytes; this and the rates below: NVIDIA's H200 SXM data sheet

@@ -24,8 +24,8 @@ from torch import nn
 
 import loftq_kernels as lk
 from bench import harness
-from loftq_kernels.storage import files
 from loftq_kernels.recipes import finetune, small_lm
+from loftq_kernels.storage import files
 
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
 QALORA_RANK, QALORA_GROUP = 4, 32  # width 128 has four groups of 32: no larger rank says more

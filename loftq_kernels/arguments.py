@@ -12,7 +12,13 @@ from typing import Any
 
 
 def whole_number(
-    name: str, value: Any, least: int | None = None, most: int | None = None, *, note: str = "", error: type | None = None
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    *,
+    note: str = "",
+    error: type | None = None,
 ) -> int:
     """value as an int in least .. most. Raises ValueError (or ``error`` for what is no whole number) with the value.
 

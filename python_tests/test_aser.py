@@ -8,7 +8,6 @@ from helpers import DEVICES, FORMATS, dense_of, gaussian, output_error, same_pac
 from torch import Tensor
 
 import loftq_kernels as lk
-from loftq_kernels.initializers.drivers import gram, weighted
 
 
 def eight_bits(x: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
-from loftq_kernels.storage import files
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 
 pytest.importorskip("safetensors")

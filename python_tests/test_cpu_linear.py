@@ -19,9 +19,9 @@ from properties import given, settings, st
 from torch import Tensor
 
 import loftq_kernels as lk
-from loftq_kernels.storage import packing
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import extension, reference
+from loftq_kernels.storage import packing
 
 pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
 

@@ -20,9 +20,8 @@ from helpers import (
 from torch import Tensor
 
 import loftq_kernels as lk
-from loftq_kernels.initializers import aser, engine
 from loftq_kernels.initializers.drivers import gram as gram_driver
-from loftq_kernels.initializers.drivers import low_rank, weighted
+from loftq_kernels.initializers.drivers import weighted
 
 SHAPES = [(96, 128), (128, 96), (64, 64), (5, 31), (31, 5)]
 

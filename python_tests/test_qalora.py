@@ -14,9 +14,9 @@ from torch.nn.functional import avg_pool1d, pad
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
-from loftq_kernels.nn.adapters import adapter_parameters
 from loftq_kernels.initializers import initialize
 from loftq_kernels.initializers.qalora import expand_groups
+from loftq_kernels.nn.adapters import adapter_parameters
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 GROUPS = {32: 5, 64: 3, -1: 1}  # of 130 columns; the last group of 32 and of 64 holds two
@@ -250,7 +250,7 @@ class TestModel:
         for search in (False, True):
             model = self.quantized(adapter="lora", format="int2", scale_search=search)
             layer = model.head
-            weight = layer.weight
+            weight = layer.weight.clone()
             errors.append(lk.merge_adapters(model, requantize=True, scale_search=search)["head"])
             expected = lk.quantize(weight, "int2", 32, scale_search=search)
             assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.scale, expected.scale)
@@ -391,7 +391,7 @@ class TestOtherKinds:
         with pytest.raises(ValueError, match="layer 'table'.*requantize=True"):
             lk.merge_adapters(model)
         assert model.out.lora_A is not None
-        dense = {name: model.get_submodule(name).weight for name in ("table", "conv1", "conv2", "out")}
+        dense = {name: model.get_submodule(name).weight.clone() for name in ("table", "conv1", "conv2", "out")}
         errors = lk.merge_adapters(model, requantize=True)
         assert set(errors) == set(dense) and errors.pop("out") == 0
         for name, error in errors.items():

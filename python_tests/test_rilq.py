@@ -124,9 +124,7 @@ class TestLoss:
         batch = tokens(1)[0]
         expected = dense_gradients(model, dense, batch)
         cfg = config(accumulate=1, gradient_checkpointing=checkpointing)
-        tuner = Tuner(
-            model, adapter_parameters(model), teacher.LiveTeacher(dense), [batch], [batch], cfg, None, None
-        )
+        tuner = Tuner(model, adapter_parameters(model), teacher.LiveTeacher(dense), [batch], [batch], cfg, None, None)
         with rilq._checkpointed(model):
             tuner._losses(batch)[0].backward()
         assert len(expected) == 8

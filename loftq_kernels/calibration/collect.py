@@ -159,5 +159,3 @@ def _keep_encoded(collector: Collector, module: nn.Module, args: tuple, output: 
     if state is None:
         state = output[0] if isinstance(output, tuple) and output else output
     collector.encoded = state if isinstance(state, Tensor) else None
-
-

@@ -19,9 +19,7 @@ _NAME_LAYERS = (
 )
 
 
-def load_dense(
-    path: str | Path, *, layers: Iterable[str] | None = None, model: nn.Module | None = None
-) -> nn.Module:
+def load_dense(path: str | Path, *, layers: Iterable[str] | None = None, model: nn.Module | None = None) -> nn.Module:
     """The model in a local folder, with its tensors.
 
     Args:

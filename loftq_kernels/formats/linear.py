@@ -86,4 +86,6 @@ def _linear_multi(
         kernels = reference if x.dtype == torch.float64 else kernels
         scale, offset = (functional.narrow(t, x.dtype) for t in (packed.scale, packed.offset))
         weight = packed.codes, scale, offset, packed.codebook, packed.group_size
-    return kernels.qlora_linear_multi(functional.autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias)
+    return kernels.qlora_linear_multi(
+        functional.autocast(x), *weight, lora_A, lora_B, adapter_ids, float(scaling), bias
+    )

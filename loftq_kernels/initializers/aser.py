@@ -113,7 +113,9 @@ def aser_init_batch(
         rank_energy=rank_energy,
     )
     outliers = [
-        outlier_channels_of(weight.detach(), check_statistics(own, name, weight.shape[1]), min(outlier_channels, rank // 2))
+        outlier_channels_of(
+            weight.detach(), check_statistics(own, name, weight.shape[1]), min(outlier_channels, rank // 2)
+        )
         for weight, own, name in zip(weights, statistics, names, strict=True)
     ]
     inits = run_batch(

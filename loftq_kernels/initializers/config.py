@@ -224,5 +224,3 @@ def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
             value = DTYPES_BY_NAME.get(value, value)
         restored[name] = tuple(value) if isinstance(value, list) else value
     return restored
-
-

@@ -117,8 +117,9 @@ def _run(
 def _select_driver(backend: str | None, device: torch.device) -> bool:
     """Whether the compiled driver serves. Raises ValueError for a backend that has no initializer."""
     if backend == "triton":
-        raise ValueError("backend='triton' has kernels for products and dequantize; initializers take None, 'cpu' or "
-                         "'reference'")
+        raise ValueError(
+            "backend='triton' has kernels for products and dequantize; initializers take None, 'cpu' or 'reference'"
+        )
     return select_backend(backend, device) != "reference"
 
 

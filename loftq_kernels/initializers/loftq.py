@@ -129,7 +129,9 @@ def loftq_init_batch(
     return run_batch(weights, names, options, device=device, backend=backend, progress=progress, statistics=statistics)
 
 
-def run(weights: Sequence[Tensor], cfg: LayerConfig, *, num_iter: int | None = None, order: str | None = None, **options):
+def run(
+    weights: Sequence[Tensor], cfg: LayerConfig, *, num_iter: int | None = None, order: str | None = None, **options
+):
     """`loftq_init_batch` as a `LayerConfig` says."""
     return loftq_init_batch(
         weights,

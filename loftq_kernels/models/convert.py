@@ -145,9 +145,7 @@ def _planned_shapes(
     return shapes
 
 
-def initialize_batch(
-    batch: list[Candidate], device: torch.device | str | None, bar: tqdm
-) -> list[AdapterInit]:
+def initialize_batch(batch: list[Candidate], device: torch.device | str | None, bar: tqdm) -> list[AdapterInit]:
     """The initializer's results for the layers of a batch, which go through it together."""
     statistics = [candidate.statistics for candidate in batch]
     return initialize(

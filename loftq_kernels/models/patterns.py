@@ -16,8 +16,11 @@ _NEAR = 3
 def check_patterns(model: nn.Module, cfg: QuantConfig) -> None:
     """Raise ValueError for a pattern of cfg that matches no module that holds weights, naming similar ones."""
     names = [name for name, _ in named_modules(model, remove_duplicate=False) if name]
-    holders = {name for name, module in named_modules(model, remove_duplicate=False) if module._parameters or not any(
-        module.children())}
+    holders = {
+        name
+        for name, module in named_modules(model, remove_duplicate=False)
+        if module._parameters or not any(module.children())
+    }
     for field, pattern in cfg.patterns():
         matching = names_module if field == "modules_to_save" else matches
         found = [name for name in names if matching(name, pattern)]
@@ -45,4 +48,6 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     last = text.rpartition(".")[2]
     near = difflib.get_close_matches(text, names, _NEAR)
     near += [by_last[part] for part in difflib.get_close_matches(last, by_last, _NEAR) if by_last[part] not in near]
-    return f"; near: {', '.join(map(repr, near[:_NEAR]))}" if near else f"; it has {', '.join(map(repr, names[:5]))}, ..."
+    return (
+        f"; near: {', '.join(map(repr, near[:_NEAR]))}" if near else f"; it has {', '.join(map(repr, names[:5]))}, ..."
+    )

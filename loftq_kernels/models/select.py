@@ -134,15 +134,15 @@ class _Context:
             return "is the output head, which quantize_head=True quantizes"
         return LEFT_DENSE if layer_cfg is None else None
 
-    def _reason_of_module(
-        self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig
-    ) -> str | None:
+    def _reason_of_module(self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig) -> str | None:
         if reason := kind.why_not(module):
             return reason
         if shared := [owner for owner in self.owners[id(module.weight)] if owner != f"{name}.weight"]:
             return f"its weight is shared with {', '.join(shared)}"
-        return reason_of_extras(module, kind) or _reason_of_weight(module.weight) or _reason_of_size(
-            module, kind, layer_cfg
+        return (
+            reason_of_extras(module, kind)
+            or _reason_of_weight(module.weight)
+            or _reason_of_size(module, kind, layer_cfg)
         )
 
 
@@ -246,9 +246,7 @@ def carry_over(old: nn.Module, new: nn.Module, kind: LayerKind) -> None:
 # ---- statistics
 
 
-def with_statistics(
-    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None
-) -> list[Candidate]:
+def with_statistics(candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None) -> list[Candidate]:
     """The candidates with the statistics that their initializers need or take.
 
     Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning. Raises
@@ -279,9 +277,7 @@ def _data_free(candidate: Candidate) -> Candidate:
     return replace(candidate, cfg=cfg, note="; ".join(note for note in notes if note))
 
 
-def _statistics_of(
-    candidate: Candidate, statistics: Mapping[str, InputStatistics] | None
-) -> InputStatistics | None:
+def _statistics_of(candidate: Candidate, statistics: Mapping[str, InputStatistics] | None) -> InputStatistics | None:
     """What the initializer of a layer gets; ValueError unless it is there, where needed, and fits."""
     name, cfg = candidate.name, candidate.cfg
     if not candidate.kind.observed and (statistics is None or name not in statistics):

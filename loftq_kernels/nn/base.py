@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from loftq_kernels.initializers import AdapterInit
 from loftq_kernels.initializers.config import adapter_scaling, default_adapter_dtype
 from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.nn.merging import Mergeable
+from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
+from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank
 from loftq_kernels.ops.constant import Constant, plain, plain_state, restore_constants
 
@@ -39,6 +42,7 @@ class QuantLoRAModule(Mergeable):
 
     kind: str  # of layer, in checkpoints: see `kinds`
     adapters: tuple[str, ...] = ("lora",)  # that a layer of this kind can have
+    dense_copy: str  # the name of the method that returns the dense layer
     geometry_names: tuple[str, ...] = ()  # attributes beside the matrix's shape that a layer of this kind is made from
 
     def __init__(
@@ -168,23 +172,56 @@ class QuantLoRAModule(Mergeable):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that `forward` computes with, adapter included, made anew at every access and detached.
+        """The weight that `forward` computes with, adapter included, as a read-only `QuantizedWeight`.
 
-        For code that inspects ``layer.weight`` (its dtype, its device, or PyTorch's own transformer fast path).
+        Its shape, dtype and device cost nothing, `F.linear(x, layer.weight, bias)` is the product with the packed
+        weight, other reads decode. Writes raise RuntimeError. Under `torch.compile` it is the dense tensor itself.
         """
-        return self._dense()
+        return self.dense_weight(detach=False) if torch.compiler.is_compiling() else QuantizedWeight(self)
 
-    def _dense(self) -> Tensor:
-        """`_merged` in the dense layer's shape and dtype."""
-        return self._merged().to(self.dtype).view(self._weight_shape)
+    def dense_weight(self, *, detach: bool = True) -> Tensor:
+        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.
 
-    def _merged(self) -> Tensor:
-        """The matrix that `forward` computes with, adapter included, detached; float32 or wider."""
+        Without ``detach`` it is differentiable in lora_A and lora_B.
+        """
+        return self._merged(detach=detach).to(self.dtype).view(self._weight_shape)
+
+    def _merged(self, *, detach: bool = True) -> Tensor:
         dense = self.packed.dequantize(torch.promote_types(self.dtype, torch.float32))
-        if self.has_adapter:
-            lora_A, lora_B = self.lora_A.detach().to(dense.dtype), self.lora_B.detach().to(dense.dtype)
-            dense.addmm_(lora_B, self.over_columns(lora_A), alpha=self.scaling)
-        return dense
+        if not self.has_adapter:
+            return dense
+        lora_A, lora_B = (t.detach() if detach else t for t in (self.lora_A, self.lora_B))
+        lora_A, lora_B = self.over_columns(lora_A.to(dense.dtype)), lora_B.to(dense.dtype)
+        if detach:
+            return dense.addmm_(lora_B, lora_A, alpha=self.scaling)
+        with full_precision(dense):  # not in place, which torch.func cannot differentiate
+            return torch.addmm(dense, lora_B, lora_A, alpha=self.scaling)
+
+    def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False) -> Tensor:
+        """x @ W.T + bias, W [rows, columns] being the weight that `forward` computes with; see `qlora_linear`.
+
+        With ``detach`` no gradient reaches the adapter.
+        """
+        lora_A, lora_B = (self.lora_A, self.lora_B) if self.has_adapter else (None, None)
+        if lora_A is not None:
+            lora_A, lora_B = (t.detach() if detach else t for t in (self.over_columns(lora_A), lora_B))
+        packed = self.codes, self.scale, self.offset, self.codebook, self.group_size
+        return linear_tensors(x, *packed, lora_A, lora_B, self.scaling, bias, in_features=self._columns)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight":
+            raise read_only_error(self, "assigning to weight")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise read_only_error(self, "deleting weight")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise read_only_error(self, "registering a parameter weight")
+        super().register_parameter(name, param)
 
     def over_columns(self, lora_A: Tensor) -> Tensor:
         """lora_A as the matrix [rank, columns] that x itself is multiplied by: "qalora" has one of groups."""
@@ -279,3 +316,11 @@ def _moved(constant: Constant, fn: Callable[[Tensor], Tensor]) -> Constant:
     if moved.dtype != stored.dtype:
         moved = stored.to(moved.device)
     return constant if moved is stored else Constant(moved)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Where sums of float32 stay in float32: autocast, if it is on, is switched off."""
+    kind = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

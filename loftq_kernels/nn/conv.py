@@ -19,6 +19,7 @@ class _QuantLoRAConv(QuantLoRAModule):
     28 x 28 pixels and more, and cost as much again on small ones; the sums are those of training this way.
     """
 
+    dense_copy = "merged_conv"
     _dense_class: type[nn.Conv1d] | type[nn.Conv2d]
     geometry_names = (
         "in_channels",
@@ -145,7 +146,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         """A plain convolution that computes the same: kernel = Q + scaling * B A, dense."""
         geometry = {name: getattr(self, name) for name in self.geometry_names}
         conv = self._dense_class(**geometry, bias=self.bias is not None, device="meta", dtype=self.dtype)
-        conv.weight = nn.Parameter(self._dense())
+        conv.weight = nn.Parameter(self.dense_weight())
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().clone())
         return conv.train(self.training)

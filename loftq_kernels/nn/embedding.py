@@ -32,6 +32,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     """
 
     kind = "embedding"
+    dense_copy = "merged_embedding"
     geometry_names = ("padding_idx",)
     bias: None
 
@@ -125,9 +126,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         """Decode rows [n, embedding_dim]: a row's codes and scales are contiguous, and decode without the others."""
         stored = (self.codes, self.scale, self.offset)
         codes, scale, offset = (None if t is None else t.index_select(0, indices) for t in stored)
-        return dequantize_tensors(
-            codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.dtype
-        )
+        return dequantize_tensors(codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.dtype)
 
     def _check_indices(self, indices: Tensor) -> None:
         outside = (indices < 0) | (indices >= self.num_embeddings)
@@ -139,7 +138,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         embedding = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=self.dtype
         )
-        embedding.weight = nn.Parameter(self._dense())
+        embedding.weight = nn.Parameter(self.dense_weight())
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:

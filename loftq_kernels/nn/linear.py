@@ -39,6 +39,7 @@ class QuantLoRALinear(QuantLoRAModule):
     """
 
     kind = "linear"
+    dense_copy = "merged_linear"
     adapters = ADAPTERS
 
     def __init__(
@@ -132,7 +133,7 @@ class QuantLoRALinear(QuantLoRAModule):
     def merged_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: weight = Q + scaling * lora_B @ lora_A, dense."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        linear.weight = nn.Parameter(self._dense())
+        linear.weight = nn.Parameter(self.dense_weight())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)

@@ -71,7 +71,11 @@ def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, gro
     if lost.any():
         row, column = lost.nonzero()[0].tolist()
         magnitude = deviation[row, column].abs().item()
-        raise ValueError(_range_message(name, int(rows[row]), column // packing.group_width(weight.shape[1], group_size), magnitude, scale.dtype))
+        raise ValueError(
+            _range_message(
+                name, int(rows[row]), column // packing.group_width(weight.shape[1], group_size), magnitude, scale.dtype
+            )
+        )
 
 
 def _range_message(name: str, row: int, group: int, magnitude: float, dtype: torch.dtype) -> str:
