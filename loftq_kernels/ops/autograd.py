@@ -16,7 +16,7 @@ made of is a constant: a derivative with respect to it raises RuntimeError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,12 +30,21 @@ _PACKED = ("codes", "scale", "offset", "codebook")
 
 
 def forward_mode() -> bool:
-    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too."""
-    return forward_ad._current_level >= 0
+    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or in a
+    traced graph, which enters it without that being seen from Python."""
+    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
-def tangent_of(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None or not forward_mode() else forward_ad.unpack_dual(tensor).tangent
+def differentiated(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of those that a derivative is wanted with respect to, backward or forward."""
+    backward, forward = torch.is_grad_enabled(), forward_mode()
+    return [
+        name
+        for name, t in tensors.items()
+        if t is not None
+        and t.is_floating_point()
+        and ((backward and t.requires_grad) or (forward and forward_ad.unpack_dual(t, level=0).tangent is not None))
+    ]
 
 
 def differentiable_jvp(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -48,22 +57,37 @@ def differentiable_jvp(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def whole(ctx, *tangents: Tensor | None) -> Tensor:
         with forward_ad._set_fwd_grad_enabled(True):
-            saved = (None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            saved = (None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
             return jvp(ctx, tuple(saved), *tangents)
 
     return whole
 
 
-def refuse_constants(names: Sequence[str], differentiated: Sequence[object]) -> None:
-    """Raise for the names whose entry of differentiated (a flag, or a tangent and None) asks for a derivative."""
-    asked = [
-        name for name, wanted in zip(names, differentiated, strict=True) if wanted is not None and wanted is not False
-    ]
-    if asked:
+def refuse_constants(names: Sequence[str]) -> None:
+    """Raise RuntimeError if there are names of parts of a packed weight that a derivative is wanted for."""
+    if names:
         raise RuntimeError(
-            f"the packed weight is a constant: there is no derivative with respect to {', '.join(asked)}; detach() it, "
-            "or use backend='reference'"
+            f"the packed weight is a constant: there is no derivative with respect to its {', '.join(names)}; "
+            "detach() it"
         )
+
+
+def refuse_multi(names: Sequence[str]) -> None:
+    """Raise RuntimeError if there are names of arguments of qlora_linear_multi that a derivative is wanted for."""
+    if names:
+        raise RuntimeError(
+            f"adapter_ids is for inference: {', '.join(names)} would need a gradient or carries a tangent; use "
+            "torch.no_grad(), and no forward-mode transform"
+        )
+
+
+def parts(flags_or_tangents: Sequence[object]) -> list[str]:
+    """Names of what the packed weight is made of, by needs_input_grad or by tangents."""
+    return [
+        name
+        for name, wanted in zip(_PACKED, flags_or_tangents, strict=True)
+        if wanted is not None and wanted is not False
+    ]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -142,14 +166,13 @@ class _Linear(Function):
     def setup_context(ctx, inputs, output) -> None:
         x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias = inputs
         need = ctx.needs_input_grad
-        refuse_constants(_PACKED, need[1:5])
+        refuse_constants(parts(need[1:5]))
         kept = x if need[6] or need[7] else None  # x enters the adapter's gradients alone
         ctx.save_for_backward(kept, codes, scale, offset, codebook, lora_A, lora_B)
         ctx.group_size, ctx.scaling, ctx.in_features = group_size, scaling, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        if forward_mode():
-            ctx.save_for_forward(x, codes, scale, offset, codebook, lora_A, lora_B)
+        ctx.save_for_forward(x, codes, scale, offset, codebook, lora_A, lora_B)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -171,7 +194,7 @@ class _Linear(Function):
     @staticmethod
     @differentiable_jvp
     def jvp(ctx, saved, x_t, codes_t, scale_t, offset_t, codebook_t, _group, A_t, B_t, _scaling, bias_t) -> Tensor:
-        refuse_constants(_PACKED, (codes_t, scale_t, offset_t, codebook_t))
+        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
         x, *packed, lora_A, lora_B = saved
         terms = _low_rank_tangent(x, _transposed(lora_A, lora_B), _transposed(A_t, B_t), ctx.scaling)
         if x_t is not None:
@@ -185,15 +208,16 @@ class _Linear(Function):
         if any(dim is not None for dim in in_dims[1:5]):
             return each_sample(_ops.qlora_linear, info, in_dims, args)
         x, _, _, _, _, _, lora_A, lora_B, scaling, bias = map(_front, args, in_dims)
-        if in_dims[6] is in_dims[7] is in_dims[9] is None:
-            return _ops.qlora_linear(x, *args[1:6], lora_A, lora_B, scaling, bias), 0
-        y = _ops.qlora_linear(x, *args[1:6], None, None, 0.0, None)
-        mapped = in_dims[0] is not None
-        if bias is not None:
-            shape = (info.batch_size, *[1] * (x.dim() - 1 - mapped), -1) if in_dims[9] is not None else (-1,)
-            y = y + bias.to(y.dtype).view(shape)
-        if lora_A is not None:
-            y = _mapped_low_rank(y, x, _transposed(lora_A, lora_B), scaling, info, mapped)
+        x_is_mapped, adapter_is_mapped, bias_is_mapped = (
+            any(in_dims[i] is not None for i in places) for places in ((0,), (6, 7), (9,))
+        )
+        adapter = (None, None, 0.0) if adapter_is_mapped else (lora_A, lora_B, scaling)
+        y = _ops.qlora_linear(x, *args[1:6], *adapter, None if bias_is_mapped else bias)
+        if bias_is_mapped:
+            leading = x.dim() - 2 if x_is_mapped else x.dim() - 1
+            y = y + bias.to(y.dtype).view(info.batch_size, *[1] * leading, -1)
+        if adapter_is_mapped:
+            y = _mapped_low_rank(y, x, _transposed(lora_A, lora_B), scaling, info, x_is_mapped)
         return y, 0
 
 
@@ -208,12 +232,11 @@ class _GradInput(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling = inputs
-        refuse_constants(_PACKED, ctx.needs_input_grad[1:5])
+        refuse_constants(parts(ctx.needs_input_grad[1:5]))
         ctx.save_for_backward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
         ctx.in_features, ctx.group_size, ctx.scaling = in_features, group_size, scaling
         ctx.set_materialize_grads(False)
-        if forward_mode():
-            ctx.save_for_forward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
+        ctx.save_for_forward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
 
     @staticmethod
     def backward(ctx, grad_grad_x):
@@ -236,7 +259,7 @@ class _GradInput(Function):
     def jvp(
         ctx, saved, grad_t, codes_t, scale_t, offset_t, codebook_t, _features, _group, A_t, B_t, _scaling
     ) -> Tensor:
-        refuse_constants(_PACKED, (codes_t, scale_t, offset_t, codebook_t))
+        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
         grad_y, *packed, lora_A, lora_B = saved
         terms = _low_rank_tangent(grad_y, (lora_B, lora_A), (B_t, A_t), ctx.scaling)
         if grad_t is not None:
@@ -255,50 +278,32 @@ class _GradInput(Function):
         return _mapped_low_rank(grad_x, grad_y, (lora_B, lora_A), scaling, info, in_dims[0] is not None), 0
 
 
-def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: Sequence) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
 def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None:
     """Give op the derivatives of function."""
     # Function.apply without what it does for functorch, whose transforms have been dealt with at the Autograd key.
     apply = super(Function, function).apply
 
     def autograd_kernel(keyset, *args):
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return apply(*args)
-        return _below_autograd(op, keyset, args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
     _library.impl(op._opname, function.apply, "FuncTorchDynamicLayerFrontMode")
 
 
-def _constant(op: torch._ops.OpOverload, refuse: Callable[..., None]) -> None:
-    """Give op, which has no derivative, a kernel that raises where one would be lost: ``refuse(names, asked)``."""
+def _constant(op: torch._ops.OpOverload, refuse: Callable[[Sequence[str]], None]) -> None:
+    """Give op, which has no derivative, a kernel that raises where one would be lost."""
     names = [argument.name for argument in op._schema.arguments]
 
     def autograd_kernel(keyset, *args):
-        forward, backward = forward_ad._current_level >= 0, torch.is_grad_enabled()
-        if forward or (backward and torch._C._any_requires_grad(*args)):
-            tensors = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}
-            refuse(
-                list(tensors),
-                [(backward and arg.requires_grad) or tangent_of(arg) is not None for arg in tensors.values()],
-            )
-        return _below_autograd(op, keyset, args)
+        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            refuse(differentiated({n: arg for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
-
-
-def refuse_multi(names: Sequence[str], differentiated: Sequence[bool]) -> None:
-    """Raise for a derivative with respect to what the op qlora_linear_multi is given."""
-    needing = [name for name, wanted in zip(names, differentiated, strict=True) if wanted]
-    if needing:
-        raise RuntimeError(
-            f"adapter_ids is for inference: {', '.join(needing)} would need a gradient; use torch.no_grad(), and no "
-            "tangents of forward mode"
-        )
 
 
 def _dequantize_vmap(info, in_dims, *args) -> tuple[Tensor, int]:

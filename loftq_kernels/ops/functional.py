@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import checks, extension, reference, triton_backend
+from loftq_kernels.ops import autograd, checks, extension, reference, triton_backend
 
 if TYPE_CHECKING:
     from loftq_kernels.formats.packed_tensor import PackedTensor
@@ -185,7 +185,8 @@ def qlora_linear(
         backend: one of `available_backends()`; None lets the device of x choose.
 
     Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
-    With adapter_ids it is for inference only, and raises RuntimeError where a gradient would be needed.
+    Also under `torch.func` and in forward mode. A derivative with respect to parts of the weight raises RuntimeError.
+    With adapter_ids it is for inference only, and raises RuntimeError where a gradient or tangent would be needed.
     Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree or, on a
     CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN,
     also where S or r is 0.
@@ -220,13 +221,7 @@ def _linear_multi(
 ) -> Tensor:
     weight = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
     checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias, packed.shape[1])
-    if torch.is_grad_enabled():
-        leaves = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
-        needing = [name for name, tensor in leaves.items() if tensor is not None and tensor.requires_grad]
-        if needing:
-            raise RuntimeError(
-                f"adapter_ids is for inference: {', '.join(needing)} would need a gradient; use torch.no_grad()"
-            )
+    autograd.refuse_multi(autograd.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}))
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     kernels = _kernels(backend, x.device)
@@ -305,7 +300,7 @@ def _narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the Triton backend, in tens of microseconds: CUDA tensors of no
-    subclass, no gradient wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
+    subclass, no gradient or tangent wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
     if type(x) is not Tensor or not x.is_cuda or type(codes) is not Tensor:
         return False
     if not _PLAIN_TYPES.issuperset((type(lora_A), type(lora_B), type(bias))):
@@ -314,6 +309,7 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
         return False
     return (
         "qlora_linear" in triton_backend.registered
+        and not autograd.forward_mode()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
