@@ -16,10 +16,14 @@ made of is a constant: a derivative with respect to it raises RuntimeError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function, forward_ad
 
 from loftq_kernels.ops.schemas import NAMESPACE
@@ -35,15 +39,29 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    """tensor, and what the wrappers of torch.func hold; those of vmap, which know of no derivative, are left out."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor):
+            yield tensor
+        tensor = functorch.get_unwrapped(tensor)
+    yield tensor
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
 def differentiated(tensors: Mapping[str, Tensor | None]) -> list[str]:
-    """The names of those that a derivative is wanted with respect to, backward or forward."""
+    """The names of those that a derivative is wanted with respect to, backward or forward, by any transform."""
     backward, forward = torch.is_grad_enabled(), forward_mode()
+    if not backward and not forward:
+        return []
     return [
         name
-        for name, t in tensors.items()
-        if t is not None
-        and t.is_floating_point()
-        and ((backward and t.requires_grad) or (forward and forward_ad.unpack_dual(t, level=0).tangent is not None))
+        for name, tensor in tensors.items()
+        if tensor is not None
+        and any((backward and t.requires_grad) or (forward and _has_tangent(t)) for t in _layers(tensor))
     ]
 
 
@@ -91,7 +109,7 @@ def parts(flags_or_tangents: Sequence[object]) -> list[str]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _low_rank(x: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
@@ -149,7 +167,7 @@ def _mapped_low_rank(
     leading = x.shape[1:-1] if x_is_mapped else x.shape[:-1]
     first, second = pair
     rows = x.shape[0] if x_is_mapped else 1
-    flat = x.reshape(rows, leading.numel(), x.shape[-1])
+    flat = x.reshape(rows, math.prod(leading), x.shape[-1])
     term = _low_rank(flat, first, second, scaling)
     return base + term.reshape(info.batch_size, *leading, term.shape[-1])
 
@@ -166,7 +184,6 @@ class _Linear(Function):
     def setup_context(ctx, inputs, output) -> None:
         x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias = inputs
         need = ctx.needs_input_grad
-        refuse_constants(parts(need[1:5]))
         kept = x if need[6] or need[7] else None  # x enters the adapter's gradients alone
         ctx.save_for_backward(kept, codes, scale, offset, codebook, lora_A, lora_B)
         ctx.group_size, ctx.scaling, ctx.in_features = group_size, scaling, x.shape[-1]
@@ -176,6 +193,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        refuse_constants(parts(ctx.needs_input_grad[1:5]))
         if grad_y is None:
             return (None,) * 10
         x, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
@@ -232,7 +250,6 @@ class _GradInput(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling = inputs
-        refuse_constants(parts(ctx.needs_input_grad[1:5]))
         ctx.save_for_backward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
         ctx.in_features, ctx.group_size, ctx.scaling = in_features, group_size, scaling
         ctx.set_materialize_grads(False)
@@ -240,6 +257,7 @@ class _GradInput(Function):
 
     @staticmethod
     def backward(ctx, grad_grad_x):
+        refuse_constants(parts(ctx.needs_input_grad[1:5]))
         if grad_grad_x is None:
             return (None,) * 10
         grad_y, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
@@ -278,6 +296,15 @@ class _GradInput(Function):
         return _mapped_low_rank(grad_x, grad_y, (lora_B, lora_A), scaling, info, in_dims[0] is not None), 0
 
 
+def _functionalize(op: torch._ops.OpOverload, interpreter: FuncTorchInterpreter, args: tuple) -> Tensor:
+    """What torch.func.functionalize does with an op that mutates nothing; of a `Function` it knows no way."""
+    api = FunctorchFunctionalizeAPI(interpreter)
+    args = api.unwrap_tensors(args)
+    with api.redispatch_to_next():
+        result = op(*args)
+    return api.wrap_tensors(result)
+
+
 def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None:
     """Give op the derivatives of function."""
     # Function.apply without what it does for functorch, whose transforms have been dealt with at the Autograd key.
@@ -289,8 +316,14 @@ def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    def transform_kernel(*args):
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() == functorch.TransformType.Functionalize:
+            return _functionalize(op, interpreter, args)
+        return function.apply(*args)
+
     _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
-    _library.impl(op._opname, function.apply, "FuncTorchDynamicLayerFrontMode")
+    _library.impl(op._opname, transform_kernel, "FuncTorchDynamicLayerFrontMode")
 
 
 def _constant(op: torch._ops.OpOverload, refuse: Callable[[Sequence[str]], None]) -> None:

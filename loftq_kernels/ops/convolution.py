@@ -67,7 +67,6 @@ def _dense(packed: tuple[Tensor | None, ...], geometry: ConvGeometry, dtype: tor
 def _differentiate_input(ctx, inputs, output) -> None:
     """What both functions keep: the packed kernel and the geometry. Both are linear in their first argument."""
     first, *packed, geometry = inputs[:6]
-    autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
     ctx.save_for_backward(*packed)
     ctx.save_for_forward(*packed)
     ctx.geometry, ctx.shape = geometry, first.shape
@@ -97,6 +96,7 @@ class _PackedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor | None):
+        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
         if grad_y is None:
             return (None,) * 6
         return _PackedConvGradInput.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape), *[None] * 5
@@ -132,6 +132,7 @@ class _PackedConvGradInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_grad_x: Tensor | None):
+        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
         if grad_grad_x is None:
             return (None,) * 7
         return _PackedConv.apply(grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6

@@ -221,7 +221,8 @@ def _linear_multi(
 ) -> Tensor:
     weight = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
     checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias, packed.shape[1])
-    autograd.refuse_multi(autograd.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}))
+    if not torch.compiler.is_compiling():  # in a traced graph the op itself raises
+        autograd.refuse_multi(autograd.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}))
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     kernels = _kernels(backend, x.device)
