@@ -56,7 +56,7 @@ def number(name: str, value: Any, *, above: float = -math.inf, below: float = ma
 
 
 def plain_number(value: Any) -> float | int | None:
-    if isinstance(value, bool) or isinstance(value, str | bytes):
+    if isinstance(value, bool | str | bytes):
         return None
     if isinstance(value, int | float):
         return value

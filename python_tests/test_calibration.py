@@ -24,7 +24,8 @@ from helpers import (
 from torch import Tensor, nn
 
 import loftq_kernels as lk
-from loftq_kernels.calibration import collect, collector
+from loftq_kernels.calibration import collector
+from loftq_kernels.models import convert
 
 WHAT = ("gram", "mean", "abs_mean", "abs_max")
 ALL = lk.QuantConfig(exclude=())

@@ -245,7 +245,7 @@ class TestSave:
     @pytest.mark.parametrize("step", ["tensors", "config", "rename"])
     def test_failure_leaves_the_old_one(self, step, error, model, folder, monkeypatch):
         expected, calls = model(X), []
-        replace = storage.os.replace
+        replace = files.os.replace
 
         def fail(*args, **kwargs):
             raise error
@@ -263,7 +263,7 @@ class TestSave:
         elif step == "config":
             monkeypatch.setattr(Path, "write_text", fail)
         else:
-            monkeypatch.setattr(storage.os, "replace", fail_on_config)
+            monkeypatch.setattr(files.os, "replace", fail_on_config)
         with pytest.raises(type(error)):
             lk.save_quantized(quantized_model(seed=5), folder)
         monkeypatch.undo()

@@ -326,7 +326,7 @@ class TestWeightedLoftQ:
         gram_factor = gram_driver.gram_factor
         monkeypatch.setattr(weighted, "gram_factor", lambda *a: factored.append(1) or gram_factor(*a))
         for chunk in (1, 8):
-            monkeypatch.setattr(loftq, "chunk_size", lambda *_, chunk=chunk: chunk)
+            monkeypatch.setattr(engine, "chunk_size", lambda *_, chunk=chunk: chunk)
             factored.clear()
             for one, other in zip(single, lk.loftq_init_batch(weights, "nf2", 8, 3, statistics=own), strict=True):
                 assert same_packed(one.packed, other.packed)
@@ -340,7 +340,7 @@ class TestWeightedLoftQ:
         weights = [w for w, _ in problems]
         weights[0] = weights[0] * (65500 / weights[0].abs().max())
         alone = lk.loftq_init(weights[1], "nf2", 16, 4, statistics=own[1])
-        monkeypatch.setattr(loftq, "chunk_size", lambda *_: 8)
+        monkeypatch.setattr(engine, "chunk_size", lambda *_: 8)
         stopped, other = lk.loftq_init_batch(weights, "nf2", 16, 4, statistics=own)
         assert same_packed(other.packed, alone.packed) and len(other.errors) == 4
         assert 1 <= len(stopped.weighted_errors) < 4 and stopped.weighted_error == min(stopped.weighted_errors)

@@ -268,7 +268,7 @@ class TestBatch:
         """A matrix of which a later iterate's scales do not fit stays at its best, and its neighbour does not know."""
         weights = [gaussian(128, 128) * 20, gaussian(128, 128, seed=1).clamp(-1, 1) * 65500]
         alone = [lk.loftq_init(weight, "nf2", 8, 5) for weight in weights]
-        monkeypatch.setattr(loftq, "chunk_size", lambda *_: 2)
+        monkeypatch.setattr(engine, "chunk_size", lambda *_: 2)
         together = lk.loftq_init_batch(weights, "nf2", 8, 5)
         assert len(alone[0].errors) == 5
         assert len(alone[1].errors) < 5, "the case is not there any more"
@@ -285,7 +285,7 @@ class TestBatch:
         weights = [gaussian(*shape, seed=seed) * scale for seed, scale in enumerate((1.0, 0.0, 1e-12, 0.02))]
         options = {"svd": svd, "order": order, "scale_dtype": torch.float32}
         alone = lk.loftq_init_batch(weights, "nf2", 8, 3, **options)
-        monkeypatch.setattr(loftq, "chunk_size", lambda *_: 3)
+        monkeypatch.setattr(engine, "chunk_size", lambda *_: 3)
         told = []
         together = lk.loftq_init_batch(weights, "nf2", 8, 3, **options, progress=told.append)
         assert told == [3, 1]

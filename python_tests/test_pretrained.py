@@ -9,7 +9,7 @@ import torch
 from helpers import TOKENS, gaussian, save_file, tiny_bert, tiny_gpt2
 from torch import nn
 
-from loftq_kernels.checkpoints import dense
+from loftq_kernels.checkpoints import architecture, dense
 
 
 class TestTransformers:
@@ -28,15 +28,15 @@ class TestTransformers:
     @pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
     def test_skeleton(self, build):
         model = build()
-        described = json.loads(json.dumps(pretrained.describe(model)))
-        empty = pretrained.skeleton(described)
+        described = json.loads(json.dumps(architecture.describe(model)))
+        empty = architecture.skeleton(described)
         assert type(empty) is type(model) and not empty.training
         shapes = {name: p.shape for name, p in model.named_parameters()}
         assert {name: p.shape for name, p in empty.named_parameters()} == shapes
         assert all(p.is_meta for p in empty.parameters())
 
     def test_other_models_are_not_described(self):
-        assert pretrained.describe(nn.Linear(3, 3)) is None
+        assert architecture.describe(nn.Linear(3, 3)) is None
 
     @pytest.mark.parametrize("architectures", [None, [], ["NoSuchModel"], ["pipeline"], [5]])
     def test_architecture(self, architectures, tmp_path):

@@ -14,8 +14,8 @@ from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.storage import files
 
 _NAME_LAYERS = (
-    "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), or "
-    "give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
+    "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), "
+    "or give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
 )
 
 

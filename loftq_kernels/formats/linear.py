@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats.packed_tensor import PackedTensor
-from loftq_kernels.ops import checks, functional, reference
+from loftq_kernels.ops import autograd, checks, functional, reference
 from loftq_kernels.ops.backends import kernels_of
 
 
@@ -37,7 +37,8 @@ def qlora_linear(
         backend: one of `available_backends()`; None lets the device of x choose.
 
     Returns [..., N] in the dtype of x. Differentiable in x, lora_A, lora_B and bias; the weight is a constant.
-    With adapter_ids it is for inference only, and raises RuntimeError where a gradient would be needed.
+    Also under `torch.func` and in forward mode. A derivative with respect to parts of the weight raises RuntimeError.
+    With adapter_ids it is for inference only, and raises RuntimeError where a gradient or tangent would be needed.
     Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree or, on a
     CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN,
     also where S or r is 0.
@@ -72,13 +73,8 @@ def _linear_multi(
 ) -> Tensor:
     weight = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
     checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias, packed.shape[1])
-    if torch.is_grad_enabled():
-        leaves = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
-        needing = [name for name, tensor in leaves.items() if tensor is not None and tensor.requires_grad]
-        if needing:
-            raise RuntimeError(
-                f"adapter_ids is for inference: {', '.join(needing)} would need a gradient; use torch.no_grad()"
-            )
+    if not torch.compiler.is_compiling():  # In a traced graph the op itself raises.
+        autograd.refuse_multi(autograd.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}))
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     kernels = kernels_of(backend, x.device)

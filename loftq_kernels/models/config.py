@@ -65,7 +65,8 @@ class QuantConfig(LayerConfig):
             QLoRA and bitsandbytes do: embeddings are read a few rows at a time and often tied to the head, and
             convolutions are a small part of most language models.
         modules_to_save: names or patterns of modules that stay dense and are trained in full, as PEFT calls them: a
-            fresh classification head, say. A name also stands for modules whose own names end with it. Their parameters keep requires_grad=True, and come back trainable from a file.
+            fresh classification head, say. A name also stands for modules whose own names end with it. Their
+            parameters keep requires_grad=True, and come back trainable from a file.
         quantize_head: also quantize the output head: the model's ``get_output_embeddings()``, or layers named lm_head.
             It stays dense by default, whatever ``exclude`` says: its error goes straight into the logits.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Attributes under which wrappers keep what they wrap and show it in names: torch.compile, activation checkpointing, FSDP.
+# Where torch.compile, activation checkpointing and FSDP keep what they wrap: these parts show in names.
 _IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _MODULE = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel")  # keep it as .module
 

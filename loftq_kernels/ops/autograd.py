@@ -1,22 +1,136 @@
-"""Derivatives of the matmul ops. Through the packed weight only: no dense copy is kept for the backward.
+"""Derivatives of the ops. Through the packed weight only: no dense copy is kept for the backward.
 
 With D = codebook[codes] * scale + offset, h = x A^T and g = dL/dy (leading dimensions flattened):
 
     dL/dx = g D + s (g B) A     dL/dA = s (g B)^T x     dL/dB = s g^T h     dL/dbias = sum over rows of g
+
+and in forward mode, with a dot for the tangent of an input:
+
+    y. = x. D^T + s (x. A^T) B^T + s (x A.^T) B^T + s h B.^T + bias.
+
+`torch.library.register_autograd` knows no forward mode, and what it makes does not compose with `torch.func`: the ops
+have `torch.autograd.Function`s instead, which are applied where PyTorch applies any other: above the transforms of
+`torch.func` (the key FuncTorchDynamicLayerFrontMode), and at the Autograd key where no transform is left. What D is
+made of is a constant: a derivative with respect to it raises RuntimeError.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+from torch.autograd import Function, forward_ad
 
 from loftq_kernels.ops.schemas import NAMESPACE
 
 _ops = torch.ops.loftq_kernels
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations live as long as it does
+_PACKED = ("codes", "scale", "offset", "codebook")
+
+
+def forward_mode() -> bool:
+    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or in a
+    traced graph, which enters it without that being seen from Python."""
+    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    """tensor, and what the wrappers of torch.func hold; those of vmap, which know of no derivative, are left out."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor):
+            yield tensor
+        tensor = functorch.get_unwrapped(tensor)
+    yield tensor
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def differentiated(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of those that a derivative is wanted with respect to, backward or forward, by any transform."""
+    backward, forward = torch.is_grad_enabled(), forward_mode()
+    if not backward and not forward:
+        return []
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor is not None
+        and any((backward and t.requires_grad) or (forward and _has_tangent(t)) for t in _layers(tensor))
+    ]
+
+
+def differentiable_jvp(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """jvp(ctx, saved, *tangents) as a `Function`'s, with derivatives of its own in an outer forward-mode transform.
+
+    PyTorch turns forward mode off around a jvp, for the saved inputs carry tangents; with it off, the transforms around
+    see none either, and the derivative of the derivative is lost (https://github.com/pytorch/pytorch/issues/197867).
+    Here the inputs lose their tangents instead.
+    """
+
+    def whole(ctx, *tangents: Tensor | None) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = (None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
+            return jvp(ctx, tuple(saved), *tangents)
+
+    return whole
+
+
+def refuse_constants(names: Sequence[str]) -> None:
+    """Raise RuntimeError if there are names of parts of a packed weight that a derivative is wanted for."""
+    if names:
+        raise RuntimeError(
+            f"the packed weight is a constant: there is no derivative with respect to its {', '.join(names)}; "
+            "detach() it"
+        )
+
+
+def refuse_multi(names: Sequence[str]) -> None:
+    """Raise RuntimeError if there are names of arguments of qlora_linear_multi that a derivative is wanted for."""
+    if names:
+        raise RuntimeError(
+            f"adapter_ids is for inference: {', '.join(names)} would need a gradient or carries a tangent; use "
+            "torch.no_grad(), and no forward-mode transform"
+        )
+
+
+def parts(flags_or_tangents: Sequence[object]) -> list[str]:
+    """Names of what the packed weight is made of, by needs_input_grad or by tangents."""
+    return [
+        name
+        for name, wanted in zip(_PACKED, flags_or_tangents, strict=True)
+        if wanted is not None and wanted is not False
+    ]
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _low_rank(x: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
+    """s (x first) second in the dtype of x."""
+    return scaling * (x @ first.to(x.dtype)) @ second.to(x.dtype)
+
+
+def _low_rank_tangent(
+    x: Tensor, pair: Sequence[Tensor | None], tangents: Sequence[Tensor | None], scaling: float
+) -> list[Tensor]:
+    """The terms of the tangent of s (x first) second that belong to the two factors."""
+    terms = []
+    if tangents[0] is not None:
+        terms.append(_low_rank(x, tangents[0], pair[1], scaling))
+    if tangents[1] is not None:
+        terms.append(_low_rank(x, pair[0], tangents[1], scaling))
+    return terms
+
+
+def _transposed(*matrices: Tensor | None) -> list[Tensor | None]:
+    return [None if matrix is None else matrix.mT for matrix in matrices]
 
 
 def _adapter_gradients(
@@ -32,51 +146,214 @@ def _adapter_gradients(
     return grad_A, grad_B
 
 
-def _save(ctx, inputs, output):
-    x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias = inputs
-    needs_x = any(ctx.needs_input_grad[i] for i in (6, 7))  # x enters the adapter's gradients alone
-    ctx.save_for_backward(x if needs_x else None, codes, scale, offset, codebook, lora_A, lora_B)
-    ctx.group_size, ctx.scaling, ctx.in_features = group_size, scaling, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    """tensor with the mapped dimension first."""
+    return tensor if dim is None else tensor.movedim(dim, 0)
 
 
-def _backward(ctx, grad_y):
-    x, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grad_x = grad_A = grad_B = grad_bias = None
-    if need[0]:
-        grad_x = _ops.qlora_linear_grad_input(
-            grad_y, codes, scale, offset, codebook, ctx.in_features, ctx.group_size, lora_A, lora_B, ctx.scaling
+def each_sample(op: Callable, info, in_dims: Sequence[int | None], args: Sequence) -> tuple[Tensor, int]:
+    """The vmap rule of an op whose packed weight differs between the samples: one call per sample."""
+    results = [
+        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
+
+
+def _mapped_low_rank(
+    base: Tensor, x: Tensor, pair: Sequence[Tensor], scaling: float, info, x_is_mapped: bool
+) -> Tensor:
+    """base + s (x first) second [V, ..., n], where x, base and either factor may have the mapped dimension first."""
+    leading = x.shape[1:-1] if x_is_mapped else x.shape[:-1]
+    first, second = pair
+    rows = x.shape[0] if x_is_mapped else 1
+    flat = x.reshape(rows, math.prod(leading), x.shape[-1])
+    term = _low_rank(flat, first, second, scaling)
+    return base + term.reshape(info.batch_size, *leading, term.shape[-1])
+
+
+class _Linear(Function):
+    """The op qlora_linear."""
+
+    @staticmethod
+    def forward(*args) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.qlora_linear.default(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, codes, scale, offset, codebook, group_size, lora_A, lora_B, scaling, bias = inputs
+        need = ctx.needs_input_grad
+        kept = x if need[6] or need[7] else None  # x enters the adapter's gradients alone
+        ctx.save_for_backward(kept, codes, scale, offset, codebook, lora_A, lora_B)
+        ctx.group_size, ctx.scaling, ctx.in_features = group_size, scaling, x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(x, codes, scale, offset, codebook, lora_A, lora_B)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        refuse_constants(parts(ctx.needs_input_grad[1:5]))
+        if grad_y is None:
+            return (None,) * 10
+        x, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad_x = grad_A = grad_B = grad_bias = None
+        if need[0]:
+            grad_x = _ops.qlora_linear_grad_input(
+                grad_y, codes, scale, offset, codebook, ctx.in_features, ctx.group_size, lora_A, lora_B, ctx.scaling
+            )
+        if need[6] or need[7]:
+            grad_A, grad_B = _adapter_gradients(x, grad_y, lora_A, lora_B, ctx.scaling, need[6], need[7])
+        if need[9]:
+            grad_bias = _rows(grad_y).sum(0, dtype=ctx.bias_dtype)
+        return grad_x, None, None, None, None, None, grad_A, grad_B, None, grad_bias
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(ctx, saved, x_t, codes_t, scale_t, offset_t, codebook_t, _group, A_t, B_t, _scaling, bias_t) -> Tensor:
+        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
+        x, *packed, lora_A, lora_B = saved
+        terms = _low_rank_tangent(x, _transposed(lora_A, lora_B), _transposed(A_t, B_t), ctx.scaling)
+        if x_t is not None:
+            terms.append(_ops.qlora_linear(x_t, *packed, ctx.group_size, lora_A, lora_B, ctx.scaling, None))
+        if bias_t is not None:
+            terms.append(bias_t.to(x.dtype).expand(*x.shape[:-1], -1))
+        return sum(terms[1:], start=terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in in_dims[1:5]):
+            return each_sample(_ops.qlora_linear, info, in_dims, args)
+        x, _, _, _, _, _, lora_A, lora_B, scaling, bias = map(_front, args, in_dims)
+        x_is_mapped, adapter_is_mapped, bias_is_mapped = (
+            any(in_dims[i] is not None for i in places) for places in ((0,), (6, 7), (9,))
         )
-    if need[6] or need[7]:
-        grad_A, grad_B = _adapter_gradients(x, grad_y, lora_A, lora_B, ctx.scaling, need[6], need[7])
-    if need[9]:
-        grad_bias = _rows(grad_y).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_A, grad_B, None, grad_bias
+        adapter = (None, None, 0.0) if adapter_is_mapped else (lora_A, lora_B, scaling)
+        y = _ops.qlora_linear(x, *args[1:6], *adapter, None if bias_is_mapped else bias)
+        if bias_is_mapped:
+            leading = x.dim() - 2 if x_is_mapped else x.dim() - 1
+            y = y + bias.to(y.dtype).view(info.batch_size, *[1] * leading, -1)
+        if adapter_is_mapped:
+            y = _mapped_low_rank(y, x, _transposed(lora_A, lora_B), scaling, info, x_is_mapped)
+        return y, 0
 
 
-def _save_grad_input(ctx, inputs, output):
-    grad_y, codes, scale, offset, codebook, _, group_size, lora_A, lora_B, scaling = inputs
-    ctx.save_for_backward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
-    ctx.group_size, ctx.scaling = group_size, scaling
+class _GradInput(Function):
+    """The op qlora_linear_grad_input. It is linear in grad_y: its derivative is the forward op."""
+
+    @staticmethod
+    def forward(*args) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.qlora_linear_grad_input.default(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling = inputs
+        ctx.save_for_backward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
+        ctx.in_features, ctx.group_size, ctx.scaling = in_features, group_size, scaling
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(grad_y, codes, scale, offset, codebook, lora_A, lora_B)
+
+    @staticmethod
+    def backward(ctx, grad_grad_x):
+        refuse_constants(parts(ctx.needs_input_grad[1:5]))
+        if grad_grad_x is None:
+            return (None,) * 10
+        grad_y, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad_grad_y = grad_A = grad_B = None
+        if need[0]:
+            grad_grad_y = _ops.qlora_linear(
+                grad_grad_x, codes, scale, offset, codebook, ctx.group_size, lora_A, lora_B, ctx.scaling, None
+            )
+        if need[7] or need[8]:
+            # <grad_grad_x, s (g B) A> has the form of the adapter term with x = grad_grad_x.
+            grad_A, grad_B = _adapter_gradients(grad_grad_x, grad_y, lora_A, lora_B, ctx.scaling, need[7], need[8])
+        return grad_grad_y, None, None, None, None, None, None, grad_A, grad_B, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx, saved, grad_t, codes_t, scale_t, offset_t, codebook_t, _features, _group, A_t, B_t, _scaling
+    ) -> Tensor:
+        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
+        grad_y, *packed, lora_A, lora_B = saved
+        terms = _low_rank_tangent(grad_y, (lora_B, lora_A), (B_t, A_t), ctx.scaling)
+        if grad_t is not None:
+            sizes = ctx.in_features, ctx.group_size
+            terms.append(_ops.qlora_linear_grad_input(grad_t, *packed, *sizes, lora_A, lora_B, ctx.scaling))
+        return sum(terms[1:], start=terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in in_dims[1:5]):
+            return each_sample(_ops.qlora_linear_grad_input, info, in_dims, args)
+        grad_y, *_, lora_A, lora_B, scaling = map(_front, args, in_dims)
+        if in_dims[7] is in_dims[8] is None:
+            return _ops.qlora_linear_grad_input(grad_y, *args[1:7], lora_A, lora_B, scaling), 0
+        grad_x = _ops.qlora_linear_grad_input(grad_y, *args[1:7], None, None, 0.0)
+        return _mapped_low_rank(grad_x, grad_y, (lora_B, lora_A), scaling, info, in_dims[0] is not None), 0
 
 
-def _backward_grad_input(ctx, grad_grad_x):
-    """grad_x is linear in grad_y: its derivative is the forward op. Makes second derivatives work."""
-    grad_y, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grad_grad_y = grad_A = grad_B = None
-    if need[0]:
-        grad_grad_y = _ops.qlora_linear(
-            grad_grad_x, codes, scale, offset, codebook, ctx.group_size, lora_A, lora_B, ctx.scaling, None
-        )
-    if need[7] or need[8]:
-        # <grad_grad_x, s (g B) A> has the form of the adapter term with x = grad_grad_x.
-        grad_A, grad_B = _adapter_gradients(grad_grad_x, grad_y, lora_A, lora_B, ctx.scaling, need[7], need[8])
-    return grad_grad_y, None, None, None, None, None, None, grad_A, grad_B, None
+def _functionalize(op: torch._ops.OpOverload, interpreter: FuncTorchInterpreter, args: tuple) -> Tensor:
+    """What torch.func.functionalize does with an op that mutates nothing; of a `Function` it knows no way."""
+    api = FunctorchFunctionalizeAPI(interpreter)
+    args = api.unwrap_tensors(args)
+    with api.redispatch_to_next():
+        result = op(*args)
+    return api.wrap_tensors(result)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::qlora_linear", _backward, setup_context=_save)
-torch.library.register_autograd(
-    f"{NAMESPACE}::qlora_linear_grad_input", _backward_grad_input, setup_context=_save_grad_input
-)
+def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None:
+    """Give op the derivatives of function."""
+    # Function.apply without what it does for functorch, whose transforms have been dealt with at the Autograd key.
+    apply = super(Function, function).apply
+
+    def autograd_kernel(keyset, *args):
+        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def transform_kernel(*args):
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() == functorch.TransformType.Functionalize:
+            return _functionalize(op, interpreter, args)
+        return function.apply(*args)
+
+    _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
+    _library.impl(op._opname, transform_kernel, "FuncTorchDynamicLayerFrontMode")
+
+
+def _constant(op: torch._ops.OpOverload, refuse: Callable[[Sequence[str]], None]) -> None:
+    """Give op, which has no derivative, a kernel that raises where one would be lost."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def autograd_kernel(keyset, *args):
+        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            refuse(differentiated({n: arg for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
+
+
+def _dequantize_vmap(info, in_dims, *args) -> tuple[Tensor, int]:
+    """Rows decode independently of each other: those of all samples are decoded as one matrix."""
+    if in_dims[3] is not None:
+        return each_sample(_ops.dequantize, info, in_dims, args)
+    stored = [
+        None if t is None else (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0))
+        for t, dim in zip(args[:3], in_dims[:3], strict=True)
+    ]
+    rows = stored[0].shape[1]
+    dense = _ops.dequantize(*(t if t is None else t.flatten(0, 1) for t in stored), *args[3:])
+    return dense.unflatten(0, (info.batch_size, rows)), 0
+
+
+_differentiable(_ops.qlora_linear.default, _Linear)
+_differentiable(_ops.qlora_linear_grad_input.default, _GradInput)
+_constant(_ops.dequantize.default, refuse_constants)
+_constant(_ops.qlora_linear_multi.default, refuse_multi)
+torch.library.register_vmap(f"{NAMESPACE}::dequantize", _dequantize_vmap)

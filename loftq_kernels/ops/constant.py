@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
 
 
 def _allplain(value: Any) -> Any:
-    """`_plain` of every tensor in nested lists, tuples and dicts."""
+    """`plain` of every tensor in nested lists, tuples and dicts."""
     if type(value) in (list, tuple):
         return type(value)(_allplain(item) for item in value)
     if type(value) is dict:
@@ -102,12 +102,12 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
     roundings = [torch.finfo(torch.float64).eps]
 
     def copied(value: Any) -> Any:
-        plain = plain(value)
-        if not isinstance(plain, Tensor):
+        own = plain(value)
+        if not isinstance(own, Tensor):
             return value
-        if plain is value and plain.ndim:  # an operand that was computed outside, in its own precision
-            roundings.append(_rounding(plain))
-        return plain.double() if plain.is_floating_point() or plain.dtype == target.dtype else plain
+        if own is value and own.ndim:  # an operand that was computed outside, in its own precision
+            roundings.append(_rounding(own))
+        return own.double() if own.is_floating_point() or own.dtype == target.dtype else own
 
     wide = target.double().clone()
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import checks
+from loftq_kernels.ops import autograd, checks
 from loftq_kernels.ops.functional import autocast, dequantize_tensors
 
 
@@ -47,7 +47,8 @@ def conv_tensors(
 ) -> Tensor:
     """y = conv(x, codebook[codes] * scale + offset) + bias for x [B, c_in, *size], in the dtype of x.
 
-    Differentiable, twice too, in x and bias. Raises TypeError and ValueError as `qlora_linear`.
+    Differentiable in x and bias, any number of times, forward and under `torch.func` too. Raises TypeError and
+    ValueError as `qlora_linear`.
     """
     checks.check_floating("x", x)
     checks.check_packed(codes, scale, offset, codebook, geometry.columns, geometry.group_size)
@@ -63,33 +64,61 @@ def _dense(packed: tuple[Tensor | None, ...], geometry: ConvGeometry, dtype: tor
     return matrix.view(-1, *geometry.kernel)
 
 
+def _differentiate_input(ctx, inputs, output) -> None:
+    """What both functions keep: the packed kernel and the geometry. Both are linear in their first argument."""
+    first, *packed, geometry = inputs[:6]
+    ctx.save_for_backward(*packed)
+    ctx.save_for_forward(*packed)
+    ctx.geometry, ctx.shape = geometry, first.shape
+    ctx.set_materialize_grads(False)
+
+
+def _map_samples(function: type[torch.autograd.Function], info, in_dims, args: tuple) -> tuple[Tensor, int]:
+    """The vmap rule of both functions: the mapped dimension joins the batch, unless the kernels differ."""
+    if any(dim is not None for dim in in_dims[1:5]):
+        return autograd.each_sample(function.apply, info, in_dims, args)
+    first = args[0].movedim(in_dims[0], 0)
+    shapes = [(info.batch_size * shape[0], *shape[1:]) for shape in args[6:]]
+    result = function.apply(first.flatten(0, 1), *args[1:6], *shapes)
+    return result.unflatten(0, first.shape[:2]), 0
+
+
 class _PackedConv(torch.autograd.Function):
     """conv(x, D), linear in x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes, scale, offset, codebook, geometry: ConvGeometry) -> Tensor:
-        packed = codes, scale, offset, codebook
-        ctx.save_for_backward(*packed)
-        ctx.geometry, ctx.shape = geometry, x.shape
+    def forward(x: Tensor, codes, scale, offset, codebook, geometry: ConvGeometry) -> Tensor:
         g = geometry
-        kernel = _dense(packed, g, x.dtype)
+        kernel = _dense((codes, scale, offset, codebook), g, x.dtype)
         return torch.convolution(x, kernel, None, g.stride, g.padding, g.dilation, False, [0] * len(g.stride), g.groups)
 
+    setup_context = staticmethod(_differentiate_input)
+
     @staticmethod
-    def backward(ctx, grad_y: Tensor):
-        grad_x = _PackedConvGradInput.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape)
-        return grad_x, None, None, None, None, None
+    def backward(ctx, grad_y: Tensor | None):
+        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
+        if grad_y is None:
+            return (None,) * 6
+        return _PackedConvGradInput.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape), *[None] * 5
+
+    @staticmethod
+    @autograd.differentiable_jvp
+    def jvp(ctx, packed, x_t, codes_t, scale_t, offset_t, codebook_t, _geometry) -> Tensor:
+        autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
+        return _PackedConv.apply(x_t, *packed, ctx.geometry)
+
+    @staticmethod
+    def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
+        return _map_samples(_PackedConv, info, in_dims, args)
 
 
 class _PackedConvGradInput(torch.autograd.Function):
     """dL/dx, linear in dL/dy: its own derivative is the convolution. Makes second derivatives work."""
 
     @staticmethod
-    def forward(ctx, grad_y: Tensor, codes, scale, offset, codebook, geometry: ConvGeometry, shape) -> Tensor:
-        packed = codes, scale, offset, codebook
-        ctx.save_for_backward(*packed)
-        ctx.geometry = g = geometry
-        kernel = _dense(packed, g, grad_y.dtype)
+    def forward(grad_y: Tensor, codes, scale, offset, codebook, geometry: ConvGeometry, shape: torch.Size) -> Tensor:
+        g = geometry
+        kernel = _dense((codes, scale, offset, codebook), g, grad_y.dtype)
         zeros = [0] * len(g.stride)
         x = grad_y.new_empty(1).expand(shape)  # its shape alone is read
         return torch.ops.aten.convolution_backward(
@@ -97,5 +126,23 @@ class _PackedConvGradInput(torch.autograd.Function):
         )[0]
 
     @staticmethod
-    def backward(ctx, grad_grad_x: Tensor):
+    def setup_context(ctx, inputs, output) -> None:
+        _differentiate_input(ctx, inputs, output)
+        ctx.shape = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, grad_grad_x: Tensor | None):
+        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
+        if grad_grad_x is None:
+            return (None,) * 7
         return _PackedConv.apply(grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6
+
+    @staticmethod
+    @autograd.differentiable_jvp
+    def jvp(ctx, packed, grad_t, codes_t, scale_t, offset_t, codebook_t, _geometry, _shape) -> Tensor:
+        autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
+        return _PackedConvGradInput.apply(grad_t, *packed, ctx.geometry, ctx.shape)
+
+    @staticmethod
+    def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
+        return _map_samples(_PackedConvGradInput, info, in_dims, args)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import checks, reference, triton_backend
+from loftq_kernels.ops import autograd, checks, reference, triton_backend
 from loftq_kernels.ops.backends import kernels_of
+from loftq_kernels.ops.constant import Constant
 from loftq_kernels.ops.values import check_scales, kernel_dtype
 
-_PLAIN_TYPES = frozenset((type(None), Tensor, torch.nn.Parameter))  # of arguments that are no tensor subclass
+_PLAIN_TYPES = frozenset((type(None), Tensor, torch.nn.Parameter, Constant))  # of arguments that are no tensor subclass
 
 
 def quantize_tensors(
@@ -110,15 +111,16 @@ def narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the Triton backend, in tens of microseconds: CUDA tensors of no
-    subclass, no gradient wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
-    if type(x) is not Tensor or not x.is_cuda or type(codes) is not Tensor:
+    subclass, no gradient or tangent wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
+    if type(x) is not Tensor or not x.is_cuda:
         return False
-    if not _PLAIN_TYPES.issuperset((type(lora_A), type(lora_B), type(bias))):
+    if not _PLAIN_TYPES.issuperset((type(codes), type(lora_A), type(lora_B), type(bias))):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return False
     return (
         "qlora_linear" in triton_backend.registered
+        and not autograd.forward_mode()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
