@@ -8,6 +8,8 @@ from helpers import DEVICES, FORMATS, dense_of, gaussian, output_error, same_pac
 from torch import Tensor
 
 import loftq_kernels as lk
+from loftq_kernels.initializers import aser
+from loftq_kernels.initializers.drivers import low_rank
 
 
 def eight_bits(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
+from loftq_kernels.storage import files
 
 pytest.importorskip("safetensors")
 X = gaussian(3, 64)

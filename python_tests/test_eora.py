@@ -20,6 +20,7 @@ from helpers import (
 from torch import Tensor
 
 import loftq_kernels as lk
+from loftq_kernels.initializers import engine
 from loftq_kernels.initializers.drivers import gram as gram_driver
 from loftq_kernels.initializers.drivers import weighted
 
