@@ -28,6 +28,13 @@ def sources(folder: str, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
 
 
+def headers() -> list[str]:
+    """Every file of csrc that others include: a change of one compiles anew what depends on it."""
+    return sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".inl")
+    )
+
+
 def extension():
     """The extension and its build command, for the torch that is importable now."""
     import torch
@@ -56,7 +63,7 @@ def extension():
         files,
         include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         define_macros=macros,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        depends=headers(),
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         extra_link_args=link_flags,
     )

@@ -49,20 +49,9 @@ Status select(const CpuKernels** chosen) {
   return unknown_isa(forced);
 }
 
-Status check_layout(int64_t n, int64_t k, int bits) {
-  if (n < 0 || k < 0) return "n and k must not be negative";
-  if (bits != 2 && bits != 4 && bits != 8) return "bits must be 2, 4 or 8";
-  return nullptr;
-}
-
-Status check_groups(int64_t group_size) {
-  const bool valid = group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
-  return valid ? nullptr : "group_size must be 32, 64, 128, 256 or -1";
-}
-
 Status check(const QuantizeParams& p) {
-  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
-  if (Status error = check_groups(p.group_size)) return error;
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  if (Status error = check_group_size(p.group_size)) return error;
   if (p.n == 0 || p.k == 0) return nullptr;  // pointers to nothing may be null
   if ((p.scale_rule == ScaleRule::kMinMax) != (p.offset != nullptr))
     return "offset belongs to kMinMax, and to it alone";
@@ -72,8 +61,8 @@ Status check(const QuantizeParams& p) {
 
 Status check(const LinearParams& p, int64_t columns_of_x) {
   const PackedWeight& w = p.weight;
-  if (Status error = check_layout(w.n, w.k, w.bits)) return error;
-  if (Status error = check_groups(w.group_size)) return error;
+  if (Status error = check_codes(w.n, w.k, w.bits)) return error;
+  if (Status error = check_group_size(w.group_size)) return error;
   if (p.x.rows < 0 || p.x.columns != columns_of_x) return "x does not have as many columns as the product needs";
   if (w.n == 0 || w.k == 0) return nullptr;  // pointers to nothing may be null
   if ((p.lora_A.data == nullptr) != (p.lora_B.data == nullptr)) return "lora_A and lora_B belong together";
@@ -111,8 +100,8 @@ int threads_for(const LinearParams& p, int num_threads) {
 }
 
 Status check(const DequantizeParams& p) {
-  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
-  return check_groups(p.group_size);
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  return check_group_size(p.group_size);
 }
 
 // body(thread, begin, end, scratch of `floats` floats)

@@ -30,9 +30,7 @@ extern const CpuKernels kAvx512Bf16Kernels;
 extern const CpuKernels kAmxBf16Kernels;
 
 // Columns handled together: whole groups and whole tiles.
-constexpr int64_t span_columns(int64_t k, int64_t group_size) {
-  return group_size < 0 ? padded_k(k) : group_size < kTile ? kTile : group_size;
-}
+constexpr int64_t span_columns(int64_t k, int64_t group_size) { return padded_k(group_width(k, group_size)); }
 
 // Two spans in float32: the weights, and the weights less the low-rank term.
 constexpr int64_t quantize_scratch(const QuantizeParams& params) {

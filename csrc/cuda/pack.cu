@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kPackThreads) _unpack_kernel(const UnpackParam
 
 template <typename Params>
 bool valid(const Params& p) {
-  if (p.n < 0 || p.k < 0 || (p.bits != 2 && p.bits != 4 && p.bits != 8)) return false;
+  if (check_codes(p.n, p.k, p.bits) != nullptr) return false;
   return p.n == 0 || p.k == 0 || (p.codes != nullptr && p.packed != nullptr);
 }
 

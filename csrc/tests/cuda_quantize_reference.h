@@ -125,7 +125,7 @@ inline std::pair<float, float> quantize_group(const Problem& p, const float* w, 
 }
 
 inline Result quantize(const Problem& p) {
-  const int64_t groups = loftq::num_groups(p.k, p.group_size), size = p.group_size < 0 ? p.k : p.group_size;
+  const int64_t groups = loftq::num_groups(p.k, p.group_size), size = loftq::group_width(p.k, p.group_size);
   Result r;
   r.codes.resize(p.n * p.k);
   r.scale.resize(p.n * groups);

@@ -168,7 +168,7 @@ class Reference {
  public:
   explicit Reference(const Problem& problem) : problem_(problem) {
     const Case& c = problem.c;
-    const int64_t groups = num_groups(c.k, c.group_size), width = c.group_size < 0 ? c.k : c.group_size;
+    const int64_t groups = num_groups(c.k, c.group_size), width = group_width(c.k, c.group_size);
     for (int64_t row = 0; row < c.n; ++row) {
       const uint8_t* const bytes = problem.codes.data() + c.shift + row * row_bytes(c.k, c.bits);
       for (int64_t column = 0; column < c.k; ++column) {
@@ -257,7 +257,6 @@ void check_awkward_shapes(const std::string& isa) {
   std::mt19937 random(4);
   const int64_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33}, sizes[] = {1, 2, 3, 5, 16, 17, 23, 25, 31};
   const int64_t columns[] = {1, 31, 32, 33, 63, 64, 65, 96, 127, 129, 200, 257}, ranks[] = {0, 1, 3, 16, 17, 65};
-  const int64_t groups[] = {32, 64, 128, 256, -1};
   for (int i = 0; i < 600; ++i) {
     const bool transposed = i % 3 == 0;
     Case c = {isa,
@@ -269,7 +268,7 @@ void check_awkward_shapes(const std::string& isa) {
               2 << i % 3,
               random() % 2 == 0,
               random() % 2 == 0,
-              pick(groups, random),
+              pick(kGroupSizes, random),
               1 + i % 3};
     c.x_dtype = pick(kDTypes, random);
     c.scale_dtype = pick(kDTypes, random);

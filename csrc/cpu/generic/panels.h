@@ -10,15 +10,6 @@
 namespace loftq {
 namespace {
 
-// column >> group_shift is the group of a column: group sizes are powers of two, and a division takes longer than
-// decoding a tile.
-inline int group_shift(int64_t group_size) {
-  if (group_size < 0) return 62;
-  int shift = 0;
-  while (int64_t{1} << shift < group_size) ++shift;
-  return shift;
-}
-
 // Of a block that is asked for at once.
 constexpr int64_t kMostRows = 96, kMostTiles = 8;
 

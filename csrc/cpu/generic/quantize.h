@@ -111,7 +111,7 @@ class Quantizer {
       target = shifted;
     }
     uint8_t* bytes = p_.codes + row * row_bytes(p_.k, kBits) + column * kBits / 8;
-    const int64_t width = p_.group_size < 0 ? count : p_.group_size;
+    const int64_t width = group_width(p_.k, p_.group_size);  // of a whole row: k, and so is count
     const Nearest nearest = nearest_;  // in registers: a store of bytes might otherwise have changed the member
     Group half[2];                     // of columns 0..31 and 32..63 of the tile
     for (int64_t tile = 0; tile < count; tile += kTile, bytes += kTile * kBits / 8) {
@@ -150,7 +150,7 @@ class Quantizer {
   Group choose_group(int64_t row, int64_t column, const float* w, int64_t count) const {
     const Range range = range_of(w, count);
     const Group group = p_.scale_search ? search(range, w, count) : stored(range, 1.0f);
-    const int64_t index = row * groups_ + (p_.group_size < 0 ? 0 : column / p_.group_size);
+    const int64_t index = row * groups_ + column / group_width(p_.k, p_.group_size);
     store_rounded(group.scale, advance(p_.scale, p_.scale_dtype, index));
     if (p_.offset) store_rounded(group.offset, advance(p_.offset, p_.scale_dtype, index));
     return group;

@@ -53,6 +53,15 @@ const void* advance(const void* base, DType type, int64_t elements) {
 
 void* advance(void* base, DType type, int64_t elements) { return static_cast<char*>(base) + elements * size_of(type); }
 
+// column >> group_shift is the group of a column: group sizes are powers of two, and a division takes longer than
+// decoding a tile.
+inline int group_shift(int64_t group_size) {
+  if (group_size == kWholeRow) return 62;
+  int shift = 0;
+  while (int64_t{1} << shift < group_size) ++shift;
+  return shift;
+}
+
 // One value, such as the scale of a group.
 template <class S>
 inline float load_one(DType type, const void* src, int64_t index) {
