@@ -7,11 +7,14 @@ CMAKE_BUILD := build/cmake
 # Compile jobs: a file of kernels takes about 1 GB to compile.
 export MAX_JOBS ?= 2
 
+GPU_JOBS ?= $(shell nproc)
+RESULTS ?= bench/results
+
 SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu-test build clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +24,7 @@ help:
 	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
 	@echo "make bench     measure (python -m bench)"
+	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make build     the C++ extension alone"
 	@echo "make clean     remove what was built (.venv stays)"
@@ -71,19 +75,27 @@ build: $(VENV)/.ext
 # Uses what PYTHON has already: a CUDA build of torch is not for this Makefile to choose. pybind11's headers come with
 # torch; without ninja the files are compiled one after another; without nvcc the extension is built without CUDA.
 # Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
-gpu-test:
+# The one architecture that the device has, and as many compilers as there are processors.
+gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
 		$(PYTHON) -c "import $$module" 2> /dev/null || \
-			{ echo "make gpu-test: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
+			{ echo "make gpu-build: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
 	done
 	@$(PYTHON) -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) < 77)' || \
-		{ echo "make gpu-test: pyproject.toml needs setuptools 77 or newer"; exit 1; }
+		{ echo "make gpu-build: pyproject.toml needs setuptools 77 or newer"; exit 1; }
 	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2> /dev/null || \
-		{ echo "make gpu-test: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
+		{ echo "make gpu-build: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"
-	@LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	@TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+		MAX_JOBS=$(GPU_JOBS) LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
 	@echo "==> Running the tests that need a CUDA device"
 	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu python_tests
+
+# Everything within nine minutes, the build included; see bench/gpu_hour.py. With ARGS=--dry-run it shows the plan.
+gpu:
+	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
