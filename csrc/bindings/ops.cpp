@@ -5,7 +5,7 @@
 
 namespace loftq::bindings {
 
-constexpr int64_t kMostColumns = int64_t{1} << 48;  // bytes of a row are counted in int64
+constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that the bytes of a row fit in an int64
 
 namespace {
 
@@ -42,7 +42,7 @@ void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* wh
   TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " has shape ", tensor.sizes(), ", expected ", shape);
 }
 
-// Bits of the codes of a code book: log2 of its length.
+// Bits per code with this code book: log2 of its length.
 int bits_of(const at::Tensor& codebook) {
   const int bits = codebook.dim() == 1 ? bits_of_codebook(codebook.numel()) : 0;
   TORCH_CHECK_VALUE(bits != 0, "codebook has shape ", codebook.sizes(), ", expected [2^bits] with bits one of ",
@@ -190,7 +190,7 @@ void check_operand(const at::Tensor& tensor, at::IntArrayRef shape, const at::Te
   check_device(tensor, like, what);
 }
 
-// As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
+// A matrix as the kernels read it: of a type that they know, with the elements of a row side by side.
 at::Tensor readable(const at::Tensor& tensor) {
   const bool known =
       tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;

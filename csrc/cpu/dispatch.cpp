@@ -16,7 +16,7 @@ namespace loftq {
 
 namespace {
 
-// In order of preference: the first that the machine can run is used.
+// In order of preference: the first one that the machine can run is used.
 const CpuKernels* const kImplementations[] = {
 #if LOFTQ_X86
     &kAmxBf16Kernels, &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
@@ -85,7 +85,7 @@ void store(DType type, float value, void* values, int64_t index) {
   }
 }
 
-// The product where there are no terms to sum, whatever the adapter, half of which may then be null.
+// The product where there are no terms to sum. The adapter has no effect, and one of its matrices may be null.
 Status bias_alone(const LinearParams& p, int64_t columns) {
   for (int64_t i = 0; i < p.x.rows * columns; ++i) {
     store(p.x.dtype, p.bias ? value_of(p.bias_dtype, p.bias, i % columns) : 0.0f, p.y, i);
@@ -93,9 +93,9 @@ Status bias_alone(const LinearParams& p, int64_t columns) {
   return nullptr;
 }
 
-// Few enough that each has something to do.
+// So few threads that each has something to do.
 int threads_for(const LinearParams& p, int num_threads) {
-  const int64_t work = ceil_div(p.x.rows, 4);  // decoding a weight takes as long as some four products with it
+  const int64_t work = ceil_div(p.x.rows, 4);  // decoding a weight takes about as long as four products with it
   return useful_threads(num_threads, std::max(p.weight.n, p.weight.k / kTile), p.weight.k * work);
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 template <int kBits>
 void pack_tile(const uint8_t* codes, uint8_t* packed) {
-  constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
+  constexpr int kRun = kTile * kBits / 8;  // bytes per tile, and columns per field
   for (int j = 0; j < kRun; ++j) {
     unsigned byte = 0;
     for (int i = 0; i < 8 / kBits; ++i) byte |= (codes[i * kRun + j] & ((1u << kBits) - 1)) << (i * kBits);

@@ -8,11 +8,11 @@ namespace {
 
 constexpr int kDequantizeThreads = 256;
 
-// A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, stored at once.
+// A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, which are stored together.
 template <int kBits>
 __global__ void __launch_bounds__(kDequantizeThreads)
     _dequantize_kernel(const __grid_constant__ DequantizeParams p, bool out_quads) {
-  constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
+  constexpr int kRun = kTile * kBits / 8;  // bytes per tile, and columns per field
   float* values = reinterpret_cast<float*>(dynamic_shared());
   for (int i = threadIdx.x; i < 1 << kBits; i += blockDim.x) values[i] = p.codebook[i];
   __syncthreads();

@@ -1,4 +1,4 @@
-// launch_pack_cuda, launch_unpack_cuda: one code a byte to and from the storage contract of packing.h.
+// launch_pack_cuda, launch_unpack_cuda: between one code per byte and the storage contract of packing.h.
 #include "launch.cuh"
 #include "loftq/cuda.h"
 

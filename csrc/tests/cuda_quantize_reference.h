@@ -1,4 +1,5 @@
-// quantize.h, read literally: one scalar loop a group. Independent of the kernels' code, but for the address of a code.
+// quantize.h, read literally: one scalar loop per group. It shares nothing with the kernels' code but the address of a
+// code.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +56,7 @@ struct Problem {
 };
 
 struct Result {
-  std::vector<uint8_t> codes;   // [n, k], one a byte
+  std::vector<uint8_t> codes;   // [n, k], one per byte
   std::vector<float> scale;     // [n, groups]
   std::vector<float> offset;    // [n, groups] or empty
   std::vector<float> decoded;   // [n, k]

@@ -1,5 +1,5 @@
 // The products of every instruction set, against sums in double: every element within its rounding errors.
-// With LOFTQ_CPU_ISA in the environment, of that instruction set alone.
+// If LOFTQ_CPU_ISA is set, only that instruction set is tested.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -139,7 +139,7 @@ Status launch(const Case& c, const LinearParams& p, int threads) {
   return c.transposed ? launch_linear_grad_input_cpu(p, threads) : launch_linear_cpu(p, threads);
 }
 
-// y between two guards.
+// The result y, with a guard before and after it.
 struct Result {
   std::vector<char> bytes;
   Status status;
@@ -159,7 +159,7 @@ struct Result {
   std::vector<float> values(DType dtype) const { return from_bytes(dtype, bytes); }
 };
 
-// A sum in double, and the sums of magnitudes that its rounding errors are in proportion to.
+// A sum in double, and the sum of magnitudes to which its rounding errors are proportional.
 struct Sum {
   double value = 0, weight = 0, adapter = 0;
 };
@@ -301,7 +301,7 @@ void check_many_threads(const std::string& isa) {
   }
 }
 
-// Nothing to sum: the bias is left, or zero.
+// With nothing to sum, the result is the bias, or zero.
 void check_empty_sums(const std::string& isa) {
   std::mt19937 random(6);
   for (int64_t m : {0, 1, 8, 9, 40}) {

@@ -123,7 +123,7 @@ LOFTQ_INLINE void decode_fields(const Decode& first, const Decode& second, const
   }
 }
 
-// The codes of a row for linear_small.h, which scales the products of a step: one tile, in the order of its columns.
+// The codes of a row for linear_small.h, which scales the products of a step. A step is one tile, in column order.
 // O is an operand type (operand_float.h).
 template <class O, int kBits, bool kInteger>
 class TileSteps {
@@ -141,7 +141,7 @@ class TileSteps {
     Weights::visit_tile(table_, table_, bytes, visit);
   }
 
-  // What the lanes of the products are to be multiplied with; groups: the scales from the step's first group on.
+  // The factors of the lanes of the products; groups: the scales from the step's first group on.
   typename O::Floats scales(const float* groups) const { return O::Simd::broadcast(*groups); }
 
  private:

@@ -1,6 +1,6 @@
 // The storage contract: where the b-bit code of row n, column k lives.
 //
-// K is padded to a multiple of 64. A row's 64-wide tile t holds 64*b/8 bytes; with P = 8/b codes to a byte,
+// K is padded to a multiple of 64. A row's 64-wide tile t holds 64*b/8 bytes; with P = 8/b codes per byte,
 // byte j of the tile holds the codes of columns 64*t + j + i*(64/P), i = 0..P-1, field i at bits [i*b, (i+1)*b).
 // Field 0 of consecutive bytes is thus a contiguous run of K, so one shift and mask of a vector of bytes
 // yields a contiguous slice of K without moving any lane.
@@ -69,7 +69,7 @@ struct CodeAddress {
 };
 
 constexpr LOFTQ_HD CodeAddress code_address(int64_t column, int bits) {
-  const int64_t run = kTile * bits / 8;  // = 64 / P: bytes a tile, and columns a field
+  const int64_t run = kTile * bits / 8;  // = 64 / P: bytes per tile, and columns per field
   const int64_t in_tile = column % kTile;
   return {column / kTile * run + in_tile % run, static_cast<int>(in_tile / run) * bits};
 }
@@ -79,7 +79,7 @@ constexpr LOFTQ_HD int load_code(const uint8_t* row, int64_t column, int bits) {
   return (row[at.byte] >> at.shift) & ((1 << bits) - 1);
 }
 
-// Codes, one a byte, to or from this layout.
+// Conversion of codes between one code per byte and this layout.
 struct PackParams {
   const uint8_t* codes;  // [n, k] contiguous, each below 2^bits
   int64_t n;
