@@ -1,17 +1,20 @@
-# make demo and make test set up everything they need in .venv; a second run starts in seconds.
+# `make demo` and `make test` set up everything they need in .venv; a second run starts within seconds.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
 
-# Compile jobs: a file of kernels takes about 1 GB to compile.
+# The number of compilers that run at once: each needs about 1 GB of memory for a file of kernels.
 export MAX_JOBS ?= 2
+
+GPU_JOBS ?= $(shell nproc)
+RESULTS ?= bench/results
 
 SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu-test build clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test build clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +24,7 @@ help:
 	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
 	@echo "make bench     measure (python -m bench)"
+	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make build     the C++ extension alone"
 	@echo "make clean     remove what was built (.venv stays)"
@@ -43,14 +47,14 @@ test-cpp: $(VENV)/.dev
 	@echo "==> Running the C++ tests"
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
-# What needs a result of undefined memory, or one element too many, to be wrong.
+# Finds what reads undefined memory or goes one element too far, even where the results come out right.
 sanitize: $(VENV)/.dev
 	@$(BIN)/cmake -S . -B $(CMAKE_BUILD)-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DLOFTQ_SANITIZE=ON -DLOFTQ_CUDA=OFF > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
 	@$(BIN)/cmake --build $(CMAKE_BUILD)-sanitize --parallel $(MAX_JOBS) -- --quiet
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD)-sanitize --output-on-failure
 
-# valgrind has no AVX-512; what the other instruction sets share with the scalar one is most of the kernels.
+# valgrind does not support AVX-512, but the scalar kernels share most of their code with the other instruction sets.
 memcheck: test-cpp
 	@for test in pack half quantize linear; do \
 		echo "==> valgrind $${test}_test"; \
@@ -68,27 +72,35 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# Uses what PYTHON has already: a CUDA build of torch is not for this Makefile to choose. pybind11's headers come with
-# torch; without ninja the files are compiled one after another; without nvcc the extension is built without CUDA.
-# Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
-gpu-test:
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. The headers
+# of pybind11 come with torch. Without ninja the files are compiled one after another; without nvcc the extension is
+# built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# Builds for the architecture of the device only, with as many compilers as there are processors.
+gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
 		$(PYTHON) -c "import $$module" 2> /dev/null || \
-			{ echo "make gpu-test: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
+			{ echo "make gpu-build: $(PYTHON) cannot import $$module; it needs torch, triton, numpy, setuptools and pytest"; exit 1; }; \
 	done
 	@$(PYTHON) -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) < 77)' || \
-		{ echo "make gpu-test: pyproject.toml needs setuptools 77 or newer"; exit 1; }
+		{ echo "make gpu-build: pyproject.toml needs setuptools 77 or newer"; exit 1; }
 	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2> /dev/null || \
-		{ echo "make gpu-test: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
+		{ echo "make gpu-build: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"
-	@LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	@TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+		MAX_JOBS=$(GPU_JOBS) LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
 	@echo "==> Running the tests that need a CUDA device"
 	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu python_tests
+
+# Everything within nine minutes, the build included; see bench/gpu_hour.py. With ARGS=--dry-run it shows the plan.
+gpu:
+	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
 
-# ---- set-up: each stamp says that a step is done for the files it depends on
+# ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' || \
@@ -96,7 +108,8 @@ $(BIN)/python:
 	@echo "==> Creating the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: is the venv module installed?"; rm -rf $(VENV); exit 1; }
 
-# torch first and with its exact version: what depends on it later must not choose another, gigabytes larger.
+# torch comes first and with its exact version: packages that depend on it must not choose another build of it, which
+# may be gigabytes larger.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
 	@$(PIP) torch numpy setuptools ninja pybind11
@@ -109,7 +122,7 @@ $(VENV)/.ext: $(VENV)/.torch $(SOURCES)
 		|| { cat $(VENV)/ext.log; exit 1; }
 	@touch $@
 
-# The extension is built above, incrementally; these install what the package and its users import.
+# The extension is built above, incrementally. These targets install what the package and its users import.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "==> Installing loftq_kernels (editable) and what the demo needs"
 	@LOFTQ_SKIP_EXT=1 $(PIP) --no-build-isolation --editable '.[demo]'

@@ -1,7 +1,7 @@
 """Builds the C++ extension ``loftq_kernels._C``; everything else about the package is in pyproject.toml.
 
 The extension is optional: without torch at build time, a compiler, or a successful compilation the package installs as
-pure Python and says why. torch is on purpose no build requirement: an isolated build would download a second torch.
+pure Python and says why. torch is deliberately not a build requirement: an isolated build would download a second one.
 
     pip install --no-build-isolation -e .    builds the extension against the torch that is installed
     LOFTQ_REQUIRE_EXT=1                      a failure to build it is an error
@@ -24,8 +24,15 @@ SKIP = os.environ.get("LOFTQ_SKIP_EXT") == "1"
 
 
 def sources(folder: str, suffix: str) -> list[str]:
-    # Relative, as setuptools wants them; sorted, so that builds are the same everywhere.
+    # The paths are relative, as setuptools requires, and sorted, so that builds are the same everywhere.
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def headers() -> list[str]:
+    """Every file of csrc that others include: a change of one compiles anew what depends on it."""
+    return sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".inl")
+    )
 
 
 def extension():
@@ -33,7 +40,7 @@ def extension():
     import torch
     from torch.utils import cpp_extension
 
-    # Contraction of a * b + c into one rounding would make results depend on the instruction set.
+    # Contracting a * b + c into one rounding would make results depend on the instruction set.
     flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"]
     link_flags = []
     if sys.platform == "linux":
@@ -56,7 +63,7 @@ def extension():
         files,
         include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         define_macros=macros,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        depends=headers(),
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         extra_link_args=link_flags,
     )

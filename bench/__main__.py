@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS + ON_REQUEST)}")
     parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions, to try it out")
+    parser.add_argument("--seconds", type=float, help="gpu: time after which what is left is named and not measured")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.subjects) - set(SUBJECTS + ON_REQUEST))
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     here = [subject for subject in SUBJECTS if subject not in GPU_SUBJECTS or torch.cuda.is_available()]
     for subject in args.subjects or here:
-        importlib.import_module(f"bench.bench_{subject}").run(args.output, quick=args.quick)
+        options = {"seconds": args.seconds} if subject == "gpu" and args.seconds is not None else {}
+        importlib.import_module(f"bench.bench_{subject}").run(args.output, quick=args.quick, **options)
     print(f"results in {args.output}")
     return 0
 

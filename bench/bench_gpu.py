@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,23 +38,42 @@ Build = Callable[[tuple[int, int]], list[Call]]  # of the weight's shape
 QUEUE_CYCLES = 400_000  # of the device, some 0.2 ms: longer than the host takes to launch a graph
 
 
-def run(output: Path, *, quick: bool) -> None:
+class Stage(NamedTuple):
+    """Rows of one table: every contender at every M, for one shape of the weight."""
+
+    part: str
+    shape: tuple[int, int]
+    all_rows: tuple[int, ...]
+    contenders: dict[str, Build]
+
+
+def stages(quick: bool) -> list[Stage]:
+    """In order of importance. What a later stage measures again, beside more contenders, replaces the earlier row."""
+    shapes = ((1024, 1024),) if quick else SHAPES
+    prefill = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
+    headline = {name: CONTENDERS[name] for name in ("bf16 linear", "nf4")}
+    plan = [Stage("decode", shape, (1,), headline) for shape in shapes]
+    plan.append(Stage("prefill", shapes[0], prefill[-2:-1], headline))
+    plan += [Stage("decode", shape, DECODE_ROWS, CONTENDERS) for shape in shapes]
+    for shape in shapes[:2]:
+        plan.append(Stage("prefill", shape, prefill, PREFILL_CONTENDERS))
+        plan.append(Stage("backward", shape, prefill[-5:], BACKWARD_CONTENDERS))
+    return plan
+
+
+def run(output: Path, *, quick: bool, seconds: float | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("python -m bench gpu: torch sees no CUDA device")
-    record = Record(output / f"{'gpu_quick' if quick else 'gpu'}.json", 60 if quick else SECONDS)
+    limit = seconds if seconds is not None else 60 if quick else SECONDS
+    record = Record(output / f"{'gpu_quick' if quick else 'gpu'}.json", limit)
     record.results |= {"device": device(), "microseconds": [], "not measured": record.missing}
-    shapes = ((1024, 1024),) if quick else SHAPES
     with torch.inference_mode():
-        for shape in shapes:
-            measure(record, "decode", shape, DECODE_ROWS, CONTENDERS)
-        for shape in shapes[:2]:
-            rows = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
-            measure(record, "prefill", shape, rows, PREFILL_CONTENDERS)
-            measure(record, "backward", shape, rows[-5:], BACKWARD_CONTENDERS)
+        for stage in stages(quick):
+            measure(record, stage)
         record.add("Python overhead, microseconds a call", overhead)
     record.add("device after", device)
     record.add("first call, seconds", first_calls)
-    record.add("targets", partial(targets, record.results["microseconds"]))
+    record.add("targets", lambda: targets(record.results["microseconds"]))
     harness.print_table(record.results.get("targets", []))
     if not quick:
         try:
@@ -274,10 +293,9 @@ def captured(calls: list[Call], x: Tensor) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(
-    record: Record, part: str, shape: tuple[int, int], all_rows: tuple[int, ...], contenders: dict[str, Build]
-) -> None:
-    """One row of microseconds a call for each M."""
+def measure(record: Record, stage: Stage) -> None:
+    """One row of microseconds per call for each M."""
+    part, shape, all_rows, contenders = stage
     place = f"{part} {shape[0]}x{shape[1]}"
     built = {name: record.attempt(f"{name}, {place}", partial(build, shape)) for name, build in contenders.items()}
     variants = {name: calls for name, calls in built.items() if calls is not None}
@@ -286,9 +304,16 @@ def measure(
         times = record.attempt(where, partial(measure_row, record, where, m, shape[1], variants))
         if times:
             row = {"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m} | times
-            record.results["microseconds"].append(row)
+            record.results["microseconds"] = with_row(record.results["microseconds"], row)
             harness.print_table([row])
         record.save()
+
+
+def with_row(rows: list[dict], row: dict) -> list[dict]:
+    """Rows with one more, in place of an earlier one of the same shapes that has no other contenders."""
+    place = ("part", "N x K", "M")
+    kept = [old for old in rows if any(old[key] != row[key] for key in place) or not old.keys() <= row.keys()]
+    return [*kept, row]
 
 
 def measure_row(record: Record, where: str, m: int, columns: int, variants: dict[str, list[Call]]) -> dict[str, float]:

@@ -27,13 +27,16 @@ def run(output: Path, *, quick: bool) -> None:
         print("small_matrix: skipped, there is no CUDA device")
         return
     batches = BATCHES[:3] if quick else BATCHES
-    eigen = [eigh(batch, size, "cuda") for size in EIGH_SIZES[:: 3 if quick else 1] for batch in batches]
+    eigen, blocks = [], []
+    results = {"milliseconds": {"eigh, float32": eigen, "orthonormal columns": blocks}}
+    for size in EIGH_SIZES[:: 3 if quick else 1]:
+        eigen += [eigh(batch, size, "cuda") for batch in batches]
+        harness.write_json(output / "small_matrix.json", results)
     harness.print_table(eigen)
-    blocks = [orthonormal(batch, BLOCK_ROWS, width, "cuda") for width in BLOCK_WIDTHS for batch in batches]
+    for width in BLOCK_WIDTHS:
+        blocks += [orthonormal(batch, BLOCK_ROWS, width, "cuda") for batch in batches]
+        harness.write_json(output / "small_matrix.json", results)
     harness.print_table(blocks)
-    harness.write_json(
-        output / "small_matrix.json", {"milliseconds": {"eigh, float32": eigen, "orthonormal columns": blocks}}
-    )
 
 
 def eigh(batch: int, size: int, device: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,11 +56,19 @@ def machine() -> dict[str, Any]:
         "cpu_kernels": extension._C.cpu_isa() if extension._C is not None else "none: plain-torch reference",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "loftq_kernels": lk.__version__,
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 
 import torch  # noqa: E402
+from gpu_session import Case, GpuSession, in_order_of_risk  # noqa: E402
 from properties import settings  # noqa: E402
 
 # Deadlines are timing asserts; the examples are the same in every run.
@@ -17,7 +19,23 @@ settings.register_profile("repeatable", deadline=None, max_examples=25, derandom
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gpu", "runs with -m gpu, whose cases come in order of risk")
+    group.addoption("--gpu-report", type=Path, help="JSON file of outcomes, kept up to date; continued if it exists")
+    group.addoption("--gpu-seconds", type=float, help="time after which the cases left are reported as not run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    report, seconds = config.getoption("--gpu-report"), config.getoption("--gpu-seconds")
+    if report is not None or seconds is not None:
+        config.pluginmanager.register(GpuSession(report, float("inf") if seconds is None else seconds))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr == "gpu":
+        by_id = {item.nodeid: item for item in items if item.get_closest_marker("gpu")}
+        others = [item for item in items if item.nodeid not in by_id]  # which pytest then deselects
+        items[:] = [by_id[case.nodeid] for case in in_order_of_risk(map(Case.of, by_id.values()))] + others
     if torch.cuda.is_available():
         return
     for item in items:

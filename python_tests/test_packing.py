@@ -8,6 +8,7 @@ import pytest
 import torch
 from properties import given, st
 
+from loftq_kernels.ops import extension
 from loftq_kernels.storage import packing
 
 BITS = packing.BITS
@@ -92,3 +93,9 @@ def test_bad_group_size(group_size):
 def test_bad_bits(bits):
     with pytest.raises(ValueError, match=f"bits={bits}"):
         packing.check_bits(bits)
+
+
+@pytest.mark.skipif(extension._C is None, reason="the extension is not built")
+def test_python_and_cpp_state_the_same_contract():
+    assert extension._C.GROUP_SIZES == packing.GROUP_SIZES
+    assert extension._C.CODE_BITS == packing.BITS

@@ -7,6 +7,7 @@
 
 #include "bindings/module.h"
 #include "loftq/cpu.h"
+#include "loftq/packing.h"
 
 namespace py = pybind11;
 
@@ -50,6 +51,13 @@ py::tuple cpu_isas() {
   return result;
 }
 
+template <class Value, size_t kSize>
+py::tuple tuple_of(const Value (&values)[kSize]) {
+  py::tuple result(kSize);
+  for (size_t i = 0; i < kSize; ++i) result[i] = values[i];
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -57,5 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What the extension was built with: torch, compiler, openmp, cuda.");
   m.def("cpu_isa", &cpu_isa, "The CPU instruction set in use; the environment variable LOFTQ_CPU_ISA forces one.");
   m.def("cpu_isas", &cpu_isas, "The CPU instruction sets that this machine and build have, widest first.");
+  m.attr("GROUP_SIZES") = tuple_of(loftq::kGroupSizes);
+  m.attr("CODE_BITS") = tuple_of(loftq::kCodeBits);
   loftq::bindings::bind_loftq(m);
 }

@@ -5,7 +5,7 @@
 
 namespace loftq::bindings {
 
-constexpr int64_t kMostColumns = int64_t{1} << 48;  // bytes of a row are counted in int64
+constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that the bytes of a row fit in an int64
 
 namespace {
 
@@ -30,8 +30,8 @@ ScaleRule scale_rule_of(std::string_view name) {
 }
 
 void check_group_size(int64_t group_size) {
-  const bool valid = group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
-  TORCH_CHECK_VALUE(valid, "group_size=", group_size, " is not one of 32, 64, 128, 256, -1");
+  TORCH_CHECK_VALUE(is_group_size(group_size), "group_size=", group_size, " is not one of ",
+                    at::IntArrayRef(kGroupSizes));
 }
 
 void check_device(const at::Tensor& tensor, const at::Tensor& like, const char* what) {
@@ -42,18 +42,18 @@ void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* wh
   TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " has shape ", tensor.sizes(), ", expected ", shape);
 }
 
-// Bits of the codes of a code book: log2 of its length.
+// Bits per code with this code book: log2 of its length.
 int bits_of(const at::Tensor& codebook) {
-  const int64_t size = codebook.numel();
-  const bool valid = codebook.dim() == 1 && (size == 4 || size == 16 || size == 256);
-  TORCH_CHECK_VALUE(valid, "codebook has shape ", codebook.sizes(), ", expected [4], [16] or [256]");
+  const int bits = codebook.dim() == 1 ? bits_of_codebook(codebook.numel()) : 0;
+  TORCH_CHECK_VALUE(bits != 0, "codebook has shape ", codebook.sizes(), ", expected [2^bits] with bits one of ",
+                    c10::ArrayRef<int>(kCodeBits));
   TORCH_CHECK_VALUE(codebook.scalar_type() == at::kFloat, "codebook has dtype ", codebook.scalar_type(),
                     ", expected float32");
-  return size == 4 ? 2 : size == 16 ? 4 : 8;
+  return bits;
 }
 
 void check_bits(int64_t bits) {
-  TORCH_CHECK_VALUE(bits == 2 || bits == 4 || bits == 8, "bits=", bits, " is not one of 2, 4, 8");
+  TORCH_CHECK_VALUE(is_code_bits(bits), "bits=", bits, " is not one of ", c10::ArrayRef<int>(kCodeBits));
 }
 
 void check_bytes(const at::Tensor& tensor, const char* what) {
@@ -169,8 +169,7 @@ DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& sca
 at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked) {
   const DequantizeParams& p = call.params;
   const auto columns = [&](const at::Tensor& groups) {
-    const int64_t width = p.group_size < 0 ? p.k : p.group_size;
-    return groups.to(at::kDouble).repeat_interleave(width, 1).narrow(1, 0, p.k);
+    return groups.to(at::kDouble).repeat_interleave(group_width(p.k, p.group_size), 1).narrow(1, 0, p.k);
   };
   const at::Tensor codebook = call.codebook.to(at::kDouble);
   at::Tensor dense = codebook.index_select(0, unpacked.view(-1).to(at::kInt)).view({p.n, p.k});
@@ -191,7 +190,7 @@ void check_operand(const at::Tensor& tensor, at::IntArrayRef shape, const at::Te
   check_device(tensor, like, what);
 }
 
-// As the kernels read a matrix: two dimensions, of a type they know, the elements of a row side by side.
+// A matrix as the kernels read it: of a type that they know, with the elements of a row side by side.
 at::Tensor readable(const at::Tensor& tensor) {
   const bool known =
       tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;

@@ -29,7 +29,7 @@ struct QuantizeCall {
 QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
                               std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search);
 
-// The same, for low_rank [N, K] to be replaced by the residual, whose squared row norms go to norms [N].
+// The same, but the kernel replaces low_rank [N, K] by the residual and stores its squared row norms in norms [N].
 QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
                                        int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
                                        bool scale_search, const at::Tensor& norms);
@@ -44,8 +44,8 @@ DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& sca
                                   const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
                                   int64_t in_features, int64_t group_size, at::ScalarType dtype);
 
-// codebook[codes] * scale + offset [N, in_features] in float64, by ATen: for checking other results. `call` is a
-// float32 one, and unpacked are its codes, one a byte.
+// codebook[codes] * scale + offset [N, in_features] in float64, computed by ATen, for checking other results. `call`
+// must be prepared for float32; `unpacked` holds its codes, one per byte.
 at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked);
 
 // The product of x [..., K] with a packed weight, or with its transpose (x [..., N]), in the dtype of x: float32,
@@ -57,7 +57,8 @@ struct LinearCall {
   LinearParams params;
 };
 
-// Refuses an adapter or a bias that is not of a weight [n, k] on the device of `like`, or not floating point.
+// Refuses an adapter or a bias that does not fit a weight [n, k], is not on the device of `like`, or is not floating
+// point.
 void check_adapter_and_bias(int64_t n, int64_t k, const at::Tensor& like, const std::optional<at::Tensor>& lora_A,
                             const std::optional<at::Tensor>& lora_B, const std::optional<at::Tensor>& bias);
 

@@ -16,7 +16,7 @@ namespace loftq {
 
 namespace {
 
-// In order of preference: the first that the machine can run is used.
+// In order of preference: the first one that the machine can run is used.
 const CpuKernels* const kImplementations[] = {
 #if LOFTQ_X86
     &kAmxBf16Kernels, &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
@@ -49,20 +49,9 @@ Status select(const CpuKernels** chosen) {
   return unknown_isa(forced);
 }
 
-Status check_layout(int64_t n, int64_t k, int bits) {
-  if (n < 0 || k < 0) return "n and k must not be negative";
-  if (bits != 2 && bits != 4 && bits != 8) return "bits must be 2, 4 or 8";
-  return nullptr;
-}
-
-Status check_groups(int64_t group_size) {
-  const bool valid = group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
-  return valid ? nullptr : "group_size must be 32, 64, 128, 256 or -1";
-}
-
 Status check(const QuantizeParams& p) {
-  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
-  if (Status error = check_groups(p.group_size)) return error;
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  if (Status error = check_group_size(p.group_size)) return error;
   if (p.n == 0 || p.k == 0) return nullptr;  // pointers to nothing may be null
   if ((p.scale_rule == ScaleRule::kMinMax) != (p.offset != nullptr))
     return "offset belongs to kMinMax, and to it alone";
@@ -72,8 +61,8 @@ Status check(const QuantizeParams& p) {
 
 Status check(const LinearParams& p, int64_t columns_of_x) {
   const PackedWeight& w = p.weight;
-  if (Status error = check_layout(w.n, w.k, w.bits)) return error;
-  if (Status error = check_groups(w.group_size)) return error;
+  if (Status error = check_codes(w.n, w.k, w.bits)) return error;
+  if (Status error = check_group_size(w.group_size)) return error;
   if (p.x.rows < 0 || p.x.columns != columns_of_x) return "x does not have as many columns as the product needs";
   if (w.n == 0 || w.k == 0) return nullptr;  // pointers to nothing may be null
   if ((p.lora_A.data == nullptr) != (p.lora_B.data == nullptr)) return "lora_A and lora_B belong together";
@@ -96,7 +85,7 @@ void store(DType type, float value, void* values, int64_t index) {
   }
 }
 
-// The product where there are no terms to sum, whatever the adapter, half of which may then be null.
+// The product where there are no terms to sum. The adapter has no effect, and one of its matrices may be null.
 Status bias_alone(const LinearParams& p, int64_t columns) {
   for (int64_t i = 0; i < p.x.rows * columns; ++i) {
     store(p.x.dtype, p.bias ? value_of(p.bias_dtype, p.bias, i % columns) : 0.0f, p.y, i);
@@ -104,15 +93,15 @@ Status bias_alone(const LinearParams& p, int64_t columns) {
   return nullptr;
 }
 
-// Few enough that each has something to do.
+// So few threads that each has something to do.
 int threads_for(const LinearParams& p, int num_threads) {
-  const int64_t work = ceil_div(p.x.rows, 4);  // decoding a weight takes as long as some four products with it
+  const int64_t work = ceil_div(p.x.rows, 4);  // decoding a weight takes about as long as four products with it
   return useful_threads(num_threads, std::max(p.weight.n, p.weight.k / kTile), p.weight.k * work);
 }
 
 Status check(const DequantizeParams& p) {
-  if (Status error = check_layout(p.n, p.k, p.bits)) return error;
-  return check_groups(p.group_size);
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  return check_group_size(p.group_size);
 }
 
 // body(thread, begin, end, scratch of `floats` floats)

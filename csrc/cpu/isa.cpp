@@ -63,14 +63,15 @@ uint32_t cpu_features() { return 0; }
 
 bool tiles_permitted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  // Refused where a seccomp filter forbids it, or the alternate signal stack of a thread has no room for the tiles.
+  // The request is refused where a seccomp filter forbids it, or where the alternate signal stack of a thread has no
+  // room for the tiles.
   static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return permitted;
 }
 
 #else
 
-bool tiles_permitted() { return false; }  // other systems want to be asked in other ways
+bool tiles_permitted() { return false; }  // other operating systems have other ways to ask, which are not implemented
 
 #endif
 

@@ -17,7 +17,7 @@ enum Feature : uint32_t {
 uint32_t cpu_features();
 
 // Whether this process may use the tile registers of AMX; for machines with kAmxBf16. The first call asks the operating
-// system, which from then on wants alternate signal stacks to be 8 KB larger: not to be called before there is need.
+// system, which from then on requires alternate signal stacks to be 8 KB larger: do not call it before there is need.
 bool tiles_permitted();
 
 }  // namespace loftq

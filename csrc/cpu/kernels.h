@@ -1,4 +1,5 @@
-// What an instruction set implements. A new one is a file that defines a CpuKernels, and a line in dispatch.cpp's list.
+// What an instruction set implements. To add one, write a file that defines a CpuKernels (one file per instruction set)
+// and add a line to the list in dispatch.cpp.
 #pragma once
 
 #include "loftq/linear.h"
@@ -10,7 +11,8 @@ struct CpuKernels {
   const char* name;   // as LOFTQ_CPU_ISA spells it
   uint32_t required;  // mask of Feature that the machine must have
 
-  // Rows [begin, end). scratch: quantize_scratch(params) or dequantize_scratch(params) floats of the calling thread's.
+  // Process rows [begin, end). scratch: quantize_scratch(params) or dequantize_scratch(params) floats that belong to
+  // the calling thread.
   void (*quantize_rows)(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
   void (*dequantize_rows)(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
 
@@ -19,7 +21,7 @@ struct CpuKernels {
   Status (*linear_grad_input)(const LinearParams& params, int threads);
 };
 
-// kAvx512Kernels' own, for the instruction sets that extend AVX-512.
+// The functions of kAvx512Kernels, which the instruction sets that extend AVX-512 use as well.
 void quantize_rows_avx512(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
 void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
 
@@ -29,10 +31,8 @@ extern const CpuKernels kAvx512Kernels;
 extern const CpuKernels kAvx512Bf16Kernels;
 extern const CpuKernels kAmxBf16Kernels;
 
-// Columns handled together: whole groups and whole tiles.
-constexpr int64_t span_columns(int64_t k, int64_t group_size) {
-  return group_size < 0 ? padded_k(k) : group_size < kTile ? kTile : group_size;
-}
+// Columns that are processed together: whole groups and whole tiles.
+constexpr int64_t span_columns(int64_t k, int64_t group_size) { return padded_k(group_width(k, group_size)); }
 
 // Two spans in float32: the weights, and the weights less the low-rank term.
 constexpr int64_t quantize_scratch(const QuantizeParams& params) {

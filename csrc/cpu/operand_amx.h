@@ -51,14 +51,14 @@ struct Tiles {
 };
 
 struct AmxOperand : BfloatOperand {
-  static constexpr bool kFewRows = false;  // BfloatOperand's: a tile would be mostly empty
+  static constexpr bool kFewRows = false;  // BfloatOperand serves few rows: a tile would be mostly empty
 
   // Two tiles of rows by two of columns: each operand that is loaded enters two products, and four sums that do not
   // wait for each other hide the 52 cycles that a product takes (one can start every 16).
   static constexpr int kVectors = 2;
   static constexpr int rows(int) { return 2 * Tiles::kRows; }
   static constexpr int kPanelRows = 2 * Tiles::kRows;
-  static constexpr int kDepth = Tiles::kRows * kStep;  // elements of a row of a tile
+  static constexpr int kDepth = Tiles::kRows * kStep;  // elements per row of a tile
 
   struct Session {
     Session() { Tiles::configure(); }
@@ -78,7 +78,7 @@ struct AmxOperand : BfloatOperand {
   }
 
  private:
-  static constexpr int kSteps = Tiles::kRows;  // of a tile
+  static constexpr int kSteps = Tiles::kRows;  // steps per tile
   static constexpr int64_t kLeftBytes = (kPanelColumns<BfloatOperand> + kWidth) * sizeof(Element);
   static_assert(kWidth * sizeof(Element) == Tiles::kRowBytes && kLanes * sizeof(float) == Tiles::kRowBytes, "");
   static_assert(kTile / kStep % kSteps == 0, "a tile of weights is whole tiles of operands");
@@ -112,7 +112,8 @@ struct AmxOperand : BfloatOperand {
     if constexpr (kRowTiles == 2 && kColumnTiles == 2) write<3>(lower + kLanes, c_stride, accumulate);
   }
 
-  // c (+)= a tile of sums; sums of sums as in register_tile, so not by loading c into the tile beforehand.
+  // Stores a tile of sums to c, or adds it to c. c is not loaded into the tile beforehand, because sums of sums (see
+  // register_tile.h) round less.
   template <int kTile>
   static void write(float* c, int64_t c_stride, bool accumulate) {
     if (!accumulate) return Tiles::store<kTile>(c, c_stride * sizeof(float));

@@ -1,4 +1,4 @@
-// Operands of the products in bfloat16, two to a lane: VDPBF16PS. The members are explained in operand_float.h; like
+// Operands of the products in bfloat16, two per lane: VDPBF16PS. The members are explained in operand_float.h; like
 // that, this file is included inside a LOFTQ_TARGET region.
 #pragma once
 
@@ -189,16 +189,16 @@ struct BfloatOperand {
     }
   };
 
-  // Members as of TileSteps, but four tiles at a time: each 128-bit quarter of a vector takes codes of one tile, so
-  // that codes only need shifts before they are looked up, and a quarter of a sum one scale. Products come in the order
-  // of the codes' bits; x is brought into the same by arrange().
+  // Has the members of TileSteps, but takes four tiles at a time: each 128-bit quarter of a vector takes codes of one
+  // tile, so that codes only need shifts before they are looked up, and a quarter of a sum one scale. Products come in
+  // the order of the codes' bits; x is brought into the same by arrange().
   template <int kBits, bool kInteger>
   class Steps {
    public:
     static constexpr int kTiles = 4;
 
     Steps(const float* codebook, int group_shift) {
-      static thread_local TwoRoundings rounded(codebook, 1 << kBits);  // of the last code book; takes some microseconds
+      static thread_local TwoRoundings rounded(codebook, 1 << kBits);  // of the last code book; costs microseconds
       if (std::memcmp(rounded.codebook, codebook, sizeof(float) << kBits) != 0) {
         rounded = TwoRoundings(codebook, 1 << kBits);
       }
@@ -238,7 +238,7 @@ struct BfloatOperand {
       if (__builtin_expect(tiles >= kTiles, true)) {
         low = _mm512_loadu_si512(bytes);
         if constexpr (kBits == 4) high = _mm512_loadu_si512(bytes + 64);
-      } else {  // the row ends within the step, and with it perhaps the memory; 8 bytes to a bit of the mask
+      } else {  // the row, and perhaps the memory, ends within the step; each bit of the mask stands for 8 bytes
         const uint32_t mask = (1u << tiles * kBits) - 1;
         low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), bytes);
         if constexpr (kBits == 4) high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), bytes + 64);
@@ -264,11 +264,11 @@ struct BfloatOperand {
       return _mm512_permutexvar_ps(groups_, _mm512_castps128_ps512(_mm_loadu_ps(groups)));
     }
 
-    // What all sums are to be multiplied with in the end.
+    // The factor that all sums are multiplied with in the end.
     float unit() const { return unit_; }
 
    private:
-    // Each half of the look-ups takes one table, in the order of Thue and Morse, which no period of x agrees with.
+    // Each half of the look-ups takes one table, in the order of the Thue-Morse sequence, which matches no period of x.
     __m512i entries(int lookup) const { return 0b01101001 >> lookup & 1 ? near_ : other_; }
 
     // Of 32 columns, the eight that enter each of look-ups 0, 2, 4 and 6, or of the next 32 into 1, 3, 5 and 7.

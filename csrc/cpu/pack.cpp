@@ -10,7 +10,7 @@ namespace {
 
 template <int kBits>
 void pack_tile(const uint8_t* codes, uint8_t* packed) {
-  constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
+  constexpr int kRun = kTile * kBits / 8;  // bytes per tile, and columns per field
   for (int j = 0; j < kRun; ++j) {
     unsigned byte = 0;
     for (int i = 0; i < 8 / kBits; ++i) byte |= (codes[i * kRun + j] & ((1u << kBits) - 1)) << (i * kBits);
@@ -48,16 +48,10 @@ void unpack_row(const uint8_t* packed, int64_t k, uint8_t* codes) {
   std::memcpy(codes + tile * kTile, padded, k - tile * kTile);
 }
 
-Status check(int64_t n, int64_t k, int bits) {
-  if (n < 0 || k < 0) return "n and k must not be negative";
-  if (bits != 2 && bits != 4 && bits != 8) return "bits must be 2, 4 or 8";
-  return nullptr;
-}
-
 }  // namespace
 
 Status launch_pack_cpu(const PackParams& p, int num_threads) {
-  if (Status error = check(p.n, p.k, p.bits)) return error;
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
   const auto pack = p.bits == 2 ? pack_row<2> : p.bits == 4 ? pack_row<4> : pack_row<8>;
   const int64_t bytes = row_bytes(p.k, p.bits);
   parallel_rows(useful_threads(num_threads, p.n, p.k), p.n, [&](int, int64_t begin, int64_t end) {
@@ -67,7 +61,7 @@ Status launch_pack_cpu(const PackParams& p, int num_threads) {
 }
 
 Status launch_unpack_cpu(const UnpackParams& p, int num_threads) {
-  if (Status error = check(p.n, p.k, p.bits)) return error;
+  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
   const auto unpack = p.bits == 2 ? unpack_row<2> : p.bits == 4 ? unpack_row<4> : unpack_row<8>;
   const int64_t bytes = row_bytes(p.k, p.bits);
   parallel_rows(useful_threads(num_threads, p.n, p.k), p.n, [&](int, int64_t begin, int64_t end) {

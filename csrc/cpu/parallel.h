@@ -1,4 +1,4 @@
-// Rows divided among threads. Without OpenMP all of them run on the calling thread.
+// Divides rows among threads. Without OpenMP all rows run on the calling thread.
 #pragma once
 
 #if defined(_OPENMP)
@@ -12,7 +12,7 @@
 
 namespace loftq {
 
-// Starting a thread costs microseconds: give each at least this many elements (about 4 us of quantization).
+// Starting a thread costs microseconds, so each gets at least this many elements (about 4 us of quantization).
 constexpr int64_t kMinElementsPerThread = 1 << 14;
 
 inline int useful_threads(int num_threads, int64_t n, int64_t k) {

@@ -83,7 +83,7 @@ struct Scalar {
     explicit CountBelow(const float* midpoints) : midpoints(midpoints) {}
     Ints operator()(Floats x) const {
       Ints count = 0;
-      // Multiplied, not chosen: a branch on a random bit costs more than the rest.
+      // This multiplies instead of branching: a branch on a random bit costs more than the rest.
       for (int step = 1 << (kBits - 1); step > 0; step /= 2) count += step * (midpoints[count + step - 1] < x);
       return count;
     }

@@ -1,4 +1,5 @@
-// Cholesky factor of a small matrix and the factor's inverse in one sweep over the columns, in shared memory.
+// The Cholesky factor of a small matrix and the inverse of that factor, in one sweep over the columns, in shared
+// memory.
 #pragma once
 
 #include <math.h>
@@ -10,12 +11,12 @@
 namespace loftq {
 
 constexpr int kCholeskyThreads = 256;
-constexpr int kCholeskyBlocks = 3;    // a multiprocessor: b = 136 takes 77 KB of its 228 KB
+constexpr int kCholeskyBlocks = 3;    // blocks per multiprocessor: b = 136 takes 77 KB of its 228 KB
 constexpr int kCholeskyAttempts = 9;  // the last shift is 4 * 16^7 * epsilon: above 1 even for a float64 Gram matrix
 
 constexpr LOFTQ_HD int packed_row(int i) { return i * (i + 1) / 2; }
 
-// Lower triangle by rows, then three vectors.
+// The lower triangle by rows, followed by three vectors.
 struct CholeskyShared {
   double* lower;         // [b * (b + 1) / 2]
   double* column;        // [b]: the column of L in work
@@ -33,7 +34,7 @@ struct CholeskyShared {
   }
 };
 
-// Whether all of the lower triangle is finite; the same answer for all threads.
+// Whether the whole lower triangle is finite; all threads get the same answer.
 template <typename T>
 __device__ bool all_finite(const T* gram, int b) {
   int bad = 0;
@@ -54,7 +55,8 @@ __device__ void load_scaled(const T* gram, int b, double shift, const CholeskySh
   }
 }
 
-// lower: scaled Gram matrix -> L^-1; L goes to r, transposed and with the scale undone. False at a pivot <= epsilon.
+// Replaces the scaled Gram matrix in `lower` by L^-1; L goes to r, transposed and with the scale undone. Returns false
+// at a pivot <= epsilon.
 //
 // Step k knows column k of L and so finishes row k of X = L^-1. Then, for all rows i below,
 //   A_ij -= l_ik l_jk (j > k: Cholesky)    and    X_ij -= l_ik x_kj (j <= k: forward substitution, X_ik from 0),
@@ -63,7 +65,7 @@ __device__ inline bool factor_and_invert(int b, double epsilon, double* r, const
   for (int k = 0; k < b; ++k) {
     double* row_k = shared.lower + packed_row(k);
     const double pivot = row_k[k];
-    if (!(pivot > epsilon)) return false;  // the same for all threads
+    if (!(pivot > epsilon)) return false;  // all threads agree
     const double root = sqrt(pivot), inverse = 1.0 / root;
     for (int i = threadIdx.x; i < b; i += blockDim.x) {
       if (i < k) row_k[i] *= inverse;

@@ -1,4 +1,4 @@
-// The codebook in shared memory, which its entries are searched and read from.
+// The codebook in shared memory, where its entries are searched and read.
 #pragma once
 
 #include "launch.cuh"
@@ -20,7 +20,7 @@ struct Codebook {
   const float* midpoint;
   bool integer;  // value[i] == i - 2^(b-1): the nearest entry needs no search
 
-  // By the whole block: its barrier publishes the memory.
+  // Must be called by the whole block: its barrier publishes the memory.
   __device__ static Codebook load(const float* entries, CodebookMemory<kBits>& memory) {
     int other = 0;
     for (int i = threadIdx.x; i < kSize; i += blockDim.x) {

@@ -8,18 +8,18 @@ namespace {
 
 constexpr int kDequantizeThreads = 256;
 
-// A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, stored at once.
+// A thread reads four bytes of codes; each of their 8/b fields is a run of four columns, which are stored together.
 template <int kBits>
 __global__ void __launch_bounds__(kDequantizeThreads)
     _dequantize_kernel(const __grid_constant__ DequantizeParams p, bool out_quads) {
-  constexpr int kRun = kTile * kBits / 8;  // bytes a tile, and columns a field
+  constexpr int kRun = kTile * kBits / 8;  // bytes per tile, and columns per field
   float* values = reinterpret_cast<float*>(dynamic_shared());
   for (int i = threadIdx.x; i < 1 << kBits; i += blockDim.x) values[i] = p.codebook[i];
   __syncthreads();
 
   const int64_t bytes = row_bytes(p.k, kBits);
   const int64_t groups = num_groups(p.k, p.group_size);
-  const int64_t group_size = p.group_size < 0 ? p.k : p.group_size;
+  const int64_t width = group_width(p.k, p.group_size);
   for (int64_t row = blockIdx.x; row < p.n; row += gridDim.x) {
     for (int64_t byte = threadIdx.x * kQuad; byte < bytes; byte += blockDim.x * kQuad) {
       const unsigned word = *reinterpret_cast<const unsigned*>(p.codes + row * bytes + byte);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
       for (int field = 0; field < 8 / kBits; ++field) {
         const int64_t column = first + field * kRun;
         if (column >= p.k) break;
-        const int64_t group = row * groups + column / group_size;
+        const int64_t group = row * groups + column / width;
         const float scale = load_element(p.scale, p.scale_dtype, group);
         const float offset = p.offset == nullptr ? 0.0f : load_element(p.offset, p.scale_dtype, group);
         float out[kQuad];
@@ -53,8 +53,7 @@ cudaError_t launch_bits(const DequantizeParams& p, cudaStream_t stream) {
 }
 
 bool valid(const DequantizeParams& p) {
-  if (p.n < 0 || p.k < 0 || (p.bits != 2 && p.bits != 4 && p.bits != 8)) return false;
-  if (p.group_size == 0 || p.group_size < -1 || (p.group_size > 0 && p.group_size % 32 != 0)) return false;
+  if (check_codes(p.n, p.k, p.bits) != nullptr || !is_group_size(p.group_size)) return false;
   if (p.n == 0 || p.k == 0) return true;
   if (p.codes == nullptr || p.scale == nullptr || p.codebook == nullptr || p.out == nullptr) return false;
   return reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;

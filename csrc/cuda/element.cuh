@@ -42,7 +42,7 @@ inline bool quads_aligned(const void* base, DType dtype, int64_t stride) {
   return stride % kQuad == 0 && reinterpret_cast<uintptr_t>(base) % (kQuad * size_of(dtype)) == 0;
 }
 
-// base[index..index+3] = in[0..3], the first `count` of them.
+// Stores the first `count` of in[0..3] to base[index..index+3].
 __device__ inline void store_quad(void* base, DType dtype, int64_t index, int count, bool aligned,
                                   const float (&in)[kQuad]) {
   if (aligned && count >= kQuad) {

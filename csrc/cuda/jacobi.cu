@@ -11,7 +11,7 @@ bool fits_in_shared(const JacobiParams<T>& p) {
   return JacobiScratch<T>::bytes(p.n) + jacobi_matrix_bytes<T>(p.m, p.n) <= max_shared_bytes();
 }
 
-// One matrix a multiprocessor is in work at a time; more would only spread the L2 cache thinner.
+// One matrix per multiprocessor is in progress at a time; more would only spread the L2 cache thinner.
 int64_t matrices_in_flight(int64_t batch) {
   const int count = device_attribute(cudaDevAttrMultiProcessorCount);
   return batch < count ? batch : count;

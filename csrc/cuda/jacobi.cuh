@@ -1,6 +1,7 @@
-// One-sided Jacobi, one matrix a block. The matrix is held transposed, so that its columns are contiguous: a warp reads
-// a pair of columns with neighbouring lanes on neighbouring elements. A lane touches the same elements of a column in
-// the dot products and in the rotation, and a column belongs to one warp a round: only rounds need a block barrier.
+// One-sided Jacobi, one matrix per block. The matrix is held transposed, so that its columns are contiguous: a warp
+// reads a pair of columns with neighbouring lanes on neighbouring elements. A lane touches the same elements of a
+// column in the dot products and in the rotation, and a column belongs to one warp per round: only rounds need a block
+// barrier.
 #pragma once
 
 #include <math.h>
@@ -14,7 +15,7 @@
 namespace loftq {
 
 constexpr int kJacobiSharedThreads = 512;  // two blocks of small matrices share a multiprocessor
-// One block a multiprocessor, whose columns come from L2: all the warps whose registers do not spill.
+// One block per multiprocessor, whose columns come from L2; it has as many warps as fit without spilling registers.
 template <typename T>
 constexpr int kJacobiGlobalThreads = sizeof(T) == sizeof(float) ? 1024 : 640;
 
@@ -32,7 +33,7 @@ struct Limits<double> {
   static constexpr int kMinExponent = DBL_MIN_EXP;
 };
 
-// What a block needs beside the two matrices: sorted values and reductions.
+// What a block needs besides the two matrices: sorted values and reductions.
 template <typename T>
 struct JacobiScratch {
   T* reduce;   // [32]
@@ -54,15 +55,16 @@ constexpr LOFTQ_HD size_t jacobi_matrix_bytes(int m, int n) {
   return sizeof(T) * static_cast<size_t>(n) * (static_cast<size_t>(m) + n);
 }
 
-// Pair `index` of `round`, of players 0 .. players-1 (an even number): every two meet once in players - 1 rounds.
+// Pair `index` of `round` among players 0 .. players-1 (an even number): any two meet once in players - 1 rounds.
 __device__ inline void round_robin(int players, int round, int index, int& first, int& second) {
   const int ring = players - 1;
   first = index == 0 ? ring : (round + index) % ring;
   second = (round + ring - index) % ring;
 }
 
-// Rotates columns p, q of `work` (length m) to be orthogonal, and those of `v` (length n) alike; whole warps only.
-// False where they already are. Norms are taken anew each time: updated ones lose all accuracy when columns cancel.
+// Rotates columns p, q of `work` (length m) to be orthogonal, and columns p, q of `v` (length n) by the same angle.
+// Whole warps must call it. Returns false where the columns are orthogonal already. Norms are computed anew each time:
+// updated norms lose all accuracy when columns cancel.
 template <typename T>
 __device__ bool orthogonalize_pair(T* work_p, T* work_q, int m, T* v_p, T* v_q, int n, T tolerance) {
   // Below this the square of a norm has lost its accuracy to underflow; the largest entry of the matrix is near 1.

@@ -1,4 +1,4 @@
-// Starting a kernel, and what kernels use of their block.
+// How a kernel is started, and what kernels need to know of their block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,10 +12,10 @@ namespace loftq {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// More than this many bytes of shared memory must be asked for with an attribute.
+// A launch with more shared memory than this must set an attribute of the kernel first.
 constexpr size_t kDefaultSharedBytes = 48 << 10;
 
-inline int device_attribute(cudaDeviceAttr attribute) {  // of the current device; 0 where there is none
+inline int device_attribute(cudaDeviceAttr attribute) {  // of the current device; 0 if there is no device
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
@@ -26,8 +26,8 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...) without the syntax only nvcc reads.
-// The grid may come out smaller than asked for: kernels stride by gridDim.x.
+// Does kernel<<<grid, block, shared_bytes, stream>>>(arguments...) without the syntax that only nvcc reads.
+// The grid may be smaller than requested: kernels stride by gridDim.x.
 template <typename... Expected, typename... Actual>
 cudaError_t launch(void (*kernel)(Expected...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
                    Actual&&... arguments) {
@@ -45,7 +45,7 @@ cudaError_t launch(void (*kernel)(Expected...), int64_t grid, int block, size_t 
   return cudaLaunchKernelEx(&config, kernel, std::forward<Actual>(arguments)...);
 }
 
-// The launch's dynamic shared memory. Kernels use no other kind: tests can then fill and bound it.
+// The launch's dynamic shared memory. Kernels use no other kind, so that tests can fill and bound it.
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
   return dynamic_shared_memory;

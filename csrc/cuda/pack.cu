@@ -1,4 +1,4 @@
-// launch_pack_cuda, launch_unpack_cuda: one code a byte to and from the storage contract of packing.h.
+// launch_pack_cuda, launch_unpack_cuda: between one code per byte and the storage contract of packing.h.
 #include "launch.cuh"
 #include "loftq/cuda.h"
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kPackThreads) _unpack_kernel(const UnpackParam
 
 template <typename Params>
 bool valid(const Params& p) {
-  if (p.n < 0 || p.k < 0 || (p.bits != 2 && p.bits != 4 && p.bits != 8)) return false;
+  if (check_codes(p.n, p.k, p.bits) != nullptr) return false;
   return p.n == 0 || p.k == 0 || (p.codes != nullptr && p.packed != nullptr);
 }
 

@@ -7,10 +7,7 @@ namespace loftq {
 namespace {
 
 bool valid(const QuantizeParams& p) {
-  if (p.n < 0 || p.k < 0 || (p.bits != 2 && p.bits != 4 && p.bits != 8)) return false;
-  if (p.group_size != 32 && p.group_size != 64 && p.group_size != 128 && p.group_size != 256 && p.group_size != -1) {
-    return false;
-  }
+  if (check_codes(p.n, p.k, p.bits) != nullptr || !is_group_size(p.group_size)) return false;
   if (p.n == 0 || p.k == 0) return true;
   if (p.weight == nullptr || p.codebook == nullptr || p.codes == nullptr || p.scale == nullptr) return false;
   return (p.offset != nullptr) == (p.scale_rule == ScaleRule::kMinMax);

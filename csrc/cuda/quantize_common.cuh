@@ -1,7 +1,7 @@
 // What the quantize kernels share. Lane l of a warp owns the columns that are l modulo 32: loads and stores of a warp
 // are contiguous, a lane's own sum is one of the 32 partial sums of quantize.h, and a warp's tree of exchanges is how
-// those are folded. A warp works on spans of 128 or 256 columns at a time, and all of a span's weights are in flight
-// together: 16 bytes a lane at least.
+// those are folded. A warp works on spans of 128 or 256 columns at a time, and all weights of a span are in flight
+// together: at least 16 bytes per lane.
 #pragma once
 
 #include "codebook.cuh"
@@ -13,7 +13,7 @@ namespace loftq {
 constexpr int kQuantizeThreads = 256;
 constexpr int kQuantizeWarps = kQuantizeThreads / kWarpSize;
 
-// Columns column + 32 i + lane of one row, i = 0 .. kSpan-1.
+// The columns column + 32 i + lane of one row, for i = 0 .. kSpan-1.
 template <int kSpan>
 struct Span {
   static constexpr int kColumns = kSpan * kWarpSize;
@@ -24,7 +24,7 @@ struct Span {
 
   __device__ bool exists(int i) const { return i * kWarpSize + lane_index() < left; }
 
-  // All loads before the first conversion: one wait for memory, not kSpan.
+  // All loads come before the first conversion, so that there is one wait for memory instead of kSpan.
   __device__ void load_dense(const void* base, DType dtype, int64_t at, float (&out)[kSpan]) const {
     if (dtype == DType::kFloat32) {
       const float* from = static_cast<const float*>(base) + at;
@@ -72,7 +72,7 @@ __device__ inline void store_scale(const QuantizeParams& p, int64_t row, int64_t
 }
 
 // Packs the codes of two neighbouring tiles, code[i] of column 32 i + lane, and stores those of the `tiles` that exist.
-// With 4 and 8 bits all fields of a byte lie in the same lane; with 2 bits in the lane 16 further as well.
+// With 4 and 8 bits all fields of a byte lie in the same lane; with 2 bits half of them lie 16 lanes further.
 template <int kBits>
 __device__ void store_codes(const int (&code)[4], int tiles, uint8_t* bytes) {
   const int lane = lane_index();
@@ -95,7 +95,7 @@ __device__ void store_codes(const int (&code)[4], int tiles, uint8_t* bytes) {
   }
 }
 
-// Codes of a span, stored; its residual, stored if wanted and left unrounded in span.weight (0 beyond the row).
+// Stores the codes of a span. Its residual is stored if wanted, and left unrounded in span.weight (0 beyond the row).
 template <int kBits, int kSpan, int kGroups>
 __device__ void finish_span(const QuantizeParams& p, const Codebook<kBits>& book, int64_t row, Span<kSpan>& span,
                             const GroupScale (&scales)[kGroups]) {
@@ -127,7 +127,7 @@ struct RowNorm {
 
   static constexpr size_t kBytes = sizeof(float) * kQuantizeThreads * kSpan;
 
-  // The whole block: each warp has a span of residuals, the first one's starting at `column`.
+  // Must be called by the whole block: each warp has a span of residuals; the first warp's starts at `column`.
   __device__ void add(const Span<kSpan>& span, bool active, int64_t column, int64_t k) {
     float* own = buffer + warp_index() * Span<kSpan>::kColumns + lane_index();
 #pragma unroll

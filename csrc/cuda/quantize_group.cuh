@@ -6,14 +6,15 @@
 
 namespace loftq {
 
-// Blocks a multiprocessor. The plain kernel waits for memory: 1024 to 1280 threads with 16 or 32 bytes in flight. What
-// computes more (mean and deviation, scale search) has its own kernel: its registers would cost the plain one threads.
+// Blocks per multiprocessor. The plain kernel waits for memory: 1024 to 1280 threads with 16 or 32 bytes in flight per
+// thread. Mean and deviation, and scale search, have a kernel of their own: the registers that they need would cost the
+// plain kernel threads.
 template <int kWidth, bool kFull>
 constexpr int kGroupBlocks = kFull                        ? 2
                              : kWidth == 2 || kWidth == 4 ? 5
                                                           : 4;
 
-// kWidth: columns of the group in each lane, g / 32.
+// kWidth: columns of the group per lane, g / 32.
 template <int kWidth>
 __device__ float group_mean_std_scale(const float* target, int count) {
   double sum = 0.0, squares = 0.0;
@@ -67,7 +68,8 @@ __device__ GroupScale group_scale(const QuantizeParams& p, const Codebook<kBits>
   return model.at(search_factor(best_step));
 }
 
-// A row a block at a time; its warps take neighbouring spans. Whole blocks stay together: RowNorm needs them.
+// A block processes one row at a time; its warps take neighbouring spans. All warps of a block stay in the loop
+// together, because RowNorm needs the whole block.
 template <int kBits, int kWidth, bool kFull>
 __global__ void __launch_bounds__(kQuantizeThreads, kGroupBlocks<kWidth, kFull>)
     _quantize_group_kernel(const __grid_constant__ QuantizeParams p) {

@@ -1,4 +1,4 @@
-// Quantize with one group a row: a block takes a row and reads it once for each statistic, then once for the codes.
+// Quantize with one group per row: a block takes a row and reads it once for each statistic, then once for the codes.
 // Rows of 28672 float32 do not fit in the shared memory of every GPU, but they stay in its L2 cache between passes.
 #pragma once
 
@@ -15,7 +15,7 @@ struct RowScratch {
   float mean_scale;
 };
 
-// visit(span) for the spans first, first + step, ... of a row.
+// Calls visit(span) for the spans first, first + step, ... of a row.
 template <typename Visit>
 __device__ void for_each_span(const QuantizeParams& p, int64_t row, int64_t first, int64_t step, Visit visit) {
   for (int64_t column = first * Span<kRowSpan>::kColumns; column < p.k; column += step * Span<kRowSpan>::kColumns) {
@@ -25,7 +25,7 @@ __device__ void for_each_span(const QuantizeParams& p, int64_t row, int64_t firs
   }
 }
 
-// By one warp: the partial sums of quantize.h go along the whole row.
+// Computed by one warp, because the partial sums of quantize.h run along the whole row.
 __device__ inline float row_mean_std_scale(const QuantizeParams& p, int64_t row) {
   double sum = 0.0, squares = 0.0;
   for_each_span(p, row, 0, 1, [&](const Span<kRowSpan>& span) {

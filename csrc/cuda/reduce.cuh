@@ -1,4 +1,4 @@
-// Reductions in a fixed order: the same input gives the same bits, whatever ran first. No atomics.
+// Reductions in a fixed order and without atomics: the same input gives the same bits, whichever thread runs first.
 #pragma once
 
 #include "launch.cuh"
@@ -19,7 +19,7 @@ struct Max {
   }
 };
 
-// A tree: halves 16 lanes apart first, then 8, 4, 2, 1. All lanes get the result.
+// Reduces over the warp as a tree: lanes 16 apart first, then 8, 4, 2, 1. All lanes get the result.
 template <typename T, typename Op>
 __device__ T reduce_warp(T value, Op op) {
 #pragma unroll
@@ -29,7 +29,7 @@ __device__ T reduce_warp(T value, Op op) {
   return value;
 }
 
-// Over the block; all threads get the result. scratch: [warp_count()] in shared memory, free again on return.
+// Reduces over the block; all threads get the result. scratch: [warp_count()] in shared memory, free again on return.
 template <typename T, typename Op>
 __device__ T reduce_block(T value, T* scratch, Op op) {
   value = reduce_warp(value, op);

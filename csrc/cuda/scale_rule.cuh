@@ -76,7 +76,7 @@ struct ScaleModel {
 
 __device__ inline bool is_affine(const QuantizeParams& p) { return p.scale_rule == ScaleRule::kMinMax; }
 
-// mean_scale: what mean_std_scale() says, for kMeanStd.
+// mean_scale: the result of mean_std_scale() for kMeanStd; other rules do not read it.
 __device__ inline ScaleModel scale_model(const QuantizeParams& p, float codebook_last, const GroupRange& range,
                                          float mean_scale) {
   ScaleModel model;
@@ -95,7 +95,7 @@ __device__ inline ScaleModel scale_model(const QuantizeParams& p, float codebook
   return model;
 }
 
-// mean + 2.5 std; squares: of w - mean. NaN for a single weight.
+// mean + 2.5 std, where `squares` is the sum of the squares of w - mean. The result is NaN for a single weight.
 __device__ inline float mean_std_scale(double mean, double squares, int64_t count) {
   const double variance = __ddiv_rn(squares, static_cast<double>(count - 1));
   return static_cast<float>(__dadd_rn(mean, __dmul_rn(2.5, __dsqrt_rn(variance))));

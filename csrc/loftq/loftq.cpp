@@ -37,7 +37,7 @@ at::Tensor dequantize(const at::Tensor& codes, const at::Tensor& scale, const at
 }
 
 // ||matrix||^2 in float64. ATen's norm casts the whole matrix, twice its float32 size: few launches on a GPU, but on a
-// CPU a block of rows at a time takes less memory.
+// CPU one block of rows at a time takes less memory.
 at::Tensor squared_norm(const at::Tensor& matrix) {
   if (!matrix.is_cpu())
     return at::linalg_vector_norm(matrix, 2, at::OptionalIntArrayRef(), false, at::kDouble).square();
@@ -50,7 +50,7 @@ at::Tensor squared_norm(const at::Tensor& matrix) {
   return total;
 }
 
-// Scalars in host memory. One wait for the device, where item() is one each.
+// Copies scalars to host memory with one wait for the device; item() would wait once per scalar.
 std::vector<double> host_values(const std::vector<at::Tensor>& scalars) {
   const at::Tensor values = at::stack(scalars).to(at::kDouble).cpu();
   return {values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel()};
@@ -62,7 +62,7 @@ double residual_unit(double largest) {
   return std::exp2(std::floor(std::log2(largest)));
 }
 
-// [B, ..]; a batch of one as a view.
+// Stacks tensors to [B, ..]; a batch of one is a view.
 at::Tensor stacked(const std::vector<at::Tensor>& tensors) {
   return tensors.size() == 1 ? tensors[0].unsqueeze(0) : at::stack(tensors);
 }
@@ -89,7 +89,7 @@ class Alternation {
     for (const double value : host_values(norm2)) norm_.push_back(std::sqrt(value));
   }
 
-  // One alternation; false when nothing is left to go on with.
+  // Does one alternation. Returns false when no matrix is left to go on with.
   bool step() {
     if (options_.svd_first) return step_svd_first();
     if (space_.basis.defined()) write_low_rank(residual_);
@@ -107,7 +107,7 @@ class Alternation {
   std::vector<LoftQResult> results() {
     residual_.reset();
     std::vector<LoftQResult> results;
-    std::vector<size_t> done;  // those that have factors
+    std::vector<size_t> done;  // indices of the matrices that have factors
     std::vector<at::Tensor> residuals, bases, images;
     for (size_t i = 0; i < weights_.size(); ++i) {
       const Iterate& best = best_[i];
@@ -194,7 +194,7 @@ class Alternation {
   // ||E V||^2 of every matrix, in squares of its unit
   at::Tensor captured_energy() const { return space_.image.square().sum({1, 2}, false, at::kDouble); }
 
-  // Where hardly anything of W is left beside its low-rank part, that part needs more digits than the fast solver has.
+  // Where hardly anything of W is left besides its low-rank part, that part needs more digits than the fast solver has.
   void note_steep_weights() {
     std::vector<double> whole2;
     for (size_t i = 0; i < weights_.size(); ++i) whole2.push_back(std::pow(norm_[i] / unit_[i], 2));
@@ -204,7 +204,7 @@ class Alternation {
 
   void note_flaw(const at::Tensor& flaw) { flaw_ = flaw_.defined() ? at::maximum(flaw_, flaw) : flaw; }
 
-  // ||E - E' V V^T||^2 for the residual E after, and E' before this quantization; by blocks of rows, for the memory.
+  // ||E - E' V V^T||^2 for the residual E after and E' before this quantization, by blocks of rows to bound memory.
   at::Tensor remaining_norm2(int64_t i) const {
     constexpr int64_t kRows = 256;
     const at::Tensor rows = wide_ ? space_.basis[i] : space_.image[i],
@@ -263,7 +263,7 @@ class Alternation {
     if (options_.svd_first) best.image = space_.image[static_cast<int64_t>(i)].clone();
   }
 
-  // The shorter side last.
+  // The matrix with its shorter side last.
   at::Tensor tall(const at::Tensor& matrix) const { return wide_ ? matrix.mT() : matrix; }
 
   // (W - Q) / unit of the best iterate, from its codes.
@@ -276,7 +276,7 @@ class Alternation {
     return unit_[i] == 1.0 ? residual : residual.div_(unit_[i]);
   }
 
-  // Factors to the result; residual <- residual - left right^T, whose squared norm is returned.
+  // Stores the factors in the result, subtracts left right^T from the residual, and returns the squared norm of that.
   at::Tensor finish(size_t i, const at::Tensor& left, const at::Tensor& right, at::Tensor& residual,
                     LoftQResult& result) const {
     const double root = std::sqrt(unit_[i] / options_.scaling);
@@ -311,8 +311,8 @@ class Alternation {
     for (double& error : result.errors) error = std::max(error, result.error);
   }
 
-  static constexpr double kSteep = 0.05;     // of the norm: what may be left before a matrix counts as steep
-  static constexpr double kMostFlaw = 1e-3;  // rounding leaves some 1e-6
+  static constexpr double kSteep = 0.05;     // share of the norm: a matrix of which less is left counts as steep
+  static constexpr double kMostFlaw = 1e-3;  // rounding leaves about 1e-6
 
   const std::vector<at::Tensor>& weights_;
   const at::Tensor& codebook_;

@@ -4,7 +4,7 @@
 //
 // The low-rank term of a residual E = W - Q is held as V, an orthonormal basis on its shorter side, and E V; then
 // ||E - E V V^T||^2 = ||E||^2 - ||E V||^2, so an adapter never makes the error worse than none. The best iterate is
-// kept. Memory a matrix, beside the weight: one residual in the operand dtype, which also receives the low-rank term
+// kept. Memory per matrix, besides the weight: one residual in the operand dtype, which also receives the low-rank term
 // (at the end, one in float32 instead), and the codes and factors of the best and the current iterate; nothing of size
 // N x K x 2^bits. The host waits for the device a number of times that does not grow with the batch, as long as the
 // fast solver can be trusted: matrices for which it cannot (see `sound`) go through the exact one, one by one.
@@ -21,9 +21,9 @@ namespace loftq {
 struct LoftQOptions {
   int64_t rank;
   int64_t num_iter;
-  double scaling;                // the factors are divided by its square root
-  bool exact;                    // solver: float64 Gram matrix and eigh, or block Krylov then warm-started
-  bool svd_first;                // take the SVD of W - Q_{t-1} (Q_0 = 0) before quantizing
+  double scaling;  // the factors are divided by its square root
+  bool exact;      // the solver: float64 Gram matrix and eigh if true; else block Krylov, then warm starts
+  bool svd_first;  // take the SVD of W - Q_{t-1} (Q_0 = 0) before quantizing
   at::ScalarType operand_dtype;  // of the residual and of the power steps: float32 or bfloat16
   int64_t cold_steps;            // Krylov steps of the first alternation
   int64_t warm_steps;            // and of the later ones, which start from the last space

@@ -7,7 +7,7 @@
 namespace loftq {
 namespace {
 
-// Rows of a float64 copy at a time, so that the exact solver's extra memory does not grow with the longer side.
+// So many rows are copied to float64 at a time: the exact solver's extra memory does not grow with the longer side.
 constexpr int64_t kGramRows = 1024;
 
 at::Tensor gram_float64(const at::Tensor& matrix) {

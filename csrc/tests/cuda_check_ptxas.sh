@@ -1,6 +1,6 @@
 #!/bin/sh
 # Compiles every CUDA source for every architecture with all warnings as errors, prints what ptxas says of each kernel
-# (registers, shared memory, spills), and fails if one spills. Exit status: 0 good, 1 bad, 77 skipped for want of nvcc.
+# (registers, shared memory, spills), and fails if one spills. Exit status: 0 passed, 1 failed, 77 skipped without nvcc.
 #
 # LOFTQ_CUDA_ARCHS="90 120" chooses architectures, NVCC the compiler.
 set -u

@@ -60,9 +60,9 @@ void check_parity(const QuantizeParams& p) {
 void test_formats() {
   const int64_t columns[] = {1, 63, 64, 100, 257, 1030, 1500};
   unsigned turn = 0;
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : kCodeBits) {
     for (const ScaleRule rule : {ScaleRule::kAbsmax, ScaleRule::kMinMax, ScaleRule::kMeanStd}) {
-      for (const int64_t group_size : {32, 64, 128, 256, -1}) {
+      for (const int64_t group_size : kGroupSizes) {
         for (const bool integer : {false, true}) {
           std::vector<float> codebook(1 << bits);
           for (int i = 0; i < 1 << bits; ++i) {

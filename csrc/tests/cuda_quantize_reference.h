@@ -1,4 +1,5 @@
-// quantize.h, read literally: one scalar loop a group. Independent of the kernels' code, but for the address of a code.
+// quantize.h, read literally: one scalar loop per group. It shares nothing with the kernels' code but the address of a
+// code.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +56,7 @@ struct Problem {
 };
 
 struct Result {
-  std::vector<uint8_t> codes;   // [n, k], one a byte
+  std::vector<uint8_t> codes;   // [n, k], one per byte
   std::vector<float> scale;     // [n, groups]
   std::vector<float> offset;    // [n, groups] or empty
   std::vector<float> decoded;   // [n, k]
@@ -125,7 +126,7 @@ inline std::pair<float, float> quantize_group(const Problem& p, const float* w, 
 }
 
 inline Result quantize(const Problem& p) {
-  const int64_t groups = loftq::num_groups(p.k, p.group_size), size = p.group_size < 0 ? p.k : p.group_size;
+  const int64_t groups = loftq::num_groups(p.k, p.group_size), size = loftq::group_width(p.k, p.group_size);
   Result r;
   r.codes.resize(p.n * p.k);
   r.scale.resize(p.n * groups);

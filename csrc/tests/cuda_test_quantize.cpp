@@ -106,7 +106,7 @@ QuantizeParams make_params(const Problem& p, const Layout& layout, const void* w
 }
 
 void check_result(const Problem& p, const Layout& layout, const reference::Result& want, Buffers& got) {
-  const int64_t groups = num_groups(p.k, p.group_size), size = p.group_size < 0 ? p.k : p.group_size;
+  const int64_t groups = num_groups(p.k, p.group_size), size = group_width(p.k, p.group_size);
   const std::vector<uint8_t> packed = reference::pack(want.codes, p.n, p.k, p.bits);
   const int64_t bytes = row_bytes(p.k, p.bits);
   for (int64_t row = 0; row < p.n; ++row) {
@@ -199,14 +199,13 @@ const Rule kRules[] = {{ScaleRule::kAbsmax, "curved"},
                        {ScaleRule::kMinMax, "integer"},
                        {ScaleRule::kMeanStd, "linear"},
                        {ScaleRule::kMinMax, "linear"}};
-const int64_t kGroupSizes[] = {32, 64, 128, 256, -1};
 const DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
 // Every format and option; shapes, types and layouts take turns so that each meets many of the formats.
 void test_formats() {
   const int64_t columns[] = {1, 63, 64, 65, 100, 128, 132, 257, 300, 512, 1030};
   int turn = 0;
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : kCodeBits) {
     for (const Rule& rule : kRules) {
       for (const int64_t group_size : kGroupSizes) {
         for (const bool search : {false, true}) {
@@ -237,7 +236,7 @@ void test_formats() {
 
 // Every column count around the tile, span and warp boundaries; more columns than one pass of a block.
 void test_shapes() {
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : kCodeBits) {
     for (const int64_t group_size : kGroupSizes) {
       for (const int64_t k : {1, 4, 31, 32, 33, 96, 127, 129, 192, 255, 256, 260, 1024, 1028, 2049}) {
         Problem p = {2,
@@ -306,9 +305,29 @@ void test_bad_parameters() {
   CHECK(emulation::device.launches == before, "nothing may be launched");
 }
 
+// A group size that quantize does not make is refused by quantize and dequantize alike, and nothing is launched.
+void test_group_sizes() {
+  Problem p = {2, 300, 4, 32, ScaleRule::kAbsmax, false, DType::kFloat32, make_codebook("linear", 4), {}, {}};
+  p.weight = make_weight(p.n, p.k, DType::kFloat32, 3);
+  Buffers buffers(p, num_groups(p.k, p.group_size), DType::kFloat32);
+  Guarded<char> out(p.n * p.k * sizeof(float));
+  QuantizeParams quantize = make_params(p, Layout(), p.weight.data(), nullptr, buffers);
+  DequantizeParams dequantize = {
+      buffers.codes.data(), buffers.scale.data(), nullptr,        p.scale_dtype, p.codebook.data(), p.n, p.k, p.bits,
+      p.group_size,         out.data(),           DType::kFloat32};
+  for (int64_t size = -2; size <= 520; ++size) {
+    const cudaError_t want = is_group_size(size) ? cudaSuccess : cudaErrorInvalidValue;
+    const long before = emulation::device.launches;
+    quantize.group_size = dequantize.group_size = size;
+    CHECK(launch_quantize_cuda(quantize, nullptr) == want, "quantize, group size %ld", size);
+    CHECK(launch_dequantize_cuda(dequantize, nullptr) == want, "dequantize, group size %ld", size);
+    CHECK(emulation::device.launches - before == (want == cudaSuccess ? 2 : 0), "launches, group size %ld", size);
+  }
+}
+
 void test_pack() {
   std::mt19937 random(3);
-  for (const int bits : {2, 4, 8}) {
+  for (const int bits : kCodeBits) {
     for (const int64_t k : {1, 63, 64, 65, 200, 1300}) {
       const int64_t n = 3;
       Guarded<uint8_t> codes(n * k), packed(n * row_bytes(k, bits)), unpacked(n * k);
@@ -330,6 +349,7 @@ int main() {
   test_shapes();
   test_non_finite();
   test_bad_parameters();
+  test_group_sizes();
   test_pack();
   return report();
 }

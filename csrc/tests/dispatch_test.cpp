@@ -32,7 +32,8 @@ struct Problem {
   bool untouched() const { return scale[0] == -1.0f && scale[1] == -1.0f && codes[0] == 0xee && codes[31] == 0xee; }
 };
 
-void check_refused(void (*spoil)(QuantizeParams&), const char* part_of_reason) {
+template <class Spoil>
+void check_refused(const Spoil& spoil, const char* part_of_reason) {
   Problem problem;
   spoil(problem.params);
   const Status status = launch_quantize_cpu(problem.params, 1);
@@ -63,7 +64,13 @@ int main() {
 
   check_refused([](QuantizeParams& p) { p.bits = 3; }, "bits");
   check_refused([](QuantizeParams& p) { p.n = -1; }, "negative");
-  check_refused([](QuantizeParams& p) { p.group_size = 48; }, "group_size");
+  for (int64_t size : {-2, 0, 16, 48, 96, 512}) {
+    check_refused([size](QuantizeParams& p) { p.group_size = size; }, "group_size");
+    const DequantizeParams dequantize = {nullptr, nullptr, nullptr, DType::kFloat32, nullptr,        1,
+                                         64,      4,       size,    nullptr,         DType::kFloat32};
+    const Status status = launch_dequantize_cpu(dequantize, 1);
+    CHECK(status && std::strstr(status, "group_size"), "dequantize, group size %d", int(size));
+  }
   check_refused([](QuantizeParams& p) { p.scale_rule = ScaleRule::kMinMax; }, "offset");
   check_refused([](QuantizeParams& p) { p.residual_norm2 = reinterpret_cast<double*>(p.codes); }, "residual");
 

@@ -9,7 +9,7 @@
 
 namespace loftq::testing {
 
-// Those of this machine, or the one that LOFTQ_CPU_ISA names: valgrind knows no AVX-512.
+// Those of this machine, or only the one that LOFTQ_CPU_ISA names (valgrind does not support AVX-512).
 inline std::vector<std::string> isas_under_test() {
   const char* const forced = std::getenv("LOFTQ_CPU_ISA");
   if (forced != nullptr) return {forced};

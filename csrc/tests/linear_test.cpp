@@ -1,5 +1,5 @@
 // The products of every instruction set, against sums in double: every element within its rounding errors.
-// With LOFTQ_CPU_ISA in the environment, of that instruction set alone.
+// If LOFTQ_CPU_ISA is set, only that instruction set is tested.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -139,7 +139,7 @@ Status launch(const Case& c, const LinearParams& p, int threads) {
   return c.transposed ? launch_linear_grad_input_cpu(p, threads) : launch_linear_cpu(p, threads);
 }
 
-// y between two guards.
+// The result y, with a guard before and after it.
 struct Result {
   std::vector<char> bytes;
   Status status;
@@ -159,7 +159,7 @@ struct Result {
   std::vector<float> values(DType dtype) const { return from_bytes(dtype, bytes); }
 };
 
-// A sum in double, and the sums of magnitudes that its rounding errors are in proportion to.
+// A sum in double, and the sum of magnitudes to which its rounding errors are proportional.
 struct Sum {
   double value = 0, weight = 0, adapter = 0;
 };
@@ -168,7 +168,7 @@ class Reference {
  public:
   explicit Reference(const Problem& problem) : problem_(problem) {
     const Case& c = problem.c;
-    const int64_t groups = num_groups(c.k, c.group_size), width = c.group_size < 0 ? c.k : c.group_size;
+    const int64_t groups = num_groups(c.k, c.group_size), width = group_width(c.k, c.group_size);
     for (int64_t row = 0; row < c.n; ++row) {
       const uint8_t* const bytes = problem.codes.data() + c.shift + row * row_bytes(c.k, c.bits);
       for (int64_t column = 0; column < c.k; ++column) {
@@ -257,7 +257,6 @@ void check_awkward_shapes(const std::string& isa) {
   std::mt19937 random(4);
   const int64_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 33}, sizes[] = {1, 2, 3, 5, 16, 17, 23, 25, 31};
   const int64_t columns[] = {1, 31, 32, 33, 63, 64, 65, 96, 127, 129, 200, 257}, ranks[] = {0, 1, 3, 16, 17, 65};
-  const int64_t groups[] = {32, 64, 128, 256, -1};
   for (int i = 0; i < 600; ++i) {
     const bool transposed = i % 3 == 0;
     Case c = {isa,
@@ -269,7 +268,7 @@ void check_awkward_shapes(const std::string& isa) {
               2 << i % 3,
               random() % 2 == 0,
               random() % 2 == 0,
-              pick(groups, random),
+              pick(kGroupSizes, random),
               1 + i % 3};
     c.x_dtype = pick(kDTypes, random);
     c.scale_dtype = pick(kDTypes, random);
@@ -302,7 +301,7 @@ void check_many_threads(const std::string& isa) {
   }
 }
 
-// Nothing to sum: the bias is left, or zero.
+// With nothing to sum, the result is the bias, or zero.
 void check_empty_sums(const std::string& isa) {
   std::mt19937 random(6);
   for (int64_t m : {0, 1, 8, 9, 40}) {

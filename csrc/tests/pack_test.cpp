@@ -1,4 +1,5 @@
-// Pack and unpack: every byte and field of the storage contract, and the way back.
+// The storage contract: its group sizes and code widths, every byte and field of packed codes, and the way back.
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -7,9 +8,37 @@
 
 using namespace loftq;
 
+namespace {
+
+void check_group_sizes() {
+  const std::vector<int64_t> legal = {-1, 32, 64, 128, 256};
+  for (int64_t size = -3; size <= 520; ++size) {
+    const bool wanted = std::count(legal.begin(), legal.end(), size) > 0;
+    CHECK(is_group_size(size) == wanted, "group size %d", int(size));
+    CHECK((check_group_size(size) == nullptr) == wanted, "group size %d", int(size));
+  }
+  CHECK(group_width(200, 64) == 64 && group_width(200, -1) == 200 && group_width(0, -1) == 0, "widths");
+  CHECK(num_groups(200, 64) == 4 && num_groups(192, 64) == 3 && num_groups(1, 256) == 1, "groups");
+  CHECK(num_groups(200, -1) == 1 && num_groups(0, -1) == 0 && num_groups(0, 32) == 0, "groups of whole rows");
+}
+
+void check_code_widths() {
+  for (int64_t entries = -1; entries <= 1024; ++entries) {
+    const int wanted = entries == 4 ? 2 : entries == 16 ? 4 : entries == 256 ? 8 : 0;
+    CHECK(bits_of_codebook(entries) == wanted, "%d entries", int(entries));
+  }
+  for (int bits = -8; bits <= 64; ++bits) {
+    CHECK(is_code_bits(bits) == (bits == 2 || bits == 4 || bits == 8), "%d bits", bits);
+  }
+}
+
+}  // namespace
+
 int main() {
+  check_group_sizes();
+  check_code_widths();
   std::mt19937 random(3);
-  for (int bits : {2, 4, 8}) {
+  for (int bits : kCodeBits) {
     for (int64_t k : {0, 1, 63, 64, 65, 128, 200, 5000}) {
       const int64_t n = 7;
       std::vector<uint8_t> codes(n * k), packed(n * row_bytes(k, bits), 0xee), unpacked(n * k);

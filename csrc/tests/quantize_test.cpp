@@ -70,7 +70,7 @@ struct Expected {
 
 Expected expected_of(const Case& c, const std::vector<float>& target) {
   Expected expected;
-  const int64_t width = c.group_size < 0 ? c.k : c.group_size;
+  const int64_t width = group_width(c.k, c.group_size);
   for (int64_t row = 0; row < c.n; ++row) {
     for (int64_t begin = 0; begin < c.k; begin += width) {
       const int64_t end = std::min(c.k, begin + width);
@@ -211,10 +211,10 @@ void check_all_formats(const std::string& isa) {
   std::mt19937 random(1);
   const int64_t columns[] = {0, 1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 200, 256, 300, 513};
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-  for (int bits : {2, 4, 8}) {
+  for (int bits : kCodeBits) {
     for (const auto& codebook : {integers(bits), evenly_spaced(bits), irregular(bits, random)}) {
       for (ScaleRule scale_rule : {ScaleRule::kAbsmax, ScaleRule::kMinMax, ScaleRule::kMeanStd}) {
-        for (int64_t group_size : {32, 64, 128, 256, -1}) {
+        for (int64_t group_size : kGroupSizes) {
           for (int64_t k : columns) {
             Case c;
             c.isa = isa;
@@ -263,7 +263,7 @@ void check_non_finite(const std::string& isa) {
 
 // Midpoints themselves, and their neighbours: where a rounding error in finding the code would show.
 void check_ties(const std::string& isa) {
-  for (int bits : {2, 4, 8}) {
+  for (int bits : kCodeBits) {
     const Rule rule = {integers(bits), ScaleRule::kAbsmax, DType::kFloat32, false};
     std::vector<float> weight = {static_cast<float>((1 << (bits - 1)) - 1)};  // absmax / last = 1: scale 1
     for (int i = -(1 << (bits - 1)) + 1; i < (1 << (bits - 1)) - 1; ++i) {

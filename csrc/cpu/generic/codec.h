@@ -1,4 +1,4 @@
-// From normalised weights to codes and back, for one code book. S is one of the simd_*.h.
+// From normalised weights to codes and back, for one code book. S is the class of one of the simd_*.h files.
 // The files in generic/ are included inside the LOFTQ_TARGET region of one instruction set; all names are local to it.
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace loftq {
 namespace {
 
-// Adding -0 changes no float, not even the sign of a zero: the offset of groups that have none.
+// The offset of groups that have none: adding -0 changes no float, not even the sign of a zero.
 constexpr float kNoOffset = -0.0f;
 
 bool is_integer_codebook(const float* codebook, int bits) {
@@ -72,7 +72,7 @@ struct NearestOf<S, kBits, true> {
   using type = NearestInteger<S, kBits>;
 };
 
-// codebook[code] * scale + offset. Up to 4 bits the whole table is scaled once a group, and a weight is one lookup.
+// codebook[code] * scale + offset. Up to 4 bits the whole table is scaled once per group, and a weight is one lookup.
 template <class S, int kBits, bool kInteger>
 class Decoder {
  public:

@@ -10,6 +10,7 @@ template <class S, int kBits, bool kInteger>
 void dequantize_rows_as(const DequantizeParams& p, int64_t begin, int64_t end, float* scratch) {
   const Decoder<S, kBits, kInteger> codebook(p.codebook);
   const int64_t groups = num_groups(p.k, p.group_size);
+  const int shift = group_shift(p.group_size);
   float* const scale = scratch;
   float* const offset = scratch + groups;
   for (int64_t g = 0; g < groups; ++g) offset[g] = kNoOffset;
@@ -19,7 +20,7 @@ void dequantize_rows_as(const DequantizeParams& p, int64_t begin, int64_t end, f
     to_float<S>(p.scale_dtype, advance(p.scale, p.scale_dtype, row * groups), groups, scale);
     if (p.offset) to_float<S>(p.scale_dtype, advance(p.offset, p.scale_dtype, row * groups), groups, offset);
     const auto decoder = [&](int64_t column) {
-      const int64_t group = p.group_size < 0 || column >= p.k ? groups - 1 : column / p.group_size;
+      const int64_t group = column < p.k ? column >> shift : groups - 1;
       return Decoder<S, kBits, kInteger>(codebook, scale[group], offset[group]);
     };
 

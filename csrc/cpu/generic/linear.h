@@ -1,5 +1,5 @@
-// The products of linear.h. Few rows of x: linear_small.h. More: the weight is decoded once into panels that stay in
-// the caches and feed register tiles.
+// The products of loftq/linear.h. Few rows of x are served by linear_small.h. For more rows the weight is decoded once
+// into panels that stay in the caches and feed register tiles.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 namespace loftq {
 namespace {
 
-constexpr int64_t kChunkRows = 512;  // of x at a time: bounds the memory; each chunk decodes the weight anew
+constexpr int64_t kChunkRows = 512;  // rows of x per chunk: bounds the memory; each chunk decodes the weight anew
 
-// Threads in a grid over what can be split two ways; the first way as far as it goes.
+// A grid of threads over work that can be split in two directions; the first direction is split as far as it goes.
 struct Grid {
   int64_t first, second;
 
@@ -176,7 +176,7 @@ class Linear {
     for (int64_t b = 0; b < block_count; ++b) {
       const int64_t first = (blocks.begin + b) * O::kLanes, lanes = std::min<int64_t>(O::kLanes, rows - first);
       for (int64_t i = 0; i < count; i += O::kLanes) {
-        alignas(64) float values[O::kLanes][O::kLanes];  // transposed: a row of y each
+        alignas(64) float values[O::kLanes][O::kLanes];  // transposed: each is one row of y
         S::transpose(c + i * c_stride_ + b * O::kLanes, c_stride_, values[0], O::kLanes);
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const auto row = S::add(S::load(values[lane]), S::load(bias + i));
@@ -197,8 +197,8 @@ class Linear {
   const LinearParams& p_;
   const Rows& weight_;
   const int64_t tiles_, rank_tiles_, block_stride_;
-  const int64_t blocks_;    // of kLanes rows of x, in a chunk
-  const int64_t c_stride_;  // off a power of two, as kPanelStride
+  const int64_t blocks_;    // blocks of kLanes rows of x in a chunk
+  const int64_t c_stride_;  // not a power of two, like kPanelStride
   Element* x_ = nullptr;    // right panel [blocks_][(k padded + rank padded) / kStep][kWidth]
 };
 
@@ -318,7 +318,7 @@ class LinearGradInput {
   const LinearParams& p_;
   const Rows& weight_;
   const int64_t n_tiles_, k_tiles_, rank_tiles_;
-  const int64_t rows_;         // of grad_y in a chunk, padded to whole register tiles
+  const int64_t rows_;         // rows of grad_y in a chunk, padded to whole register tiles
   Element* grad_ = nullptr;    // left panels
   Element* hidden_ = nullptr;  // left panels
 };

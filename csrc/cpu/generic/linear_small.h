@@ -10,7 +10,7 @@
 namespace loftq {
 namespace {
 
-constexpr int kMostSmallRows = 8;  // of x: the accumulators of one more would crowd the registers
+constexpr int kMostSmallRows = 8;  // rows of x: the accumulators of one more would not fit in the registers
 
 template <class O, int kBits, bool kInteger, int kM>
 class SmallLinear {
@@ -24,21 +24,22 @@ class SmallLinear {
   static constexpr bool kMayScaleSums = kBits < 8 && (Steps::kTiles > 1 || kM <= 2);
   template <bool kScaleSums>
   static constexpr bool kWide = kScaleSums && Steps::kTiles > 1;
-  // Rows of the weight that share what of x is in the first-level cache: as many as leave registers for their sums.
+  // Rows of the weight that share the part of x in the first-level cache: as many as leave registers for their sums.
   static constexpr int kRowsOfTiles = O::kLanes < 16 || kM == 1 ? 1 : kM <= 5 ? 4 : kM == 6 ? 3 : 2;
-  // With little of x one: a single stream of codes is what processors fetch ahead best of their own accord. Of more,
-  // the sums of four rows are worth keeping in memory: they change once a step.
+  // With few rows of x it is one, because processors prefetch a single stream of codes best. With more, the sums of
+  // four rows are worth keeping in memory: they change once per step.
   static constexpr int kRowsOfSteps = kM <= 2 ? 1 : 4;
   template <bool kScaleSums>
   static constexpr int kRows = kWide<kScaleSums> ? kRowsOfSteps : kRowsOfTiles;
-  // Codes are fetched ahead so that no core waits for memory as it decodes: those of the next rows; where decoding
-  // these takes less time than memory does, from eight rows on, into the second-level cache, which has room for them.
+  // The codes of the next rows are prefetched, so that no core waits for memory as it decodes. From eight rows on,
+  // where decoding them takes less time than fetching them, they go into the second-level cache, which has room for
+  // them.
   static constexpr bool kFetchFar = kWide<true> && kM <= 4;
   static constexpr int64_t kBlockRows = 16;
   static constexpr int64_t kStepColumns = Steps::kTiles * kTile;
-  // A sum over all of a wide row would lose more to rounding than a matrix product of a library does: after this many
-  // tiles a lane's sum, of 128 products or so, is put aside. Wide steps sum sixteen products and then, scaled, those
-  // sums.
+  // A sum over all of a wide row would lose more to rounding than a library's matrix product does. So after this many
+  // tiles a lane's sum, of about 128 products, is put aside. Wide steps sum sixteen products, and then the scaled sums
+  // of those.
   static constexpr int64_t kSumTiles = S::kLanes == 1 ? 1 : 2 * S::kLanes;
   static constexpr int64_t kSumTilesOfSteps = 32 * Steps::kTiles;
   static constexpr int64_t kFirstLevelCache = 32 << 10;
@@ -58,7 +59,7 @@ class SmallLinear {
 
   Status run(int threads) {
     const int64_t k = ceil_div(weight_.k, kStepColumns) * kStepColumns;
-    // Threads share the rows of the weight; where these are too few, also the columns.
+    // The rows of the weight are divided among threads; where there are too few rows, the columns are divided as well.
     const int64_t row_parts = std::min<int64_t>(threads, ceil_div(weight_.n, 4));
     const int64_t column_parts = std::max<int64_t>(1, std::min<int64_t>(threads / row_parts, tiles_ / 16));
     const Scratch<Element> x(kM * k), steps(Steps::kTiles > 1 && scale_sums_ ? kM * k : 1);
@@ -120,14 +121,14 @@ class SmallLinear {
 
   LOFTQ_INLINE const Element* x_at(int m, int64_t tile) const { return x_ + (tile * kM + m) * kTile; }
 
-  // p, but the compiler does not know: what it loads from it for one row of the weight it shall not keep in registers
-  // for the next, in whose place it would spill the sums.
+  // Returns p in a way that the compiler cannot see through. It must not keep what it loads from p for one row of the
+  // weight in registers for the next row, because it would spill the sums instead.
   static LOFTQ_INLINE const Element* reloaded(const Element* p) {
     __asm__ volatile("" : "+r"(p));
     return p;
   }
 
-  // For groups of 64 and more; the group of a tile.
+  // The group of a tile, for groups of 64 columns and more.
   int64_t group_of(int64_t tile) const { return tile * kTile >> shift_; }
 
   // hidden[m][r] = scaling * sum_k x[m, k] A[r, k]
@@ -254,7 +255,7 @@ class SmallLinear {
     } while (part.end < tiles.end);
   }
 
-  // A part of them. Not inline: nothing else shall compete for its registers.
+  // The same for a part of the tiles. It is not inline, so that nothing else competes for its registers.
   template <int kR, bool kScaleSums>
   __attribute__((noinline)) void dot_some_tiles(int64_t n, Range tiles, const float* groups, Floats (*sums)[kM],
                                                 bool accumulate) const {
@@ -310,7 +311,7 @@ class SmallLinear {
   template <int kR>
   LOFTQ_INLINE void dot_then_scale(int64_t n, Range tiles, const float* groups, Floats (&sums)[kR][kM]) const {
     constexpr int64_t kStepBytes = kStepColumns * kBits / 8;
-    const Steps steps = steps_;  // here, where no store can change it
+    const Steps steps = steps_;  // a local copy, which no store can change
     const uint8_t* bytes = codes(n, tiles.begin);
     const int64_t row_stride = row_bytes(weight_.k, kBits);
     for (int64_t t = tiles.begin; t < tiles.end; t += Steps::kTiles, bytes += kStepBytes) {
@@ -346,7 +347,7 @@ class SmallLinear {
       LOFTQ_UNROLL
       for (int r = 0; r < kR; ++r) {
         const Element* const x = reloaded(x_at(0, t));
-        __builtin_prefetch(bytes + (kR + r) * row_stride);  // of the next rows: no core waits for memory as it decodes
+        __builtin_prefetch(bytes + (kR + r) * row_stride);  // the next rows: no core should wait for memory
         const float* const scale = groups + 2 * r * groups_ + group;
         const auto first = decoder_.group(scale[0], scale[groups_]);
         const auto second = halves ? decoder_.group(scale[1], scale[groups_ + 1]) : first;
@@ -382,13 +383,13 @@ class SmallLinear {
   const LinearParams& p_;
   const PackedWeight& weight_;
   const Weights decoder_;
-  const bool scale_sums_;  // once per group, rather than the table that its codes are looked up in
+  const bool scale_sums_;  // scale the sums once per group, instead of the table in which its codes are looked up
   const int shift_;
   const Steps steps_;
   const int64_t tiles_;
   const int64_t row_groups_;
-  const int64_t groups_;  // of a row, and at least one more, padded
-  const int64_t rank_;    // padded; 0 without an adapter
+  const int64_t groups_;  // groups per row and at least one more, padded
+  const int64_t rank_;    // the rank, padded; 0 without an adapter
   // [tiles][kM][64]: rows of x side by side would lie a power of two apart, in the same set of the first-level cache.
   Element* x_ = nullptr;
   Element* x_steps_ = nullptr;   // [steps][kM][kStepColumns], in the order that Steps visits them

@@ -1,4 +1,4 @@
-// Operands of the products in float32, for any instruction set: S is one of the simd_*.h.
+// Operands of the products in float32, for any instruction set. S is the class of one of the simd_*.h files.
 //
 // An operand type says what the elements are that products multiply (Element), how many consecutive ones enter one
 // lane of an accumulator at a time (kStep), and how packed weights become such elements. operand_bfloat.h has the same
@@ -30,8 +30,8 @@ struct FloatOperand {
   static constexpr int kPanelRows =
       24;  // a multiple of every rows(v); few, so that a left panel stays in the first-level cache
 
-  // Products are summed so many steps at a time, then those sums: the rounding errors of one sum over a panel were 2.8
-  // times those of the BLAS that users compare with.
+  // Products are summed over so many steps at a time, and then those sums are summed: the rounding errors of one sum
+  // over a whole panel were 2.8 times those of the BLAS that users compare with.
   static constexpr int kSumSteps = 64;
 
   static constexpr int kDepth = kStep;  // elements that enter a register tile at a time
@@ -40,7 +40,7 @@ struct FloatOperand {
 
   struct Session {};  // what a thread holds while it multiplies tiles
 
-  // As multiply_tile.
+  // Does what multiply_tile of register_tile.h does.
   static void multiply(int rows, int vectors, const Element* a, const Element* b, int64_t b_stride, int64_t steps,
                        float* c, int64_t c_stride, bool accumulate) {
     multiply_tile<FloatOperand>(rows, vectors, a, b, b_stride, steps, c, c_stride, accumulate);

@@ -10,16 +10,7 @@
 namespace loftq {
 namespace {
 
-// column >> group_shift is the group of a column: group sizes are powers of two, and a division takes longer than
-// decoding a tile.
-inline int group_shift(int64_t group_size) {
-  if (group_size < 0) return 62;
-  int shift = 0;
-  while (int64_t{1} << shift < group_size) ++shift;
-  return shift;
-}
-
-// Of a block that is asked for at once.
+// The most rows and tiles that fill() is asked for at once.
 constexpr int64_t kMostRows = 96, kMostTiles = 8;
 
 // Rows of a packed weight, decoded.
@@ -42,7 +33,7 @@ class PackedRows {
   void fill(int64_t row, int64_t rows, int64_t tile, int64_t tiles, typename O::Element* out, int64_t stride) const {
     const int64_t first = tile * kTile >> shift_;
     const int64_t count = std::min(groups_, (((tile + tiles) * kTile - 1) >> shift_) + 1) - first;
-    // Of all rows before the first is decoded, so that none waits for its own.
+    // Prefetch all rows before the first is decoded, so that no row waits for its own codes.
     alignas(64) float scale[kMostRows][kMostGroups], offset[kMostRows][kMostGroups];
     for (int64_t r = 0; r < rows; ++r) load_groups((row + r) * groups_ + first, count, scale[r], offset[r]);
     const uint8_t* bytes = weight_.codes + row * row_bytes_ + tile * kTileBytes;
@@ -51,9 +42,8 @@ class PackedRows {
     }
   }
 
-  // Starts to fetch what tiles that will be decoded soon are made of. Short pieces of many rows are no stream that a
-  // processor would fetch ahead of its own accord.
-  // Inline: GCC takes a function that only prefetches for one without effect, and drops its calls.
+  // Prefetches the codes of tiles that will be decoded soon: processors do not prefetch short pieces of many rows by
+  // themselves. It is inline because GCC drops calls of a function that only prefetches, as if they had no effect.
   LOFTQ_INLINE void prefetch(int64_t row, int64_t rows, int64_t tile, int64_t tiles) const {
     constexpr int64_t kLine = 64;
     for (int64_t r = row; r < std::min(row + rows, weight_.n); ++r) {
@@ -72,7 +62,7 @@ class PackedRows {
   // Tiles from `column` of the first group on.
   LOFTQ_INLINE void decode_row(const uint8_t* bytes, int64_t column, int64_t tiles, const float* scale,
                                const float* offset, int64_t last_group, typename O::Element* out) const {
-    const Weights decoder = decoder_;  // here, where no store can change it
+    const Weights decoder = decoder_;  // a local copy, which no store can change
     const int shift = shift_;
     const auto group = [&](int64_t at) LOFTQ_LAMBDA {
       const int64_t g = std::min(at >> shift, last_group);
@@ -119,7 +109,7 @@ class DenseRows {
     }
   }
 
-  void prefetch(int64_t, int64_t, int64_t, int64_t) const {}  // small, and in the caches
+  void prefetch(int64_t, int64_t, int64_t, int64_t) const {}  // nothing to do: the matrix is small and in the caches
 
  private:
   const Matrix& matrix_;
@@ -155,7 +145,7 @@ class SideBySide {
 template <class O, class Rows>
 void fill_right(const Rows& source, int64_t row, int64_t rows, int64_t tile, int64_t tiles, int64_t block_stride,
                 typename O::Element* out) {
-  constexpr int64_t kRows = 16;  // at a time
+  constexpr int64_t kRows = 16;  // rows per step
   constexpr int64_t kStride = kMostTiles * kTile;
   alignas(64) typename O::Element decoded[kRows * kStride];
   for (int64_t r = 0; r < rows; r += kRows) {

@@ -1,4 +1,4 @@
-// Weights to codes, scales and residual, in one pass over memory. The rule is spelled out in loftq/quantize.h.
+// Turns weights into codes, scales and residual, in one pass over memory. loftq/quantize.h states the rule.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,8 @@ struct Range {
 
 template <class S>
 inline float absmax(const float* w, int64_t count) {
-  // As integers, because max of float32 may drop a NaN; as integers, magnitudes sort below Inf and Inf below NaN.
+  // Compares as integers, because the maximum of float32 may drop a NaN. As integers, magnitudes sort below Inf, and
+  // Inf below NaN.
   auto highest = S::zero();
   int64_t i = 0;
   for (; i + S::kLanes <= count; i += S::kLanes) highest = S::max(highest, S::magnitude_bits(S::load(w + i)));
@@ -111,9 +112,9 @@ class Quantizer {
       target = shifted;
     }
     uint8_t* bytes = p_.codes + row * row_bytes(p_.k, kBits) + column * kBits / 8;
-    const int64_t width = p_.group_size < 0 ? count : p_.group_size;
-    const Nearest nearest = nearest_;  // in registers: a store of bytes might otherwise have changed the member
-    Group half[2];                     // of columns 0..31 and 32..63 of the tile
+    const int64_t width = group_width(p_.k, p_.group_size);  // for a whole row it is k, and so is count
+    const Nearest nearest = nearest_;                        // a copy in registers, which no store of bytes can change
+    Group half[2];                                           // of columns 0..31 and 32..63 of the tile
     for (int64_t tile = 0; tile < count; tile += kTile, bytes += kTile * kBits / 8) {
       const auto choose = [&](int64_t at) {
         return choose_group(row, column + at, target + at, count - at < width ? count - at : width);
@@ -150,7 +151,7 @@ class Quantizer {
   Group choose_group(int64_t row, int64_t column, const float* w, int64_t count) const {
     const Range range = range_of(w, count);
     const Group group = p_.scale_search ? search(range, w, count) : stored(range, 1.0f);
-    const int64_t index = row * groups_ + (p_.group_size < 0 ? 0 : column / p_.group_size);
+    const int64_t index = row * groups_ + column / group_width(p_.k, p_.group_size);
     store_rounded(group.scale, advance(p_.scale, p_.scale_dtype, index));
     if (p_.offset) store_rounded(group.offset, advance(p_.offset, p_.scale_dtype, index));
     return group;

@@ -11,8 +11,8 @@
 namespace loftq {
 namespace {
 
-// A left panel is this wide, and its rows further apart than that by a cache line: at a power of two they would all
-// fall into the same few sets of the first-level cache.
+// A left panel has this many columns, and its rows are one cache line further apart than that: at a power of two all
+// rows would fall into the same few sets of the first-level cache.
 template <class O>
 constexpr int kPanelColumns = 1024 / sizeof(typename O::Element);
 template <class O>
@@ -71,7 +71,7 @@ void multiply_tile(int rows, int vectors, const typename O::Element* a, const ty
       return multiply_tile<O, kVectors - 1>(rows, vectors, a, b, b_stride, steps, c, c_stride, accumulate);
     }
   }
-  if constexpr (kVectors == O::kVectors) {  // few rows at a time: worth a tile for each number of them
+  if constexpr (kVectors == O::kVectors) {  // few rows at a time: a tile for each number of rows is worthwhile
     register_tile_of<O, kVectors>(rows, a, b, b_stride, steps, c, c_stride, accumulate);
   } else {
     register_tile<O, O::rows(kVectors), kVectors>(a, b, b_stride, steps, c, c_stride, accumulate);

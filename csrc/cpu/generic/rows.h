@@ -53,6 +53,15 @@ const void* advance(const void* base, DType type, int64_t elements) {
 
 void* advance(void* base, DType type, int64_t elements) { return static_cast<char*>(base) + elements * size_of(type); }
 
+// column >> group_shift is the group of a column: group sizes are powers of two, and a division takes longer than
+// decoding a tile.
+inline int group_shift(int64_t group_size) {
+  if (group_size == kWholeRow) return 62;
+  int shift = 0;
+  while (int64_t{1} << shift < group_size) ++shift;
+  return shift;
+}
+
 // One value, such as the scale of a group.
 template <class S>
 inline float load_one(DType type, const void* src, int64_t index) {
@@ -114,7 +123,7 @@ LOFTQ_INLINE void decode_fields(const Decode& first, const Decode& second, const
   }
 }
 
-// The codes of a row for linear_small.h, which scales the products of a step: one tile, in the order of its columns.
+// The codes of a row for linear_small.h, which scales the products of a step. A step is one tile, in column order.
 // O is an operand type (operand_float.h).
 template <class O, int kBits, bool kInteger>
 class TileSteps {
@@ -132,7 +141,7 @@ class TileSteps {
     Weights::visit_tile(table_, table_, bytes, visit);
   }
 
-  // What the lanes of the products are to be multiplied with; groups: the scales from the step's first group on.
+  // The factors of the lanes of the products; groups: the scales from the step's first group on.
   typename O::Floats scales(const float* groups) const { return O::Simd::broadcast(*groups); }
 
  private:

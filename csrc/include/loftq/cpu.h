@@ -11,16 +11,17 @@ Status launch_quantize_cpu(const QuantizeParams& params, int num_threads);
 Status launch_dequantize_cpu(const DequantizeParams& params, int num_threads);
 
 // The products of linear.h. Results depend on num_threads only where the columns of a row are divided among threads
-// (at most 8 rows of x, and fewer than 4 of the weight to a thread).
+// (at most 8 rows of x, and fewer than 4 rows of the weight per thread).
 Status launch_linear_cpu(const LinearParams& params, int num_threads);
 Status launch_linear_grad_input_cpu(const LinearParams& params, int num_threads);
 
 Status launch_pack_cpu(const PackParams& params, int num_threads);
 Status launch_unpack_cpu(const UnpackParams& params, int num_threads);
 
-// The name of the instruction set in use: the first of supported_isas(), or the one that the environment variable
-// LOFTQ_CPU_ISA names (it is read at every launch). nullptr, with the reason in `status` if that is given, where the
-// variable names none of them; then every launch_* fails with that reason, which stands until this thread's next call.
+// Returns the name of the instruction set in use: the first of supported_isas(), or the one that the environment
+// variable LOFTQ_CPU_ISA names (it is read at every launch). If the variable names none of them, the result is nullptr,
+// the reason is stored in `status` unless that is null, and every launch_* fails with the same reason. The text of the
+// reason is valid until this thread's next call.
 const char* active_isa(Status* status = nullptr);
 
 // Names of the instruction sets that this build and this machine have, widest first; "scalar" is always the last.

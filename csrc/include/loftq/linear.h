@@ -14,7 +14,7 @@
 
 namespace loftq {
 
-// Row-major, elements of a row contiguous. data == nullptr: there is none.
+// A row-major matrix, whose elements of a row are contiguous. data == nullptr means that there is no matrix.
 struct Matrix {
   const void* data;
   DType dtype;

@@ -13,12 +13,12 @@
 //      stored offset round_to(scale_dtype, (min + (1 - f) * 0.5 * (max - min)) + 2^(b-1) * stored scale)
 //   4. code         nearest codebook entry to (w - offset) * (1 / max(stored scale, FLT_MIN)); the lower one on a tie:
 //                   the number of midpoints (c[i] + c[i+1]) / 2 that lie strictly below
-// All else in float32 without contraction into fma, so that every backend gives the same bits. The float64 sums (of the
-// deviations, of squared errors, of residual_norm2) are 32 interleaved partial sums, column j of the group (of the row,
-// for residual_norm2) to partial sum j mod 32, folded by halves: s[i] += s[i + 16], then 8, 4, 2, 1. The square of a
-// float32 is exact in float64, so there an fma changes nothing.
-// A NaN or Inf among the weights makes the group's scale non-finite (its codes are then unspecified): callers check the
-// small scale tensor. Zeros count as +0 in min and max.
+// Everything else is float32 without contraction into fma, so that every backend gives the same bits. The float64 sums
+// (of the deviations, of squared errors, of residual_norm2) are 32 interleaved partial sums, column j of the group (of
+// the row, for residual_norm2) to partial sum j mod 32, folded by halves: s[i] += s[i + 16], then 8, 4, 2, 1. The
+// square of a float32 is exact in float64, so there an fma changes nothing. A NaN or Inf among the weights makes the
+// group's scale non-finite (its codes are then unspecified): callers check the small scale tensor. Zeros count as +0 in
+// min and max.
 #pragma once
 
 #include "loftq/packing.h"
@@ -41,7 +41,7 @@ struct QuantizeParams {
   void* scale;     // [n, num_groups] of scale_dtype
   void* offset;    // [n, num_groups] of scale_dtype; nullptr unless kMinMax
 
-  // LoftQ's step in the same pass; all nullptr for a plain quantize.
+  // These do LoftQ's step in the same pass; all are nullptr for a plain quantize.
   const void* low_rank;  // [n, k] contiguous, of residual_dtype: quantize weight - low_rank instead of weight
   void* residual;        // the same, may be low_rank itself: receives weight - dequantized, rounded to nearest even
   DType residual_dtype;

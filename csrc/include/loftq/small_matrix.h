@@ -1,5 +1,6 @@
-// Batches of small dense matrices on the GPU, one matrix a block: eigenvectors, singular vectors, orthonormalisation.
-// Torch-free. All matrices are row-major and contiguous, all pointers device pointers, all launches only enqueue.
+// Batches of small dense matrices on the GPU, one matrix per block: eigenvectors, singular vectors, orthonormalisation.
+// This header does not need torch. All matrices are row-major and contiguous, all pointers device pointers, all
+// launches only enqueue.
 //
 //   launch_jacobi_cuda      A = U diag(values) V^T, or A = V diag(values) V^T      one-sided Jacobi
 //   launch_cholesky_cuda    G = R^T R, and R^-1, so that Q = Y R^-1 for G = Y^T Y   CholeskyQR
@@ -18,9 +19,9 @@ namespace loftq {
 // One-sided Jacobi (Hestenes): plane rotations V make the columns of A V orthogonal; their norms are the singular
 // values. For symmetric positive semi-definite A the singular vectors V are the eigenvectors, and the eigenvalues are
 // v^T A v: V stays orthogonal to working precision whatever the rank of A, and eigenvalues err by a few eps * ||A||.
-// The pairs of a sweep are visited in round-robin order, n/2 disjoint pairs at a time, a warp each. A sweep without a
-// rotation ends the iteration: then |a_p . a_q| <= sqrt(m) * eps * |a_p| |a_q| for all pairs. Usually 6 to 10 sweeps.
-// Golub & Van Loan, Matrix Computations, 4th ed., 8.5.5 (parallel ordering) and 8.6.3; Demmel & Veselic,
+// The pairs of a sweep are visited in round-robin order, n/2 disjoint pairs at a time, one warp per pair. A sweep
+// without a rotation ends the iteration: then |a_p . a_q| <= sqrt(m) * eps * |a_p| |a_q| for all pairs. Usually 6 to 10
+// sweeps. Golub & Van Loan, Matrix Computations, 4th ed., 8.5.5 (parallel ordering) and 8.6.3; Demmel & Veselic,
 // "Jacobi's method is more accurate than QR", SIAM J. Matrix Anal. Appl. 13 (1992).
 // Matrices that do not fit in the shared memory of a block (on an H200, float32: n > 169) live in the workspace.
 template <typename T>  // float or double

@@ -1,4 +1,4 @@
-// Plain data types shared by every kernel. Torch-free: this header may be vendored alone.
+// Plain data types shared by every kernel. This header does not need torch and may be vendored alone.
 #pragma once
 
 #include <cstdint>

@@ -27,7 +27,7 @@
 #include <string>
 #include <vector>
 
-// _longjmp itself: under _FORTIFY_SOURCE the name means a check that forbids going to another stack.
+// This is _longjmp itself: under _FORTIFY_SOURCE the name stands for a check that forbids going to another stack.
 extern "C" [[noreturn]] void emulation_longjmp(jmp_buf to, int value) __asm__("_longjmp");
 
 namespace loftq {
@@ -49,9 +49,9 @@ inline emulation::Index3 threadIdx, blockIdx, blockDim, gridDim;  // of the runn
 
 namespace emulation {
 
-struct Device {  // what the tests may choose
+struct Device {  // what tests may choose
   Order order = Order::kForward;
-  int max_shared_bytes = 227 << 10;  // opt-in limit a block; sm_90
+  int max_shared_bytes = 227 << 10;  // opt-in limit per block on sm_90
   int max_grid = 2;                  // small, so that blocks meet the loops that a grid too large for a device needs
   int multiprocessors = 2;
   std::string failure;  // what went wrong in the last launch, for the test's message
