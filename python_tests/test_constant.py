@@ -13,7 +13,13 @@ from distributed import Collectives, run_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_avg_fn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+)
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 import loftq_kernels as lk
@@ -85,6 +91,10 @@ def train(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer | 
 
 
 AVERAGES = {
+    "swa foreach of any device": (
+        lambda: {"multi_avg_fn": get_swa_multi_avg_fn()},
+        lambda e, p, n: e + (p - e) / (n + 1),
+    ),
     "ema foreach": (lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, lambda e, p, n: 0.9 * e + 0.1 * p),
     "swa foreach": (lambda: {}, lambda e, p, n: e + (p - e) / (n + 1)),
     "ema": (lambda: {"avg_fn": get_ema_avg_fn(0.9)}, lambda e, p, n: 0.9 * e + 0.1 * p),
@@ -172,6 +182,18 @@ def test_arithmetic_in_place_is_exact_or_refused(write, how):
     assert refused in (0, 3)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_operands_that_were_rounded_before(scale_dtype):
+    model = Toy(scale_dtype=scale_dtype)
+    before, rounded = bits(model), 0
+    for parameter in (getattr(model, name) for name in NAMES):
+        average = 0.9 * parameter.detach() + 0.1 * parameter.detach()
+        rounded += int((average != parameter).sum())
+        parameter.detach().lerp_(average, 0.5)
+    assert rounded
+    assert_same(model, before)
+
+
 def test_averages_of_data_by_assignment_and_into_out():
     model = Toy()
     before = bits(model)
@@ -240,11 +262,20 @@ def test_no_gradient():
     constant = Constant(torch.ones(3))
     with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
         constant.requires_grad = True
-    for ask in (constant.requires_grad_, Toy().requires_grad_, lambda: Constant(torch.ones(2), requires_grad=True)):
+    with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
+        constant.detach().requires_grad = True
+    for ask in (
+        constant.requires_grad_,
+        constant.data.requires_grad_,
+        Toy().requires_grad_,
+        lambda: Constant(torch.ones(2), requires_grad=True),
+    ):
         with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
             ask()
     constant.requires_grad = False
+    constant.detach().requires_grad = False
     assert not constant.requires_grad_(False).requires_grad
+    assert not constant.detach().requires_grad_(False).requires_grad
 
 
 OPTIMIZERS = {
@@ -275,6 +306,22 @@ def test_copies_and_pickles_keep_the_class():
     assert twice[0] is twice[1] and type(twice[2]) is torch.Tensor
     assert_same(model.share_memory(), before)
     assert model.codes.is_shared()
+
+
+@pytest.fixture
+def _swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_swapping")
+@pytest.mark.parametrize("assign", [False, True])
+def test_where_torch_swaps_tensors(assign):
+    model, source = Toy().double(), Toy(seed=1)
+    assert_same(model, bits(Toy()))
+    model.float().load_state_dict(source.state_dict(), assign=assign)
+    assert_same(model, bits(source))
 
 
 def saved(value, **options):

@@ -53,6 +53,11 @@ def _alias(tensor: Tensor) -> _Alias:
     return Tensor._make_subclass(_Alias, tensor)
 
 
+def _refuse_gradient(asked: bool) -> None:
+    if asked:
+        raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+
+
 def _rounding(tensor: Tensor) -> float:
     """The unit in the last place of 1.0 in the dtype that the tensor was computed in."""
     return torch.finfo(tensor.dtype if tensor.is_floating_point() else torch.float64).eps
@@ -204,6 +209,11 @@ class _Alias(Tensor):
             if _writes(name) and args and isinstance(args[0], _Alias):
                 _write(func, name, _plain(args[0]), args[1:], kwargs)
                 return None if name == "__setitem__" else args[0]
+            if name == "requires_grad_" or func == Tensor.requires_grad.__set__:
+                _refuse_gradient((*args[1:], *kwargs.values(), True)[0])
+                return args[0]
+            if name == "__set__":  # such as data: of this alias alone
+                return func(args[0], *_all_plain(args[1:]))
             result = func(*_all_plain(args), **_all_plain(kwargs))
             return _same(result, args[0]) if args and isinstance(args[0], _Alias) else result
 
@@ -239,8 +249,7 @@ class Constant(nn.Parameter):
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False):
-        if requires_grad:
-            raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+        _refuse_gradient(requires_grad)
         data = _plain(data)
         if type(data) in (Tensor, nn.Parameter):
             return Tensor._make_subclass(cls, data, False)
@@ -276,9 +285,14 @@ class Constant(nn.Parameter):
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Constant:
-        if requires_grad:
-            raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+        _refuse_gradient(requires_grad)
         return self
+
+    def module_load(self, other: Tensor, assign: bool = False) -> Constant:
+        return Constant(other if assign else self.copy_(other))
+
+    def __repr__(self) -> str:
+        return f"Constant containing:\n{_plain(self)!r}"
 
     def __deepcopy__(self, memo: dict) -> Constant:
         if id(self) not in memo:
@@ -316,7 +330,7 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
     constants = {id(module._parameters.get(name)) for name in names}
 
     def apply(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
+        moved = _plain(fn(tensor))  # torch makes no nn.Parameter of a Constant, as where it swaps tensors
         if id(tensor) not in constants or moved.dtype == tensor.dtype:
             return moved
         return _plain(tensor).to(moved.device)
