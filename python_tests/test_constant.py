@@ -194,6 +194,18 @@ def test_operands_that_were_rounded_before(scale_dtype):
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("place", [0, 2**18 + 3, -1])
+def test_a_change_anywhere_in_a_large_constant(place):
+    constant = Constant(torch.arange(2**18 + 40, dtype=torch.float32))
+    new = constant.double()
+    constant.copy_(new)
+    for change in (0.5, float("nan"), float("inf")):
+        new[place] = change
+        with pytest.raises(RuntimeError, match="is constant"):
+            constant.copy_(new)
+    assert torch.equal(constant, torch.arange(2**18 + 40, dtype=torch.float32))
+
+
 def test_averages_of_data_by_assignment_and_into_out():
     model = Toy()
     before = bits(model)
@@ -264,12 +276,8 @@ def test_no_gradient():
         constant.requires_grad = True
     with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
         constant.detach().requires_grad = True
-    for ask in (
-        constant.requires_grad_,
-        constant.data.requires_grad_,
-        Toy().requires_grad_,
-        lambda: Constant(torch.ones(2), requires_grad=True),
-    ):
+    calls = constant.requires_grad_, constant.data.requires_grad_, Toy().requires_grad_
+    for ask in (*calls, lambda: Constant(torch.ones(2), requires_grad=True)):
         with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
             ask()
     constant.requires_grad = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +15,7 @@ REMEDY = (
     "average or update the adapters alone, which are the parameters that lk.train_only_adapters(model) leaves trainable"
 )
 ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
+PART = 2**18  # elements compared at a time, in float64
 
 _OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
@@ -64,16 +66,18 @@ def _rounding(tensor: Tensor) -> float:
 
 
 def _change(old: Tensor, new: Tensor, rounding: float) -> float:
-    """The largest |new - old|, or 0 where no element moved by more than rounding explains."""
+    """The largest |new - old|, or 0 where no element moved by more than rounding explains; NaN for another shape."""
     if new.shape != old.shape:
-        return float("nan")
-    old, new = old.double(), new.double()
-    # A code of 0 is as exact as one of 1; a float of 0 is reproduced exactly by an average of zeros.
-    magnitude = old.abs()
-    difference = (new - old).abs().masked_fill_(new == old, 0.0)
-    if (difference <= ROUNDINGS * rounding * magnitude).all():
+        return math.nan
+    parts = zip(old.reshape(-1).split(PART), new.reshape(-1).split(PART), strict=True)
+    return max((_change_of_part(a.double(), b.double(), rounding) for a, b in parts), default=0.0)
+
+
+def _change_of_part(old: Tensor, new: Tensor, rounding: float) -> float:
+    difference = (new - old).abs_().masked_fill_(new == old, 0.0)
+    if (difference <= old.abs_().mul_(ROUNDINGS * rounding)).all():
         return 0.0
-    return difference.max().item()
+    return difference.nan_to_num_(nan=math.inf).max().item()
 
 
 def _settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
