@@ -414,6 +414,16 @@ def test_export():
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
+def test_a_parameter_of_data_becomes_a_constant_again():
+    model, x = Toy(), torch.randn(5, SIZE)
+    before, expected = bits(model), model(x)
+    model.codes = nn.Parameter(model.codes.data, requires_grad=False)
+    restore_constants(model, NAMES)
+    assert_same(model, before)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_functional_call_with_detached_parameters():
     model, x = Toy(), torch.randn(5, SIZE)
     detached = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -21,7 +21,7 @@ _OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rs
 _IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
 # These end in an underscore and write no value.
 _NO_WRITES = frozenset(
-    ("detach_", "rename_", "requires_grad_", "retain_grad_", "set_", "share_memory_", "module_load_")
+    ("detach_", "requires_grad_", "set_", "share_memory_")
     + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
     + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
 )
@@ -165,11 +165,9 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
     for i in constants:
         entry_args, entry_kwargs = of(i)
         if name == "_foreach_copy_":
-            _write(Tensor.copy_, "copy_", _plain(targets[i]), (entry_args[0][0],), {})
+            _write(Tensor.copy_, "copy_", _plain(targets[i]), ([*entry_args, *entry_kwargs.values()][0][0],), {})
         else:
-            _write(
-                lambda wide, *a, **k: func([wide], *a, **k), name, _plain(targets[i]), tuple(entry_args), entry_kwargs
-            )
+            _write(_of_one(func), name, _plain(targets[i]), tuple(entry_args), entry_kwargs)
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
         func([targets[i] for i in others], *_all_plain(entry_args), **_all_plain(entry_kwargs))
@@ -248,6 +246,10 @@ class Constant(nn.Parameter):
     says what to do otherwise. So do `detach()` and `data`, through which averaging writes. `copy_` of a tensor of the
     same dtype and shape writes, as `load_state_dict` needs it; through `detach()` or `data` a float tensor that
     is the old one within 4 units in the last place is taken for an average of it, and not written.
+
+    Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
+    in compiled functions, and DTensors, which `fully_shard` makes of it. `nn.Parameter(constant)` is a RuntimeError of
+    torch's; `Constant(constant)` makes another one on the same memory.
 
     Raises RuntimeError when it is to require a gradient.
     """
@@ -345,11 +347,12 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
 def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     """Make the module's parameters of these names `Constant` again, after a change of device or an assignment.
 
-    torch then puts an `nn.Parameter` in their place. Sharded ones (DTensor) stay as they are.
+    torch then puts an `nn.Parameter` in their place, which is of the alias's class if it was made from `data`. Sharded
+    ones (DTensor) stay as they are.
     """
     for name in names:
         parameter = module._parameters.get(name)
-        if type(parameter) is nn.Parameter:
+        if type(parameter) in (nn.Parameter, _Alias):
             module._parameters[name] = Constant(parameter)
 
 
