@@ -16,7 +16,7 @@ def test_defaults():
     cfg = lk.QuantConfig()
     assert (cfg.format, cfg.group_size, cfg.rank, cfg.init, cfg.num_iter, cfg.scaling) == ("nf4", 64, 16, "loftq", 5, 1)
     assert cfg.scale_dtype == torch.float16
-    assert cfg.selects("encoder.layer.0.dense") and not cfg.selects("lm_head") and not cfg.selects("model.lm_head")
+    assert cfg.selects("encoder.layer.0.dense") and not cfg.quantize_head and cfg.exclude == ()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_overrides():
     assert (first.format, first.rank, first.group_size, first.num_iter) == ("nf2", 4, 64, 5), "the first match wins"
     assert cfg.for_layer("layers.1.up") is None
     assert cfg.for_layer("layers.1.down").group_size == 32
-    assert lk.QuantConfig().for_layer("x") == lk.QuantConfig()
+    assert lk.QuantConfig().for_layer("x") == lk.LayerConfig() == lk.QuantConfig().layer
 
 
 def test_overrides_of_the_initializer():

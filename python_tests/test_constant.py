@@ -13,11 +13,17 @@ from distributed import Collectives, run_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_avg_fn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+)
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 import loftq_kernels as lk
-from loftq_kernels.ops.constant import Constant, keep_dtypes, plain_state, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
 
 NAMES = ("codes", "scale", "codebook")
 SIZE, RANK = 64, 4
@@ -43,10 +49,6 @@ class Toy(nn.Module):
         super()._apply(keep_dtypes(fn, self, NAMES), recurse)
         restore_constants(self, NAMES)
         return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        plain_state(destination, [prefix + name for name in NAMES])
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -85,6 +87,10 @@ def train(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer | 
 
 
 AVERAGES = {
+    "swa foreach of any device": (
+        lambda: {"multi_avg_fn": get_swa_multi_avg_fn()},
+        lambda e, p, n: e + (p - e) / (n + 1),
+    ),
     "ema foreach": (lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, lambda e, p, n: 0.9 * e + 0.1 * p),
     "swa foreach": (lambda: {}, lambda e, p, n: e + (p - e) / (n + 1)),
     "ema": (lambda: {"avg_fn": get_ema_avg_fn(0.9)}, lambda e, p, n: 0.9 * e + 0.1 * p),
@@ -172,6 +178,30 @@ def test_arithmetic_in_place_is_exact_or_refused(write, how):
     assert refused in (0, 3)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_operands_that_were_rounded_before(scale_dtype):
+    model = Toy(scale_dtype=scale_dtype)
+    before, rounded = bits(model), 0
+    for parameter in (getattr(model, name) for name in NAMES):
+        average = 0.9 * parameter.detach() + 0.1 * parameter.detach()
+        rounded += int((average != parameter).sum())
+        parameter.detach().lerp_(average, 0.5)
+    assert rounded
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("place", [0, 2**18 + 3, -1])
+def test_a_change_anywhere_in_a_large_constant(place):
+    constant = Constant(torch.arange(2**18 + 40, dtype=torch.float32))
+    new = constant.double()
+    constant.copy_(new)
+    for change in (0.5, float("nan"), float("inf")):
+        new[place] = change
+        with pytest.raises(RuntimeError, match="is constant"):
+            constant.copy_(new)
+    assert torch.equal(constant, torch.arange(2**18 + 40, dtype=torch.float32))
+
+
 def test_averages_of_data_by_assignment_and_into_out():
     model = Toy()
     before = bits(model)
@@ -240,11 +270,16 @@ def test_no_gradient():
     constant = Constant(torch.ones(3))
     with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
         constant.requires_grad = True
-    for ask in (constant.requires_grad_, Toy().requires_grad_, lambda: Constant(torch.ones(2), requires_grad=True)):
+    with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
+        constant.detach().requires_grad = True
+    calls = constant.requires_grad_, constant.data.requires_grad_, Toy().requires_grad_
+    for ask in (*calls, lambda: Constant(torch.ones(2), requires_grad=True)):
         with pytest.raises(RuntimeError, match="lk.train_only_adapters"):
             ask()
     constant.requires_grad = False
+    constant.detach().requires_grad = False
     assert not constant.requires_grad_(False).requires_grad
+    assert not constant.detach().requires_grad_(False).requires_grad
 
 
 OPTIMIZERS = {
@@ -277,6 +312,22 @@ def test_copies_and_pickles_keep_the_class():
     assert model.codes.is_shared()
 
 
+@pytest.fixture
+def _swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_swapping")
+@pytest.mark.parametrize("assign", [False, True])
+def test_where_torch_swaps_tensors(assign):
+    model, source = Toy().double(), Toy(seed=1)
+    assert_same(model, bits(Toy()))
+    model.float().load_state_dict(source.state_dict(), assign=assign)
+    assert_same(model, bits(source))
+
+
 def saved(value, **options):
     file = io.BytesIO()
     torch.save(value, file)
@@ -289,7 +340,7 @@ def saved(value, **options):
 def test_state_dict(assign):
     model, target = Toy(), Toy(seed=1)
     state = saved(model.state_dict(), weights_only=True)
-    assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
+    assert {type(value) for value in state.values()} == {torch.Tensor}
     assert not torch.equal(target.codes, model.codes)
     target.load_state_dict(state, assign=assign)
     assert_same(target, bits(model))
@@ -357,6 +408,16 @@ def test_export():
     file.seek(0)
     for exported in (program, torch.export.load(file)):
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_a_parameter_of_data_becomes_a_constant_again():
+    model, x = Toy(), torch.randn(5, SIZE)
+    before, expected = bits(model), model(x)
+    model.codes = nn.Parameter(model.codes.data, requires_grad=False)
+    restore_constants(model, NAMES)
+    assert_same(model, before)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 def test_functional_call_with_detached_parameters():

@@ -56,7 +56,8 @@ class TestForward:
     def test_dtypes(self, dtype):
         linear = make_linear(dtype=dtype)
         layer = lk.QuantLoRALinear.from_linear(linear, lk.QuantConfig(**SMALL))
-        assert layer.lora_A.dtype == layer.lora_B.dtype == layer.bias.dtype == layer.weight.dtype == dtype
+        assert layer.bias.dtype == layer.weight.dtype == layer.dtype == dtype
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.promote_types(dtype, torch.float32)
         x = gaussian(5, 130, dtype=dtype)
         y = layer(x)
         assert y.dtype == dtype
@@ -117,7 +118,7 @@ class TestConstruction:
         init = lk.loftq_init(weight, "nf2", 4, 2, scaling=0.5)
         layer = lk.QuantLoRALinear.from_init(init, torch.ones(33), dtype=torch.bfloat16)
         assert same_packed(layer.packed, init.packed) and layer.scaling == 0.5
-        assert torch.equal(layer.lora_A, init.lora_A.bfloat16()) and layer.bias.dtype == torch.bfloat16
+        assert torch.equal(layer.lora_A, init.lora_A) and layer.bias.dtype == torch.bfloat16
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -280,7 +281,7 @@ class TestStateDict:
 
     def test_keys(self):
         keys = set(make_layer("int4").state_dict())
-        assert keys == {"codes", "scale", "offset", "codebook", "lora_A", "lora_B", "bias"}
+        assert keys == {"codes", "scale", "offset", "codebook", "lora_A", "lora_B", "bias", "_extra_state"}
         assert set(make_layer("nf4", rank=None).state_dict()) == {"codes", "scale", "codebook", "bias"}
 
     @pytest.mark.parametrize("assign", [False, True])
@@ -328,7 +329,7 @@ def test_copies():
         assert {n: p.requires_grad for n, p in other.named_parameters()} == {
             n: p.requires_grad for n, p in layer.named_parameters()
         }
-        other.codes.zero_()
+        other.codes.copy_(torch.zeros_like(other.codes))
         other.lora_A.data.zero_()
     assert layer.codes.any() and layer.lora_A.any()
 

@@ -18,7 +18,7 @@ from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank
-from loftq_kernels.ops.constant import Constant, plain, plain_state, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, plain, restore_constants
 
 PACKED = ("codes", "scale", "offset", "codebook")
 _STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
@@ -211,6 +211,8 @@ class QuantLoRAModule(Mergeable):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":
             raise read_only_error(self, "assigning to weight")
+        if name in PACKED and type(value) is Tensor:
+            value = Constant(value)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -238,17 +240,14 @@ class QuantLoRAModule(Mergeable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLoRAModule:
         """Let `.to(dtype)`, `.half()` and the like change the device of the packed weight but never its dtypes."""
-        held = {name: self._parameters.pop(name) for name in PACKED}
-        try:
-            super()._apply(fn, recurse)
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=held["codes"].device)).dtype
-            held = {name: None if own is None else _moved(own, fn) for name, own in held.items()}
-        finally:
-            self._parameters.update(held)
+        device = self.codes.device
+        super()._apply(keep_dtypes(fn, self, PACKED), recurse)
+        restore_constants(self, PACKED)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
     def get_extra_state(self) -> Tensor:
-        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0]."""
+        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0], on the CPU."""
         return torch.tensor([self.scaling, float(self.adapter_enabled)], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -260,8 +259,6 @@ class QuantLoRAModule(Mergeable):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            plain_state(destination, (prefix + name for name in PACKED))
         if self.lora_A is None:
             destination.pop(prefix + _STATE, None)
 
@@ -307,15 +304,6 @@ class QuantLoRAModule(Mergeable):
                 f"it keeps scaling={self.scaling:g}, adapter_enabled={self.adapter_enabled}",
                 stacklevel=2,
             )
-
-
-def _moved(constant: Constant, fn: Callable[[Tensor], Tensor]) -> Constant:
-    """A constant as `Module._apply` moves it: to fn's device, in its own dtype."""
-    stored = plain(constant)
-    moved = fn(stored)
-    if moved.dtype != stored.dtype:
-        moved = stored.to(moved.device)
-    return constant if moved is stored else Constant(moved)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,12 +15,13 @@ REMEDY = (
     "average or update the adapters alone, which are the parameters that lk.train_only_adapters(model) leaves trainable"
 )
 ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
+PART = 2**18  # elements compared at a time, in float64
 
 _OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
 # These end in an underscore and write no value.
 _NO_WRITES = frozenset(
-    ("detach_", "rename_", "requires_grad_", "retain_grad_", "set_", "share_memory_", "module_load_")
+    ("detach_", "requires_grad_", "set_", "share_memory_")
     + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
     + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
 )
@@ -40,17 +42,22 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _allplain(value: Any) -> Any:
+def _all_plain(value: Any) -> Any:
     """`plain` of every tensor in nested lists, tuples and dicts."""
     if type(value) in (list, tuple):
-        return type(value)(_allplain(item) for item in value)
+        return type(value)(_all_plain(item) for item in value)
     if type(value) is dict:
-        return {key: _allplain(item) for key, item in value.items()}
+        return {key: _all_plain(item) for key, item in value.items()}
     return plain(value)
 
 
 def _alias(tensor: Tensor) -> _Alias:
     return Tensor._make_subclass(_Alias, tensor)
+
+
+def _refuse_gradient(asked: bool) -> None:
+    if asked:
+        raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
 
 
 def _rounding(tensor: Tensor) -> float:
@@ -59,16 +66,18 @@ def _rounding(tensor: Tensor) -> float:
 
 
 def _change(old: Tensor, new: Tensor, rounding: float) -> float:
-    """The largest |new - old|, or 0 where no element moved by more than rounding explains."""
+    """The largest |new - old|, or 0 where no element moved by more than rounding explains; NaN for another shape."""
     if new.shape != old.shape:
-        return float("nan")
-    old, new = old.double(), new.double()
-    # A code of 0 is as exact as one of 1; a float of 0 is reproduced exactly by an average of zeros.
-    magnitude = old.abs()
-    difference = (new - old).abs().masked_fill_(new == old, 0.0)
-    if (difference <= ROUNDINGS * rounding * magnitude).all():
+        return math.nan
+    parts = zip(old.reshape(-1).split(PART), new.reshape(-1).split(PART), strict=True)
+    return max((_change_of_part(a.double(), b.double(), rounding) for a, b in parts), default=0.0)
+
+
+def _change_of_part(old: Tensor, new: Tensor, rounding: float) -> float:
+    difference = (new - old).abs_().masked_fill_(new == old, 0.0)
+    if (difference <= old.abs_().mul_(ROUNDINGS * rounding)).all():
         return 0.0
-    return difference.max().item()
+    return difference.nan_to_num_(nan=math.inf).max().item()
 
 
 def _settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
@@ -114,7 +123,7 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
         func(wide, *tree_map(copied, tuple(args)), **tree_map(copied, kwargs))
     except (RuntimeError, TypeError, IndexError):  # no such function of float64, as of bits; or a true error, again
         wide = target.clone()
-        func(wide, *_allplain(tuple(args)), **_allplain(kwargs))
+        func(wide, *_all_plain(tuple(args)), **_all_plain(kwargs))
     return wide, max(roundings)
 
 
@@ -156,20 +165,18 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
     for i in constants:
         entry_args, entry_kwargs = of(i)
         if name == "_foreach_copy_":
-            _write(Tensor.copy_, "copy_", plain(targets[i]), (entry_args[0][0],), {})
+            _write(Tensor.copy_, "copy_", plain(targets[i]), ([*entry_args, *entry_kwargs.values()][0][0],), {})
         else:
-            _write(
-                lambda wide, *a, **k: func([wide], *a, **k), name, plain(targets[i]), tuple(entry_args), entry_kwargs
-            )
+            _write(_of_one(func), name, plain(targets[i]), tuple(entry_args), entry_kwargs)
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
-        func([targets[i] for i in others], *_allplain(entry_args), **_allplain(entry_kwargs))
+        func([targets[i] for i in others], *_all_plain(entry_args), **_all_plain(entry_kwargs))
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
     """Apply func with `out=`, in which a constant may be."""
     out = kwargs.pop("out")
-    args, kwargs = _allplain((args, kwargs))
+    args, kwargs = _all_plain((args, kwargs))
     results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
@@ -204,7 +211,12 @@ class _Alias(Tensor):
             if _writes(name) and args and isinstance(args[0], _Alias):
                 _write(func, name, plain(args[0]), args[1:], kwargs)
                 return None if name == "__setitem__" else args[0]
-            result = func(*_allplain(args), **_allplain(kwargs))
+            if name == "requires_grad_" or func == Tensor.requires_grad.__set__:
+                _refuse_gradient((*args[1:], *kwargs.values(), True)[0])
+                return args[0]
+            if name == "__set__":  # such as data: of this alias alone
+                return func(args[0], *_all_plain(args[1:]))
+            result = func(*_all_plain(args), **_all_plain(kwargs))
             return _same(result, args[0]) if args and isinstance(args[0], _Alias) else result
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -235,12 +247,15 @@ class Constant(nn.Parameter):
     same dtype and shape writes, as `load_state_dict` needs it; through `detach()` or `data` a float tensor that
     is the old one within 4 units in the last place is taken for an average of it, and not written.
 
+    Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
+    in compiled functions, and DTensors, which `fully_shard` makes of it. `nn.Parameter(constant)` is a RuntimeError of
+    torch's; `Constant(constant)` makes another one on the same memory.
+
     Raises RuntimeError when it is to require a gradient.
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False):
-        if requires_grad:
-            raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+        _refuse_gradient(requires_grad)
         data = plain(data)
         if type(data) in (Tensor, nn.Parameter):
             return Tensor._make_subclass(cls, data, False)
@@ -276,9 +291,14 @@ class Constant(nn.Parameter):
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Constant:
-        if requires_grad:
-            raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+        _refuse_gradient(requires_grad)
         return self
+
+    def module_load(self, other: Tensor, assign: bool = False) -> Constant:
+        return Constant(other if assign else self.copy_(other))
+
+    def __repr__(self) -> str:
+        return f"Constant containing:\n{plain(self)!r}"
 
     def __deepcopy__(self, memo: dict) -> Constant:
         if id(self) not in memo:
@@ -316,7 +336,7 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
     constants = {id(module._parameters.get(name)) for name in names}
 
     def apply(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
+        moved = plain(fn(tensor))  # torch makes no nn.Parameter of a Constant, as where it swaps tensors
         if id(tensor) not in constants or moved.dtype == tensor.dtype:
             return moved
         return plain(tensor).to(moved.device)
@@ -327,16 +347,10 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
 def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     """Make the module's parameters of these names `Constant` again, after a change of device or an assignment.
 
-    torch then puts an `nn.Parameter` in their place. Sharded ones (DTensor) stay as they are.
+    torch then puts an `nn.Parameter` in their place, which is of the alias's class if it was made from `data`. Sharded
+    ones (DTensor) stay as they are.
     """
     for name in names:
         parameter = module._parameters.get(name)
-        if type(parameter) is nn.Parameter:
+        if type(parameter) in (nn.Parameter, _Alias):
             module._parameters[name] = Constant(parameter)
-
-
-def plain_state(destination: dict[str, Any], keys: Iterable[str]) -> None:
-    """For `Module._save_to_state_dict`: put plain tensors in the place of the aliases under these keys."""
-    for key in keys:
-        if isinstance(destination.get(key), _Alias):
-            destination[key] = plain(destination[key])
