@@ -165,9 +165,10 @@ class QuantLoRAModule(nn.Module):
         """The weight that `forward` computes with, adapter included, as a read-only `QuantizedWeight`.
 
         Its shape, dtype and device cost nothing, `F.linear(x, layer.weight, bias)` is the product with the packed
-        weight, other reads decode. Writes raise RuntimeError. Under `torch.compile` it is the dense tensor itself.
+        weight, other reads decode. Writes raise RuntimeError. Under `torch.compile` it is the decoded tensor itself,
+        which the compiler drops where nothing but its dtype is read.
         """
-        return self.dense_weight(detach=False) if torch.compiler.is_compiling() else QuantizedWeight(self)
+        return self.dense_weight(detach=False) if torch.compiler.is_dynamo_compiling() else QuantizedWeight(self)
 
     def dense_weight(self, *, detach: bool = True) -> Tensor:
         """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.

@@ -116,7 +116,7 @@ class QuantizedWeight(ReadOnly):
                 dense = self._layer.dense_weight()
         else:
             dense = self._layer.dense_weight(detach=detach)
-        return dense.to(device=self.device, dtype=self.dtype)
+        return dense.to(device=self._device, dtype=self.dtype)
 
     def _values(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
