@@ -103,8 +103,10 @@ class TestSelection:
 
     def test_nothing_matches(self):
         model = tiny_model()
-        with pytest.raises(ValueError, match="no layer to quantize: include=.*encoder"):
+        with pytest.raises(ValueError, match="include: the pattern 'encoder.*' matches no module"):
             quantize(model, include="encoder.*")
+        with pytest.raises(ValueError, match="no layer to quantize: include=.*norm"):
+            quantize(model, include="norm")
 
     def test_the_model_is_a_linear_layer(self):
         with pytest.raises(ValueError, match="from_linear"):
@@ -166,8 +168,14 @@ class TestSkips:
         assert "hooks" in self.reasons(model)["0"] and quantized_names(model) == ["1"]
 
     def test_rank_above_the_smaller_side(self):
-        reasons = self.reasons(tiny_model(), rank=11)  # the head has 10 rows
-        assert list(reasons) == ["head"] and "rank=11" in reasons["head"] and "(10, 64)" in reasons["head"]
+        """The smaller side is the rank, and the report says so; with lora_alpha the scaling is that rank's."""
+        model = tiny_model()
+        report = quantize(model, rank=11, lora_alpha=20)  # the head has 10 rows
+        assert not report.skipped and [layer.rank for layer in report.layers] == [11, 11, 11, 11, 10]
+        assert model.head.rank == 10 and model.head.scaling == 2
+        assert report.layers[-1].note == "rank 11 limited to 10, its smaller side" and report.layers[-1].note in str(
+            report
+        )
 
     def test_meta(self):
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))
@@ -231,7 +239,7 @@ class TestModelsOfTransformers:
         """Conv1D stores [in, out]; the head is tied to the embedding and left."""
         model = tiny_gpt2()
         dense = model(TOKENS).logits
-        report = quantize(model, format="int8", exclude=())
+        report = quantize(model, format="int8", quantize_head=True)
         assert len(report.layers) == 8 and "wte.weight" in report.skipped["lm_head"]
         shapes = {layer.name: (layer.out_features, layer.in_features) for layer in report.layers}
         assert shapes["transformer.h.0.attn.c_attn"] == (192, 64) and shapes["transformer.h.0.mlp.c_proj"] == (64, 256)
@@ -280,8 +288,8 @@ class TestReport:
         assert report.seconds > 0
 
     def test_text(self):
-        text = str(quantize(tiny_model(), rank=11))
-        for part in ("layers.0.up", "128x64", "nf4", "skipped: rank=11", "4 layers", "MiB"):
+        text = str(quantize(tiny_model(), overrides={"head": None}))
+        for part in ("layers.0.up", "128x64", "nf4", "skipped: left dense by an override", "4 layers", "MiB"):
             assert part in text
         assert "0 layers" in str(lk.QuantizationReport())
 
@@ -292,7 +300,8 @@ def test_freeze(freeze):
     lk.quantize_model(model, config(), progress=False, freeze=freeze)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"{name}.lora_{x}" for name in LAYERS for x in "AB"}
-    assert trained == (adapters if freeze else adapters | {"norm.weight", "norm.bias"})
+    dense = {"norm.weight", "norm.bias", *(f"{name}.bias" for name in LAYERS if name != "head")}
+    assert trained == (adapters if freeze else adapters | dense)
     lk.train_only_adapters(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters
 
@@ -312,7 +321,7 @@ def test_modes_and_dtypes_are_kept():
     model.layers[0]["up"].train()
     quantize(model)
     assert model.layers[0]["up"].training and not model.layers[0]["down"].training
-    assert model.head.lora_A.dtype == torch.bfloat16
+    assert model.head.lora_A.dtype == torch.float32 and model.head.dtype == model.head.weight.dtype == torch.bfloat16
     assert model(gaussian(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

@@ -526,9 +526,18 @@ class TestCompiled:
         actual = torch.autograd.grad(y.square().sum(), leaves)
         for one, other in zip(actual, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
-        with torch.no_grad():
-            exported = torch.export.export(model, (x,)).module()
-            torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("name", LINEARS)
+    def test_export(self, name, strict):
+        layer, x = LINEARS[name](), gaussian(5, 130)
+        for call in (lambda x, w: functional.linear(x, w), lambda x, w: (x @ w.T) * w.shape[0] + w[0, 0]):
+            model = Calls(layer, call)
+            exported = torch.export.export(model, (x,), strict=strict)
+            torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
+        exported = torch.export.export(ReadsDtype(layer), (x,))
+        targets = [str(node.target) for node in exported.graph.nodes if "loftq_kernels" in str(node.target)]
+        assert targets == ["loftq_kernels.qlora_linear.default"]
 
     @pytest.mark.parametrize("gradients", [True, False])
     def test_reading_the_dtype_decodes_nothing(self, gradients):

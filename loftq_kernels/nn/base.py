@@ -175,9 +175,10 @@ class QuantLoRAModule(Mergeable):
         """The weight that `forward` computes with, adapter included, as a read-only `QuantizedWeight`.
 
         Its shape, dtype and device cost nothing, `F.linear(x, layer.weight, bias)` is the product with the packed
-        weight, other reads decode. Writes raise RuntimeError. Under `torch.compile` it is the dense tensor itself.
+        weight, other reads decode. Writes raise RuntimeError. Under `torch.compile` it is the decoded tensor itself,
+        which the compiler drops where nothing but its dtype is read.
         """
-        return self.dense_weight(detach=False) if torch.compiler.is_compiling() else QuantizedWeight(self)
+        return self.dense_weight(detach=False) if torch.compiler.is_dynamo_compiling() else QuantizedWeight(self)
 
     def dense_weight(self, *, detach: bool = True) -> Tensor:
         """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.
@@ -202,11 +203,26 @@ class QuantLoRAModule(Mergeable):
 
         With ``detach`` no gradient reaches the adapter.
         """
-        lora_A, lora_B = (self.lora_A, self.lora_B) if self.has_adapter else (None, None)
-        if lora_A is not None:
-            lora_A, lora_B = (t.detach() if detach else t for t in (self.over_columns(lora_A), lora_B))
-        packed = self.codes, self.scale, self.offset, self.codebook, self.group_size
-        return linear_tensors(x, *packed, lora_A, lora_B, self.scaling, bias, in_features=self._columns)
+        buffers, parameters = self._buffers, self._parameters  # nn.Module's attribute look-up takes longer, eight times
+        adapted = self.adapter_enabled
+        lora_A, lora_B = (parameters["lora_A"], parameters["lora_B"]) if adapted else (None, None)
+        if lora_A is not None and self.adapter != "lora":
+            lora_A = self.over_columns(lora_A)
+        if lora_A is not None and detach:
+            lora_A, lora_B = lora_A.detach(), lora_B.detach()
+        return linear_tensors(
+            x,
+            buffers["codes"],
+            buffers["scale"],
+            buffers["offset"],
+            buffers["codebook"],
+            self.group_size,
+            lora_A,
+            lora_B,
+            self.scaling,
+            bias,
+            in_features=self._columns,
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":

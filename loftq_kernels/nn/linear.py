@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from loftq_kernels.initializers import AdapterInit, InputStatistics, LayerConfig, initialize
 from loftq_kernels.initializers.result import ADAPTERS
 from loftq_kernels.nn.base import QuantLoRAModule
-from loftq_kernels.ops import linear_tensors
 
 
 class QuantLoRALinear(QuantLoRAModule):
@@ -111,24 +110,7 @@ class QuantLoRALinear(QuantLoRAModule):
             return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self._parameters  # nn.Module's own look-up of an attribute takes longer, eight times.
-        adapted = self.adapter_enabled
-        lora_A = parameters["lora_A"] if adapted else None
-        if lora_A is not None and self.adapter != "lora":
-            lora_A = self.over_columns(lora_A)
-        return linear_tensors(
-            x,
-            parameters["codes"],
-            parameters["scale"],
-            parameters["offset"],
-            parameters["codebook"],
-            self.group_size,
-            lora_A,
-            parameters["lora_B"] if adapted else None,
-            self.scaling,
-            parameters["bias"],
-            in_features=self.in_features,
-        )
+        return self.product(x, self._parameters["bias"])
 
     def merged_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: weight = Q + scaling * lora_B @ lora_A, dense."""

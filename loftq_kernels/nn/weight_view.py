@@ -114,7 +114,7 @@ class QuantizedWeight(ReadOnly):
                 dense = self._layer.dense_weight()
         else:
             dense = self._layer.dense_weight(detach=detach)
-        return dense.to(device=self.device, dtype=self.dtype)
+        return dense.to(device=self._device, dtype=self.dtype)
 
     def _values(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
@@ -132,7 +132,7 @@ def _names(*names: str) -> Iterator[Callable]:
 # Answered by the tensor without memory itself. Hooks are among them: it needs no gradient, and torch says so.
 _METADATA = frozenset(
     (
-        *_names("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "names"),
+        *_names("shape", "dtype", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "names"),
         *_names("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_sparse_csr", "is_quantized"),
         *_names("is_nested", "is_mkldnn", "itemsize", "nbytes", "output_nr", "_version", "_base", "retains_grad"),
         *_names("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset"),
@@ -159,16 +159,20 @@ def _metadata(func: Callable, args: Sequence, kwargs: Mapping) -> Any:
     return func(*args, **kwargs)
 
 
+def _device(func: Callable, args: Sequence, kwargs: Mapping) -> torch.device:
+    (one,) = args
+    return one._device if isinstance(one, QuantizedWeight) else func(one)
+
+
 def _linear(func: Callable, args: Sequence, kwargs: Mapping) -> Tensor:
     """F.linear, whose arguments have names and may be given by them."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False), **kwargs)
-    weight = given.get("weight")
-    one = isinstance(weight, QuantizedWeight) and not any(
-        isinstance(given.get(name), QuantizedWeight) for name in ("input", "bias")
-    )
-    if not one or weight.dim() != 2:
+    x, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
+    if not isinstance(weight, QuantizedWeight) or isinstance(x, QuantizedWeight):
         return _read(func, args, kwargs)
-    return weight._layer.product(given["input"], given.get("bias"), detach=weight._detached)
+    if isinstance(bias, QuantizedWeight) or weight.dim() != 2:  # a convolution's kernel has more
+        return _read(func, args, kwargs)
+    return weight._layer.product(x, bias, detach=weight._detached)
 
 
 def _detach(func: Callable, args: Sequence, kwargs: Mapping) -> Tensor:
@@ -205,6 +209,7 @@ def _array(func: Callable, args: Sequence, kwargs: Mapping) -> numpy.ndarray:
 _HANDLERS: dict[Callable, Callable[[Callable, Sequence, Mapping], Any]] = {
     **dict.fromkeys(_METADATA, _metadata),
     **dict.fromkeys(_MEMORY, _memory),
+    Tensor.device.__get__: _device,
     **dict.fromkeys((Tensor.detach, torch.detach, Tensor.data.__get__), _detach),
     **dict.fromkeys((Tensor.numpy, Tensor.__array__), _array),
     **dict.fromkeys((Tensor.requires_grad_, Tensor.requires_grad.__set__), _require_grad),
