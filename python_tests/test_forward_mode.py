@@ -338,7 +338,7 @@ def test_convolution(geometry, transform):
     compare(*per_sample)
 
 
-@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "linearize"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_embedding(transform):
     torch.manual_seed(0)
     table = torch.nn.Embedding(11, 70, padding_idx=2).double()
@@ -399,6 +399,14 @@ class TestConstants:
             of_one(one.clone().requires_grad_())
 
 
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
 class TestAdapterIds:
     def call(self, backend=None):
         packed, ids = lk.quantize(gaussian(5, 70)), torch.tensor([0])
@@ -418,19 +426,17 @@ class TestAdapterIds:
                 ask()
         assert torch.equal(call(x), self.call()(x)) or backend
 
+    def test_raises_when_compiled(self):
+        compiled = torch.compile(self.call(), fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match="adapter_ids is for inference: x would"):
+            compiled(gaussian(1, 70).requires_grad_())
+
     def test_raises_below_a_vmap(self):
         """There the wrapper sees no gradient: it belongs to a transform further out."""
         call, x = vmap(self.call()), gaussian(3, 1, 70)
         for ask in (lambda: jvp(call, (x,), (x,)), lambda: grad(total(call))(x)):
             with pytest.raises(RuntimeError, match="adapter_ids is for inference: x would"):
                 ask()
-
-
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")

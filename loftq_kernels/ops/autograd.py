@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function, forward_ad
 
@@ -34,9 +35,16 @@ _PACKED = ("codes", "scale", "offset", "codebook")
 
 
 def forward_mode() -> bool:
-    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or in a
-    traced graph, which enters it without that being seen from Python."""
+    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or under
+    a dispatch mode: a graph that is being traced enters the level without that being seen here."""
     return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
+def apply(function: type[Function], *args) -> Tensor:
+    """function.apply(*args), without the search for defaults in its signature, which takes tens of microseconds."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _layers(tensor: Tensor) -> Iterator[Tensor]:
@@ -307,12 +315,12 @@ def _functionalize(op: torch._ops.OpOverload, interpreter: FuncTorchInterpreter,
 
 def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None:
     """Give op the derivatives of function."""
-    # Function.apply without what it does for functorch, whose transforms have been dealt with at the Autograd key.
-    apply = super(Function, function).apply
+    # As `apply` where no transform is active: transform_kernel has dealt with them by the Autograd key.
+    apply_below = super(Function, function).apply
 
     def autograd_kernel(keyset, *args):
         if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return apply(*args)
+            return apply_below(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -54,7 +54,7 @@ def conv_tensors(
     checks.check_packed(codes, scale, offset, codebook, geometry.columns, geometry.group_size)
     checks.check_same_device("x", x, "codes", codes)
     x = autocast(x)
-    y = _PackedConv.apply(x, codes, scale, offset, codebook, geometry)
+    y = autograd.apply(_PackedConv, x, codes, scale, offset, codebook, geometry)
     return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(geometry.stride))
 
 
@@ -99,13 +99,13 @@ class _PackedConv(torch.autograd.Function):
         autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
         if grad_y is None:
             return (None,) * 6
-        return _PackedConvGradInput.apply(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape), *[None] * 5
+        return autograd.apply(_PackedConvGradInput, grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape), *[None] * 5
 
     @staticmethod
     @autograd.differentiable_jvp
     def jvp(ctx, packed, x_t, codes_t, scale_t, offset_t, codebook_t, _geometry) -> Tensor:
         autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
-        return _PackedConv.apply(x_t, *packed, ctx.geometry)
+        return autograd.apply(_PackedConv, x_t, *packed, ctx.geometry)
 
     @staticmethod
     def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
@@ -135,13 +135,13 @@ class _PackedConvGradInput(torch.autograd.Function):
         autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
         if grad_grad_x is None:
             return (None,) * 7
-        return _PackedConv.apply(grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6
+        return autograd.apply(_PackedConv, grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6
 
     @staticmethod
     @autograd.differentiable_jvp
     def jvp(ctx, packed, grad_t, codes_t, scale_t, offset_t, codebook_t, _geometry, _shape) -> Tensor:
         autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
-        return _PackedConvGradInput.apply(grad_t, *packed, ctx.geometry, ctx.shape)
+        return autograd.apply(_PackedConvGradInput, grad_t, *packed, ctx.geometry, ctx.shape)
 
     @staticmethod
     def vmap(info, in_dims, *args) -> tuple[Tensor, int]:

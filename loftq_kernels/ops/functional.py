@@ -120,8 +120,7 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
         return False
     return (
         "qlora_linear" in triton_backend.registered
-        and not autograd.forward_mode()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not autograd.forward_mode()  # which is true under any dispatch mode
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
