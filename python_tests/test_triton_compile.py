@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -25,7 +26,6 @@ from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import (
     DECODE_BLOCK_M,
     DECODE_FLOAT32,
-    SHARED_MEMORY,
     TABLE,
     Config,
     Key,
@@ -35,13 +35,15 @@ from loftq_kernels.triton_kernels.configs import (
     why_invalid,
 )
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.device import DEVICES, describe
 from loftq_kernels.triton_kernels.grad_input import launch_grad_input
-from loftq_kernels.triton_kernels.lora import launch_lora_expand, launch_lora_shrink
+from loftq_kernels.triton_kernels.lora import launch_lora_down, launch_lora_up
 from loftq_kernels.triton_kernels.prefill_linear import launch_prefill_linear
-from loftq_kernels.triton_kernels.tiles import decode_constexprs
+from loftq_kernels.triton_kernels.tiles import tile_decoder
 
-# Instructions a weight in the main loop, sm_90, g=64, M <= 8, of tall shapes and of small ones. The aims are 4.5 (nf4),
-# 2.5 (nf2), 2.6 (int4) and 1.8 (int2), which small shapes of int2 miss with their offsets.
+H200 = DEVICES[90]
+# Instructions per weight in the main loop, on sm_90 with groups of 64 and M <= 8, of tall shapes and of small ones. The
+# aims are 4.5 (nf4), 2.5 (nf2), 2.6 (int4) and 1.8 (int2), which small shapes of int2 miss because of their offsets.
 LIMITS = {
     "nf4": (3.6, 3.6),
     "nf2": (2.0, 2.2),
@@ -68,7 +70,7 @@ def checked(case: Case, capability: int) -> Machine:
     (launch,) = launches(case)
     code = machine_code(launch, capability)
     assert code.spills == 0
-    assert code.shared <= SHARED_MEMORY[capability]
+    assert code.shared <= describe(capability).shared_memory
     return code
 
 
@@ -82,12 +84,23 @@ def test_decode(format, capability, block_m, shape):
 
 @pytest.mark.parametrize("shape", ["tall", "small"])
 @pytest.mark.parametrize("format", LIMITS)
-def test_instructions_a_weight(format, shape):
+def test_instructions_per_weight(format, shape):
     case = Case("decode", format, config_of(format, 90, 8, shape))
     code = checked(case, 90)
-    assert code.loop_instructions() / case.weights_a_thread() <= LIMITS[format][shape == "small"]
-    # No weight is moved between lanes or to shared memory: the few shuffles are of the constants that correct fields.
+    assert code.loop_instructions() / case.weights_per_thread() <= LIMITS[format][shape == "small"]
+    # No weight is moved between lanes or to shared memory: the few shuffles move the constants that correct fields.
     assert code.loop["SHFL"] <= 16 and code.loop["HGMMA"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_m", DECODE_BLOCK_M)
+@pytest.mark.parametrize("format", ["int2", "nf4", "int8"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_decode_float32_adapters(capability, format, block_m, dtype):
+    """Adapters that the kernel converts as it loads them, of a rank that fills a block of ranks."""
+    config = config_of(format, capability, block_m, "tall")
+    case = Case("decode", format, config, dtype=dtype, rank=32, extras=True, adapter_dtype=torch.float32)
+    assert checked(case, capability).tensor_instructions() > 0
 
 
 @pytest.mark.parametrize("extras", [False, True])
@@ -114,7 +127,8 @@ ODD_CASES += [(kernel, 512, format) for kernel in ("prefill", "grad_input") for 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_odd_shapes(kernel, rows, format, capability):
     """What `choose` gives for shapes that are no multiples of 16, whose elements are loaded and stored one by one."""
-    config = choose(kernel, capability, get_format(format).bits, rows, 4095, 4095, 132)
+    device = replace(describe(capability), multiprocessors=132)
+    config = choose(kernel, device, get_format(format).bits, rows, 4095, 4095)
     checked(Case(kernel, format, config, out_features=4095, in_features=4095, rank=12, extras=True), capability)
 
 
@@ -139,7 +153,7 @@ def test_tiles(case, capability):
     has made for sm_100, would have no such loop."""
     code = checked(case, capability)
     assert code.loop[TENSOR_CORES[capability]] > 0
-    assert 4 <= code.loop_instructions() / case.weights_a_thread() <= 64
+    assert 4 <= code.loop_instructions() / case.weights_per_thread() <= 64
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -147,23 +161,23 @@ def test_tiles(case, capability):
 def test_small_kernels(case, capability):
     for launch in launches(case):
         code = machine_code(launch, capability)
-        assert code.spills == 0 and code.shared <= SHARED_MEMORY[capability]
-        assert (code.tensor_instructions() > 0) == (launch.name in ("lora_shrink", "lora_expand"))
+        assert code.spills == 0 and code.shared <= describe(capability).shared_memory
+        assert (code.tensor_instructions() > 0) == (launch.name in ("lora_down", "lora_up"))
 
 
 def test_grids_of_a_million_rows():
     """CUDA takes 2^31 - 1 blocks along x, but 65535 along y and z."""
     rows = 1_000_000
     codebook = get_format("nf4").codebook()
-    decoding = decode_constexprs(tuple(codebook.tolist()), torch.bfloat16, True, along=True)
+    decoder = tile_decoder(tuple(codebook.tolist()), torch.bfloat16, True, along=True)
     tall, narrow = (empty_packed(n, 1024, "nf4", 64, device="meta") for n in (rows, 256))
     x, y = (torch.empty(8 * rows, k, dtype=torch.bfloat16, device="meta") for k in (1024, 256))
     tiles = [rows_of_table(Key(kernel, 90, 4, 64, "tall"))[0] for kernel in ("prefill", "grad_input")]
     with captured_launches() as launched:
         launch_dequantize(tall.codes, tall.scale, None, codebook, 64, x[:rows])
-        h = launch_lora_shrink(x, x[:16].unsqueeze(0), None, 1.0, 132)
-        launch_lora_expand(y, h, y[:16].T.unsqueeze(0), None)
-        stored = narrow.codes, narrow.scale, None, codebook, 64, decoding
+        h = launch_lora_down(x, x[:16].unsqueeze(0), None, 1.0, 132)
+        launch_lora_up(y, h, y[:16].T.unsqueeze(0), None)
+        stored = narrow.codes, narrow.scale, None, codebook, 64, decoder
         launch_prefill_linear(x, *stored, None, None, None, None, y, tiles[0])
         launch_grad_input(y, *stored, None, None, x, tiles[1])
     assert len(launched) == 5
@@ -205,7 +219,7 @@ def test_why_invalid():
 
 def test_choice():
     with pytest.raises(ValueError, match="7.5"):
-        choose("decode", 75, 4, 1, 4096, 4096, 132)
+        choose("decode", replace(H200, capability=75), 4, 1, 4096, 4096)
     config = Config(8, 32, 256, 2, 4, 4)
     assert splits(config, 4, 1, 4096, 4096, 132) == 4  # 512 programs for 132 multiprocessors
     assert splits(config, 4, 1, 1 << 20, 4096, 132) == 1
@@ -213,12 +227,13 @@ def test_choice():
     assert splits(Config(64, 64, 64, 4, 4, 2), 4, 64, 4096, 4096, 132) == 4  # 256 programs
     assert splits(Config(64, 64, 64, 4, 4, 2), 2, 64, 4096, 4096, 132) == 2  # parts no larger than the codes
     assert splits(Config(64, 64, 64, 4, 4), 4, 64, 4096, 4096, 132) == 1
-    assert choose("decode", 90, 4, 9, 1 << 15, 4096, 132) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
-    assert choose("decode", 120, 8, 1, 4096, 4096, 132) == TABLE[Key("decode", 80, 8, 8, "small")][0]
+    assert choose("decode", H200, 4, 9, 1 << 15, 4096) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
+    newest = replace(describe(120), capability=120, multiprocessors=132)
+    assert choose("decode", newest, 8, 1, 4096, 4096) == TABLE[Key("decode", 80, 8, 8, "small")][0]
     for rows, sizes in ((4096, (256, 128)), (256, (128, 64)), (64, (64, 64)), (20, (32, 64)), (1, (32, 64))):
-        config = choose("prefill", 90, 4, rows, 4096, 4096, 132)
+        config = choose("prefill", H200, 4, rows, 4096, 4096)
         assert (config.block_m, config.block_n) == sizes
-    assert choose("grad_input", 120, 4, 4096, 4096, 4096, 132) in TABLE[Key("grad_input", 80, 0, 0, "")]
+    assert choose("grad_input", newest, 4, 4096, 4096, 4096) in TABLE[Key("grad_input", 80, 0, 0, "")]
 
 
 def test_a_row_of_a_newer_architecture_leaves_the_others_to_the_older(monkeypatch):
