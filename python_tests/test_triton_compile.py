@@ -76,7 +76,7 @@ def checked(case: Case, capability: int) -> Machine:
 
 @pytest.mark.parametrize("format, capability, block_m, shape", DECODE_CASES)
 def test_decode(format, capability, block_m, shape):
-    """With everything that a launch may ask for: adapters to choose from, bias, splits."""
+    """With everything that a launch may have: adapters to choose from, bias, splits."""
     config = config_of(format, capability, block_m, shape)
     code = checked(Case("decode", format, config, dtype=torch.float16, extras=True), capability)
     assert code.tensor_instructions() > 0
@@ -92,11 +92,19 @@ def test_instructions_per_weight(format, shape):
     assert code.loop["SHFL"] <= 16 and code.loop["HGMMA"] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block_m", DECODE_BLOCK_M)
-@pytest.mark.parametrize("format", ["int2", "nf4", "int8"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_decode_float32_adapters(capability, format, block_m, dtype):
+# int8 in bfloat16 has two planes, and in float16 one.
+FLOAT32_ADAPTERS = [
+    (*case, dtype)
+    for case, dtype in zip(
+        product(("int2", "nf4", "int8"), (80, 90, 100), DECODE_BLOCK_M),
+        cycle((torch.float16, torch.bfloat16, torch.bfloat16, torch.float16)),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("format, capability, block_m, dtype", FLOAT32_ADAPTERS, ids=str)
+def test_decode_float32_adapters(format, capability, block_m, dtype):
     """Adapters that the kernel converts as it loads them, of a rank that fills a block of ranks."""
     config = config_of(format, capability, block_m, "tall")
     case = Case("decode", format, config, dtype=dtype, rank=32, extras=True, adapter_dtype=torch.float32)
@@ -107,7 +115,7 @@ def test_decode_float32_adapters(capability, format, block_m, dtype):
 @pytest.mark.parametrize("format", ["nf2", "int2", "int4"])
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 def test_decode_groups(group_size, format, extras):
-    """The other group sizes, with tails of K."""
+    """The other group sizes, with a tail of K."""
     config = config_of(format, 90, 8, "tall")
     case = Case("decode", format, config, group_size, in_features=4096 + 16, extras=extras)
     assert checked(case, 90).tensor_instructions() > 0
@@ -133,13 +141,14 @@ def test_odd_shapes(kernel, rows, format, capability):
 
 
 def tile_cases() -> Iterator:
-    """Every tile of the table at every width, and groups that share a step (32), that hold steps (64), that are whole
-    rows. sm_89 has sm_80's tiles and tensor cores: only the worst is compiled for it, groups of 32. Those go without
-    adapter and bias, with which ptxas was seen to spill less."""
+    """Every tile of the table at every width, with groups that share a step (32), that hold steps (64) and that are
+    whole rows. sm_89 has sm_80's tiles and tensor cores: only groups of 32, the worst, are compiled for it. Those come
+    without adapter and bias, as ptxas was seen to spill less with them."""
     dtypes = cycle((torch.bfloat16, torch.float16))
     for kernel, capability in product(("prefill", "grad_input"), TARGETS):
         for format, group_size in product(("int2", "int4", "int8"), (32,) if capability == 89 else (32, 64, -1)):
-            # Offsets take registers, tables are decoded otherwise: one of the three without the one, with the other.
+            # Offsets take registers, and tables are decoded in another way: one of the three group sizes has no offsets
+            # but a table.
             named = format.replace("int", "nf") if group_size == 64 and format != "int8" else format
             for config in rows_of_table(Key(kernel, capability, get_format(format).bits, 512, "tall")):
                 case = Case(kernel, named, config, group_size, next(dtypes), extras=group_size != 32)
@@ -187,7 +196,7 @@ def test_grids_of_a_million_rows():
 
 
 def test_table_is_valid():
-    """By the rules that candidates of a search and rows of its cache are held to."""
+    """By the rules that candidates of a search and rows of its cache have to keep as well."""
     for key, rows in TABLE.items():
         for capability in (*TARGETS, 120):
             if configs.architectures(capability, key.kernel)[0] != key.architecture:
@@ -255,7 +264,7 @@ def test_the_row_that_says_most_is_taken(monkeypatch):
 
 
 def test_main_loop():
-    """The loop that multiplies is found behind a longer one that does not, and not for the outer one around it."""
+    """The loop that multiplies is found: not a longer one before it that does not, nor the outer one around it."""
     lines = [".L_a:", *["/*0000*/ IADD3 R1, R1, R2 ;"] * 9, "/*0010*/ @P0 BRA `(.L_a) ;"]
     lines += [".L_b:", "/*0020*/ MOV R1, R2 ;", ".L_c:", "/*0030*/ @!P1 HMMA.16816.F32 R0, R4, R8, R0 ;"]
     lines += ["/*0040*/ @P0 BRA `(.L_c) ;", "/*0050*/ @P1 BRA `(.L_b) ;", "/*0060*/ BRA `(.L_end) ;", ".L_end:"]
@@ -265,7 +274,7 @@ def test_main_loop():
 
 
 def test_main_loop_with_waits():
-    """A spin within the loop is part of it; what waits behind the kernel's end and branches back makes no loop."""
+    """A loop that waits within the main loop is part of it. Code that waits behind the kernel's end makes no loop."""
     lines = [".L_a:", "UTCHMMA gdesc[UR4], tmem[UR6] ;", ".L_spin:", "SYNCS R1 ;", "@!P0 BRA `(.L_spin) ;"]
     lines += [".L_back:", "@P1 BRA `(.L_a) ;", "EXIT ;", "SYNCS R1 ;", "BRA `(.L_back) ;"]
     instructions, loops = parse("\n".join(line if line.startswith(".") else f"  /*0000*/ {line}" for line in lines))

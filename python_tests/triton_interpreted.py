@@ -99,7 +99,7 @@ def _expected(x, packed, lora_A, lora_B, ids, bias, precision) -> Tensor:
 
 @contextmanager
 def grid_reversed() -> Iterator[None]:
-    """Programs run one after the other, here from the last to the first: nobody may wait for one that comes later."""
+    """The interpreter runs programs one by one, here from the last to the first: none may wait for a later one."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     builder, set_index = InterpreterBuilder, InterpreterBuilder.set_grid_idx
