@@ -70,8 +70,7 @@ def decode_linear_kernel(
         _one_tile(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
             M, N, K, row_units, G, R, S, split_tiles, pid, row_block,
-            DECODER, GROUP, EVEN, WIDE,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
+            DECODER, GROUP, EVEN, WIDE, SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
         )  # fmt: skip
     else:
         pid = draw_ticket(counters, R, row_block, BLOCK_R)
@@ -84,8 +83,7 @@ def decode_linear_kernel(
             _one_tile(
                 x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
                 M, N, K, row_units, G, R, S, split_tiles, pid - num_downs, row_block,
-                DECODER, GROUP, EVEN, WIDE,
-                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
+                DECODER, GROUP, EVEN, WIDE, SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
             )  # fmt: skip
 
 
@@ -110,8 +108,7 @@ def _one_tile(
     split = index % SPLITS
     acc = _multiply(
         x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
-        DECODER, GROUP, EVEN, WIDE,
-        BLOCK_M, BLOCK_N, TILES,
+        DECODER, GROUP, EVEN, WIDE, BLOCK_M, BLOCK_N, TILES,
     )  # fmt: skip
     if DECODER.unit != 1.0:
         acc *= DECODER.unit
