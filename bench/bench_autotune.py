@@ -1,4 +1,4 @@
-"""``LOFTQ_AUTOTUNE=1`` for the shapes of real models on this device, and the rows it finds, to paste into the table."""
+"""``LOFTQ_AUTOTUNE=1`` for the shapes of real models on this device. It prints the rows it finds, for the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.bench_gpu import DTYPE, GROUP, random_packed
 from loftq_kernels.ops import triton_backend
 
 FORMATS = ("nf2", "nf4", "int8")
-SHAPES = ((4096, 4096), (28672, 8192))  # of either shape class
+SHAPES = ((4096, 4096), (28672, 8192))  # One of each shape class.
 DECODE_ROWS, TILE_ROWS = (1, 16), (32, 128, 512, 2048)
 
 
@@ -40,5 +40,5 @@ def run(output: Path, *, quick: bool) -> None:
     cache = autotune.cache_of(torch.device("cuda", torch.cuda.current_device()))
     rows = autotune.table_rows(cache)
     print(rows)
-    print(f"of {cache.path}; rows for TABLE in loftq_kernels/triton_kernels/configs.py")
+    print(f"from {cache.path}, to be pasted into TABLE in loftq_kernels/triton_kernels/configs.py")
     harness.write_json(output / "autotune.json", {"rows": rows.splitlines()})

@@ -1,6 +1,6 @@
-"""Host time of a decode call without its launch: what Python does for each of the hundreds of calls of a decode step.
+"""Host time of a decode call without Triton's own: what Python does for each of the hundreds of calls of a decode step.
 
-Any machine: the kernel is a stub, the tensors are the host's.
+It runs on any machine: the kernel is a stub and the tensors are on the host.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from loftq_kernels.ops import triton_backend
 
 
 def run(output: Path, *, quick: bool) -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # for CPU tensors
-    from loftq_kernels.triton_kernels import decode_linear
+    os.environ["TRITON_INTERPRET"] = "1"  # The backend takes CPU tensors only then.
+    from loftq_kernels.triton_kernels import decode_launch
 
     class Stub:
         def __getitem__(self, grid):
             return lambda *arguments, **options: None
 
     rows = []
-    real, decode_linear._decode_linear_kernel = decode_linear._decode_linear_kernel, Stub()
+    real, decode_launch.decode_linear_kernel = decode_launch.decode_linear_kernel, Stub()
     try:
         for name in ("nf4", "int4", "int8"):
             packed = lk.quantize(torch.randn(512, 512), name, backend="reference")
@@ -37,25 +37,25 @@ def run(output: Path, *, quick: bool) -> None:
                 if rank is not None:
                     lora = torch.randn(rank, 512).bfloat16(), torch.randn(512, rank).bfloat16()
                 arguments = x, *stored, *lora
+                plan = decode_launch.plan_for(*arguments, None, 1.0, bias)
+                tensors = x, *stored[:4], *lora, None, 1.0, bias
                 with torch.no_grad():
                     rows.append({
                         "format": name,
                         "rank": rank or 0,
-                        "decode_linear, us": per_call(
-                            lambda a=arguments, b=bias: decode_linear.decode_linear(*a, None, 1.0, b), quick
-                        ),
+                        "launch, us": per_call(lambda plan=plan, t=tensors: plan.launch(*t), quick),
                         "backend, us": per_call(
                             lambda a=arguments, b=bias: triton_backend.qlora_linear(*a, 1.0, b), quick
                         ),
                     })  # fmt: skip
     finally:
-        decode_linear._decode_linear_kernel = real
+        decode_launch.decode_linear_kernel = real
     harness.print_table(rows)
     harness.write_json(output / "overhead.json", {"rows": rows})
 
 
 def per_call(call: Callable[[], object], quick: bool) -> float:
-    """Microseconds, the least of several means: everything else that runs here only adds."""
+    """Microseconds per call: the least of several means, as everything else that runs on the machine only adds."""
     calls, means = 200, []
     for _ in range(3 if quick else 15):
         started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""What ptxas makes of every shipped kernel configuration: registers, spills, shared memory, instructions a weight.
+"""What ptxas makes of every shipped kernel configuration: registers, spills, shared memory, instructions per weight.
 
-Needs no GPU. Decode on an H200 at its full bandwidth leaves 4.1 issue slots a weight at 4 bits and 2.2 at 2 bits.
+It needs no GPU. At its full bandwidth an H200 leaves decode 4.1 issue slots per weight at 4 bits and 2.2 at 2 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.configs import TABLE, Key, rows_of_table
 
 FORMATS = ("nf2", "int2", "int2_sym", "nf4", "int4", "int4_sym", "uniform4", "int8")
-TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # of large tiles: what scales a weight is the same for all formats
+TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # Of large tiles, which scale weights the same way in all formats.
 
 
 def run(output: Path, *, quick: bool) -> None:
@@ -43,14 +43,14 @@ def cases(capability: int) -> Iterator[tuple[Case, str | None]]:
 
 
 def decode_keys(format: str, capability: int) -> list[Key]:
-    """What `decode_linear` has configurations for, as a device of that capability asks for them."""
+    """The keys of decode's configurations, as a device of that capability asks for them."""
     places = {(key.rows, key.shape) for key in TABLE if key.kernel == "decode"}
     return [Key("decode", capability, get_format(format).bits, rows, shape) for rows, shape in sorted(places)]
 
 
 def _row(case: Case, shape: str | None, launch: Launch, capability: int) -> dict:
     code, config = machine_code(launch, capability), case.config
-    weights = case.weights_a_thread()
+    weights = case.weights_per_thread()
     return {
         "kernel": launch.name,
         "format": case.format if case.kernel != "lora" else None,

@@ -1,4 +1,4 @@
-"""What the launchers would launch, compiled for a GPU that need not be there, and what its machine code holds."""
+"""The kernels of a launch, compiled for a GPU that need not be there, and what their machine code holds."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from loftq_kernels.formats import empty_packed
 from loftq_kernels.formats.format import get_format
 from loftq_kernels.triton_kernels.codebooks import codebook_values
 from loftq_kernels.triton_kernels.configs import TILE, Config
-from loftq_kernels.triton_kernels.decode_linear import decode_linear
+from loftq_kernels.triton_kernels.decode_launch import decode_linear
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.device import DEVICES
 from loftq_kernels.triton_kernels.grad_input import launch_grad_input
-from loftq_kernels.triton_kernels.lora import launch_lora_expand, launch_lora_shrink
+from loftq_kernels.triton_kernels.lora import launch_lora_down, launch_lora_up
 from loftq_kernels.triton_kernels.prefill_linear import launch_prefill_linear
-from loftq_kernels.triton_kernels.tiles import decode_constexprs
+from loftq_kernels.triton_kernels.tiles import tile_decoder
 
 TARGETS = (80, 89, 90, 100)
-TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # opcodes, of whole tiles on 90 and 100
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # Opcodes; on 90 and 100 those of whole tiles.
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -50,7 +51,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def captured_launches() -> Iterator[list[Launch]]:
-    """A list that launches within are added to instead of being run."""
+    """A list to which launches within are added instead of being run."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -68,7 +69,7 @@ def captured_launches() -> Iterator[list[Launch]]:
 class Case:
     """A call of a launcher."""
 
-    kernel: str  # decode, prefill, grad_input, dequantize, lora
+    kernel: str  # decode, prefill, grad_input, dequantize or lora
     format: str = "nf4"
     config: Config | None = None
     group_size: int = 64
@@ -77,21 +78,22 @@ class Case:
     in_features: int = 4096
     rank: int = 16
     extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits of K
+    adapter_dtype: torch.dtype | None = None  # None: that of x
 
-    def weights_a_thread(self) -> float | None:
-        """Weights that an iteration of the main loop decodes, shared out among the threads; None: no such loop."""
+    def weights_per_thread(self) -> float | None:
+        """Weights that a thread decodes per iteration of the main loop, or None for a kernel without such a loop."""
         if self.config is None:
             return None
         config, step = self.config, self.config.block_k
         if self.kernel == "decode":
             step = config.for_group(self.group_size).block_k
         elif self.kernel == "prefill" and get_format(self.format).bits == 8:
-            step = TILE // 2  # lest an iteration have two groups of 32
+            step = TILE // 2  # So that no iteration has two groups of 32.
         return config.block_n * step / (32 * config.num_warps)
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the case launches; launchers look at nothing but shapes, strides and the code book."""
+    """The launches of a case. Launchers look at nothing but shapes, dtypes, strides and the code book."""
     rows = case.config.block_m if case.kernel == "decode" else 512
     codebook = get_format(case.format).codebook()
     n, k, rank = case.out_features, case.in_features, case.rank
@@ -103,26 +105,27 @@ def launches(case: Case) -> list[Launch]:
 
     x, y, h = empty(rows, k), empty(rows, n), empty(rows, rank)
     ids, bias = empty(rows, dtype=torch.int64), empty(n) if case.extras else None
-    lora_A, lora_B = empty(1, rank, k), empty(1, n, rank)
+    lora_A, lora_B = (empty(1, *shape, dtype=case.adapter_dtype or case.dtype) for shape in ((rank, k), (n, rank)))
     with captured_launches() as captured:
         if case.kernel == "decode":
             adapters = (lora_A, lora_B, ids, 0.5, bias) if case.extras else ()
-            decode_linear(x, *weight, *adapters, config=case.config, splits=2 if case.extras else 1)
+            splits = 2 if case.extras else 1
+            decode_linear(x, *weight, *adapters, config=case.config, splits=splits, device=DEVICES[90])
         elif case.kernel == "prefill":
             adapters = (h, lora_B, ids) if case.extras else (None, None, None)
             splits = 2 if case.extras and case.config.fill else 1
-            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True, along=True)
-            launch_prefill_linear(x, *weight, decoding, *adapters, bias, y, case.config, splits)
+            decoder = tile_decoder(codebook_values(codebook), case.dtype, True, along=True)
+            launch_prefill_linear(x, *weight, decoder, *adapters, bias, y, case.config, splits)
         elif case.kernel == "grad_input":
             adapter = (h, lora_A[0]) if case.extras else (None, None)
-            decoding = decode_constexprs(codebook_values(codebook), case.dtype, True, along=False)
-            launch_grad_input(y, *weight, decoding, *adapter, x, case.config)
+            decoder = tile_decoder(codebook_values(codebook), case.dtype, True, along=False)
+            launch_grad_input(y, *weight, decoder, *adapter, x, case.config)
         elif case.kernel == "dequantize":
             launch_dequantize(*weight, empty(n, k))
         else:
             adapters = ids if case.extras else None
-            launch_lora_shrink(x, lora_A, adapters, 0.5, multiprocessors=132)
-            launch_lora_expand(y, h, lora_B, adapters)
+            launch_lora_down(x, lora_A, adapters, 0.5, multiprocessors=132)
+            launch_lora_up(y, h, lora_B, adapters)
     return captured
 
 
@@ -134,19 +137,19 @@ class Machine:
     """What the cubin of one kernel needs, and the instructions of its main loop by opcode."""
 
     registers: int
-    spills: int  # STL and LDL, anywhere in the kernel
+    spills: int  # STL and LDL instructions, anywhere in the kernel
     shared: int  # bytes
     loop: Counter
 
     def loop_instructions(self) -> int:
-        return sum(self.loop.values()) - self.loop["NOP"]  # padding ahead of a label, not of every iteration's work
+        return sum(self.loop.values()) - self.loop["NOP"]  # NOPs pad the code ahead of a label.
 
     def tensor_instructions(self) -> int:
         return _tensor_instructions(self.loop)
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel as Triton would compile it for the launch on a device: its own binder tells what it specialises."""
+    """The kernel as Triton would compile it for the launch on a device: Triton's own binder specializes it."""
     kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -193,7 +196,7 @@ def parse(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     for i, line in enumerate(instructions):
         target = re.search(r"\bBRA\b.*?(\.L_\w+)", line)
         first = labels.get(target.group(1), i) if target else i
-        # A branch back over the kernel's end is the return of waiting code that ptxas puts out of the way.
+        # ptxas puts waiting code behind the kernel's end: its branch back over that end makes no loop.
         if first < i and not any(between.startswith("EXIT") for between in instructions[first:i]):
             loops.append((first, i))
     return instructions, loops
@@ -209,8 +212,8 @@ def _tensor_instructions(opcodes: Counter) -> int:
 
 
 def main_loop(instructions: list[str], loops: list[tuple[int, int]]) -> Counter:
-    """Opcodes of the longest innermost loop, among those that multiply if any does: spins, which may be within it, and
-    the adapters' loops are shorter."""
+    """Opcodes of the longest innermost loop, of those that multiply if any does. Loops that wait, which may be within
+    it, and the adapters' loops are shorter."""
     counts = {loop: Counter(opcode(line) for line in instructions[loop[0] : loop[1] + 1]) for loop in loops}
     counts = {loop: count for loop, count in counts.items() if _tensor_instructions(count)} or counts
     innermost = [

@@ -45,7 +45,7 @@ def repair() -> None:
         return dot(self, a, b, d, *options)
 
     def patched_set_index(self, *at):
-        self.asm_registers = {}  # a program has its own
+        self.asm_registers = {}  # Each program has its own.
         set_index(self, *at)
 
     def patched_asm(self, asm, constraints, values, types, is_pure, pack):
@@ -66,10 +66,10 @@ def inline_asm(
     """`tl.inline_asm_elementwise`: an array of each of types, in the shape of values. registers: of the whole program.
 
     The asm gets `pack` elements of each value at a time, in as many 32-bit registers as they fill, and yields as many
-    of each type: of 4, one register of bytes, two of 16-bit floats, four of float32. Which elements are together is for
-    Triton to say, which takes those that follow one another in a thread's registers. Here neighbours in the last
-    dimension are, and they are on a device in the layouts that these kernels come to: a thread loads, or has of a
-    product's operand, at least four bytes of a row. A layout where it has not is only seen on a device.
+    of each type: 4 elements are one register of bytes, two of 16-bit floats or four of float32. On a device Triton
+    takes elements that follow one another in a thread's registers; here they are neighbours in the last dimension. The
+    two agree in the layouts that these kernels have, where a thread loads, or holds of a product's operand, at least
+    four bytes of a row. A layout where they do not agree would be seen on a device alone.
     """
     shape, outputs = values[0].shape, [pack * kind.itemsize // 4 for kind in types]
     inputs = [word for value in values for word in _to_words(value, pack)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from loftq_kernels.triton_kernels import autotune, configs  # noqa: E402
 from loftq_kernels.triton_kernels.configs import TABLE, Config, Key  # noqa: E402
+from loftq_kernels.triton_kernels.device import DEVICES  # noqa: E402
 
 KEY = Key("decode", 90, 4, 8, "tall")
 KEYS = (
@@ -89,7 +91,7 @@ def test_tuned_once(device, tmp_path, monkeypatch):
 
 
 def test_groups_that_a_row_cannot_hold_are_the_tables(device):
-    """Found for groups of 64: with 256 columns a step, eight stages are more than the shared memory of sm_89."""
+    """Found for groups of 64: with 256 columns per step, eight stages are more than the shared memory of sm_89."""
     key, config = Key("decode", 89, 8, 16, "tall"), Config(16, 64, 64, 2, 8, 4)
     autotune.cache_of(DEVICE).store(key, config, 1.0)
     assert autotune.tuned(key, 64, DEVICE, None) == config
@@ -185,9 +187,10 @@ def test_enabled(monkeypatch):
 
 
 def test_the_launcher_asks(device, monkeypatch):
-    """decode_linear on a fake device: searched at the first call of a shape class, launched as found."""
+    """The backend on a fake device: searched at the first call of a shape class, launched as found."""
     import loftq_kernels as lk
-    from loftq_kernels.triton_kernels import decode_linear
+    from loftq_kernels.ops import triton_backend
+    from loftq_kernels.triton_kernels import decode_launch
 
     launched = []
 
@@ -195,9 +198,10 @@ def test_the_launcher_asks(device, monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **options: launched.append((options["BLOCK_N"], options["TILES"]))
 
-    monkeypatch.setattr(decode_linear, "_decode_linear_kernel", Kernel())
-    monkeypatch.setattr(decode_linear, "_device", lambda device: (90, 1))
-    monkeypatch.setattr(decode_linear, "_plans", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # for CPU tensors
+    monkeypatch.setattr(decode_launch, "decode_linear_kernel", Kernel())
+    monkeypatch.setattr(decode_launch, "device_of", lambda device: replace(DEVICES[90], multiprocessors=1))
+    monkeypatch.setattr(triton_backend, "_routes", {})
     monkeypatch.setattr(autotune, "enabled", lambda device: True)
 
     def measure(run):
@@ -206,9 +210,9 @@ def test_the_launcher_asks(device, monkeypatch):
 
     monkeypatch.setattr(autotune, "measure", measure)
     packed = lk.quantize(torch.randn(256, 512), backend="reference")
-    arguments = packed.codes, packed.scale, packed.offset, packed.codebook, 64
+    arguments = packed.codes, packed.scale, packed.offset, packed.codebook, 64, None, None, 1.0, None
     x = torch.randn(1, 512, dtype=torch.float16)
     for rows, searched in ((1, True), (1, False), (3, False)):
         del launched[:]
-        decode_linear.decode_linear(x.expand(rows, 512).contiguous(), *arguments)
+        triton_backend.qlora_linear(x.expand(rows, 512).contiguous(), *arguments)
         assert (len(launched) > 1) == searched and launched[-1] == (BEST.block_n, BEST.tiles)

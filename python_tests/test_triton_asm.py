@@ -23,7 +23,7 @@ WORDS = BYTES.view(np.uint32)[:, 0]
 
 
 def run(setup: str, asm: str, outputs: int, words: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """What asm yields for registers of packed bytes, as many a field as dtype has bytes: float64 [fields, words, 4]."""
+    """What asm yields for registers of packed bytes, dtype.itemsize of them per field: float64 [fields, words, 4]."""
     registers: ptx.Registers = {}
     ptx.run(setup, [np.zeros(1, dtype=np.uint32)], 1, registers)
     results = [np.broadcast_to(result, words.shape) for result in ptx.run(asm, [words], outputs, registers)]

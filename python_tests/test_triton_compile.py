@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -25,7 +26,6 @@ from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import (
     DECODE_BLOCK_M,
     DECODE_FLOAT32,
-    SHARED_MEMORY,
     TABLE,
     Config,
     Key,
@@ -35,13 +35,15 @@ from loftq_kernels.triton_kernels.configs import (
     why_invalid,
 )
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from loftq_kernels.triton_kernels.device import DEVICES, describe
 from loftq_kernels.triton_kernels.grad_input import launch_grad_input
-from loftq_kernels.triton_kernels.lora import launch_lora_expand, launch_lora_shrink
+from loftq_kernels.triton_kernels.lora import launch_lora_down, launch_lora_up
 from loftq_kernels.triton_kernels.prefill_linear import launch_prefill_linear
-from loftq_kernels.triton_kernels.tiles import decode_constexprs
+from loftq_kernels.triton_kernels.tiles import tile_decoder
 
-# Instructions a weight in the main loop, sm_90, g=64, M <= 8, of tall shapes and of small ones. The aims are 4.5 (nf4),
-# 2.5 (nf2), 2.6 (int4) and 1.8 (int2), which small shapes of int2 miss with their offsets.
+H200 = DEVICES[90]
+# Instructions per weight in the main loop, on sm_90 with groups of 64 and M <= 8, of tall shapes and of small ones. The
+# aims are 4.5 (nf4), 2.5 (nf2), 2.6 (int4) and 1.8 (int2), which small shapes of int2 miss because of their offsets.
 LIMITS = {
     "nf4": (3.6, 3.6),
     "nf2": (2.0, 2.2),
@@ -68,13 +70,13 @@ def checked(case: Case, capability: int) -> Machine:
     (launch,) = launches(case)
     code = machine_code(launch, capability)
     assert code.spills == 0
-    assert code.shared <= SHARED_MEMORY[capability]
+    assert code.shared <= describe(capability).shared_memory
     return code
 
 
 @pytest.mark.parametrize("format, capability, block_m, shape", DECODE_CASES)
 def test_decode(format, capability, block_m, shape):
-    """With everything that a launch may ask for: adapters to choose from, bias, splits."""
+    """With everything that a launch may have: adapters to choose from, bias, splits."""
     config = config_of(format, capability, block_m, shape)
     code = checked(Case("decode", format, config, dtype=torch.float16, extras=True), capability)
     assert code.tensor_instructions() > 0
@@ -82,19 +84,38 @@ def test_decode(format, capability, block_m, shape):
 
 @pytest.mark.parametrize("shape", ["tall", "small"])
 @pytest.mark.parametrize("format", LIMITS)
-def test_instructions_a_weight(format, shape):
+def test_instructions_per_weight(format, shape):
     case = Case("decode", format, config_of(format, 90, 8, shape))
     code = checked(case, 90)
-    assert code.loop_instructions() / case.weights_a_thread() <= LIMITS[format][shape == "small"]
-    # No weight is moved between lanes or to shared memory: the few shuffles are of the constants that correct fields.
+    assert code.loop_instructions() / case.weights_per_thread() <= LIMITS[format][shape == "small"]
+    # No weight is moved between lanes or to shared memory: the few shuffles move the constants that correct fields.
     assert code.loop["SHFL"] <= 16 and code.loop["HGMMA"] == 0
+
+
+# int8 in bfloat16 has two planes, and in float16 one.
+FLOAT32_ADAPTERS = [
+    (*case, dtype)
+    for case, dtype in zip(
+        product(("int2", "nf4", "int8"), (80, 90, 100), DECODE_BLOCK_M),
+        cycle((torch.float16, torch.bfloat16, torch.bfloat16, torch.float16)),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("format, capability, block_m, dtype", FLOAT32_ADAPTERS, ids=str)
+def test_decode_float32_adapters(format, capability, block_m, dtype):
+    """Adapters that the kernel converts as it loads them, of a rank that fills a block of ranks."""
+    config = config_of(format, capability, block_m, "tall")
+    case = Case("decode", format, config, dtype=dtype, rank=32, extras=True, adapter_dtype=torch.float32)
+    assert checked(case, capability).tensor_instructions() > 0
 
 
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("format", ["nf2", "int2", "int4"])
 @pytest.mark.parametrize("group_size", [32, 128, 256, -1])
 def test_decode_groups(group_size, format, extras):
-    """The other group sizes, with tails of K."""
+    """The other group sizes, with a tail of K."""
     config = config_of(format, 90, 8, "tall")
     case = Case("decode", format, config, group_size, in_features=4096 + 16, extras=extras)
     assert checked(case, 90).tensor_instructions() > 0
@@ -114,18 +135,20 @@ ODD_CASES += [(kernel, 512, format) for kernel in ("prefill", "grad_input") for 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_odd_shapes(kernel, rows, format, capability):
     """What `choose` gives for shapes that are no multiples of 16, whose elements are loaded and stored one by one."""
-    config = choose(kernel, capability, get_format(format).bits, rows, 4095, 4095, 132)
+    device = replace(describe(capability), multiprocessors=132)
+    config = choose(kernel, device, get_format(format).bits, rows, 4095, 4095)
     checked(Case(kernel, format, config, out_features=4095, in_features=4095, rank=12, extras=True), capability)
 
 
 def tile_cases() -> Iterator:
-    """Every tile of the table at every width, and groups that share a step (32), that hold steps (64), that are whole
-    rows. sm_89 has sm_80's tiles and tensor cores: only the worst is compiled for it, groups of 32. Those go without
-    adapter and bias, with which ptxas was seen to spill less."""
+    """Every tile of the table at every width, with groups that share a step (32), that hold steps (64) and that are
+    whole rows. sm_89 has sm_80's tiles and tensor cores: only groups of 32, the worst, are compiled for it. Those come
+    without adapter and bias, as ptxas was seen to spill less with them."""
     dtypes = cycle((torch.bfloat16, torch.float16))
     for kernel, capability in product(("prefill", "grad_input"), TARGETS):
         for format, group_size in product(("int2", "int4", "int8"), (32,) if capability == 89 else (32, 64, -1)):
-            # Offsets take registers, tables are decoded otherwise: one of the three without the one, with the other.
+            # Offsets take registers, and tables are decoded in another way: one of the three group sizes has no offsets
+            # but a table.
             named = format.replace("int", "nf") if group_size == 64 and format != "int8" else format
             for config in rows_of_table(Key(kernel, capability, get_format(format).bits, 512, "tall")):
                 case = Case(kernel, named, config, group_size, next(dtypes), extras=group_size != 32)
@@ -139,7 +162,7 @@ def test_tiles(case, capability):
     has made for sm_100, would have no such loop."""
     code = checked(case, capability)
     assert code.loop[TENSOR_CORES[capability]] > 0
-    assert 4 <= code.loop_instructions() / case.weights_a_thread() <= 64
+    assert 4 <= code.loop_instructions() / case.weights_per_thread() <= 64
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -147,23 +170,23 @@ def test_tiles(case, capability):
 def test_small_kernels(case, capability):
     for launch in launches(case):
         code = machine_code(launch, capability)
-        assert code.spills == 0 and code.shared <= SHARED_MEMORY[capability]
-        assert (code.tensor_instructions() > 0) == (launch.name in ("lora_shrink", "lora_expand"))
+        assert code.spills == 0 and code.shared <= describe(capability).shared_memory
+        assert (code.tensor_instructions() > 0) == (launch.name in ("lora_down", "lora_up"))
 
 
 def test_grids_of_a_million_rows():
     """CUDA takes 2^31 - 1 blocks along x, but 65535 along y and z."""
     rows = 1_000_000
     codebook = get_format("nf4").codebook()
-    decoding = decode_constexprs(tuple(codebook.tolist()), torch.bfloat16, True, along=True)
+    decoder = tile_decoder(tuple(codebook.tolist()), torch.bfloat16, True, along=True)
     tall, narrow = (empty_packed(n, 1024, "nf4", 64, device="meta") for n in (rows, 256))
     x, y = (torch.empty(8 * rows, k, dtype=torch.bfloat16, device="meta") for k in (1024, 256))
     tiles = [rows_of_table(Key(kernel, 90, 4, 64, "tall"))[0] for kernel in ("prefill", "grad_input")]
     with captured_launches() as launched:
         launch_dequantize(tall.codes, tall.scale, None, codebook, 64, x[:rows])
-        h = launch_lora_shrink(x, x[:16].unsqueeze(0), None, 1.0, 132)
-        launch_lora_expand(y, h, y[:16].T.unsqueeze(0), None)
-        stored = narrow.codes, narrow.scale, None, codebook, 64, decoding
+        h = launch_lora_down(x, x[:16].unsqueeze(0), None, 1.0, 132)
+        launch_lora_up(y, h, y[:16].T.unsqueeze(0), None)
+        stored = narrow.codes, narrow.scale, None, codebook, 64, decoder
         launch_prefill_linear(x, *stored, None, None, None, None, y, tiles[0])
         launch_grad_input(y, *stored, None, None, x, tiles[1])
     assert len(launched) == 5
@@ -173,7 +196,7 @@ def test_grids_of_a_million_rows():
 
 
 def test_table_is_valid():
-    """By the rules that candidates of a search and rows of its cache are held to."""
+    """By the rules that candidates of a search and rows of its cache have to keep as well."""
     for key, rows in TABLE.items():
         for capability in (*TARGETS, 120):
             if configs.architectures(capability, key.kernel)[0] != key.architecture:
@@ -205,7 +228,7 @@ def test_why_invalid():
 
 def test_choice():
     with pytest.raises(ValueError, match="7.5"):
-        choose("decode", 75, 4, 1, 4096, 4096, 132)
+        choose("decode", replace(H200, capability=75), 4, 1, 4096, 4096)
     config = Config(8, 32, 256, 2, 4, 4)
     assert splits(config, 4, 1, 4096, 4096, 132) == 4  # 512 programs for 132 multiprocessors
     assert splits(config, 4, 1, 1 << 20, 4096, 132) == 1
@@ -213,12 +236,13 @@ def test_choice():
     assert splits(Config(64, 64, 64, 4, 4, 2), 4, 64, 4096, 4096, 132) == 4  # 256 programs
     assert splits(Config(64, 64, 64, 4, 4, 2), 2, 64, 4096, 4096, 132) == 2  # parts no larger than the codes
     assert splits(Config(64, 64, 64, 4, 4), 4, 64, 4096, 4096, 132) == 1
-    assert choose("decode", 90, 4, 9, 1 << 15, 4096, 132) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
-    assert choose("decode", 120, 8, 1, 4096, 4096, 132) == TABLE[Key("decode", 80, 8, 8, "small")][0]
+    assert choose("decode", H200, 4, 9, 1 << 15, 4096) == TABLE[Key("decode", 80, 4, 16, "tall")][0]
+    newest = replace(describe(120), capability=120, multiprocessors=132)
+    assert choose("decode", newest, 8, 1, 4096, 4096) == TABLE[Key("decode", 80, 8, 8, "small")][0]
     for rows, sizes in ((4096, (256, 128)), (256, (128, 64)), (64, (64, 64)), (20, (32, 64)), (1, (32, 64))):
-        config = choose("prefill", 90, 4, rows, 4096, 4096, 132)
+        config = choose("prefill", H200, 4, rows, 4096, 4096)
         assert (config.block_m, config.block_n) == sizes
-    assert choose("grad_input", 120, 4, 4096, 4096, 4096, 132) in TABLE[Key("grad_input", 80, 0, 0, "")]
+    assert choose("grad_input", newest, 4, 4096, 4096, 4096) in TABLE[Key("grad_input", 80, 0, 0, "")]
 
 
 def test_a_row_of_a_newer_architecture_leaves_the_others_to_the_older(monkeypatch):
@@ -240,7 +264,7 @@ def test_the_row_that_says_most_is_taken(monkeypatch):
 
 
 def test_main_loop():
-    """The loop that multiplies is found behind a longer one that does not, and not for the outer one around it."""
+    """The loop that multiplies is found: not a longer one before it that does not, nor the outer one around it."""
     lines = [".L_a:", *["/*0000*/ IADD3 R1, R1, R2 ;"] * 9, "/*0010*/ @P0 BRA `(.L_a) ;"]
     lines += [".L_b:", "/*0020*/ MOV R1, R2 ;", ".L_c:", "/*0030*/ @!P1 HMMA.16816.F32 R0, R4, R8, R0 ;"]
     lines += ["/*0040*/ @P0 BRA `(.L_c) ;", "/*0050*/ @P1 BRA `(.L_b) ;", "/*0060*/ BRA `(.L_end) ;", ".L_end:"]
@@ -250,7 +274,7 @@ def test_main_loop():
 
 
 def test_main_loop_with_waits():
-    """A spin within the loop is part of it; what waits behind the kernel's end and branches back makes no loop."""
+    """A loop that waits within the main loop is part of it. Code that waits behind the kernel's end makes no loop."""
     lines = [".L_a:", "UTCHMMA gdesc[UR4], tmem[UR6] ;", ".L_spin:", "SYNCS R1 ;", "@!P0 BRA `(.L_spin) ;"]
     lines += [".L_back:", "@P1 BRA `(.L_a) ;", "EXIT ;", "SYNCS R1 ;", "BRA `(.L_back) ;"]
     instructions, loops = parse("\n".join(line if line.startswith(".") else f"  /*0000*/ {line}" for line in lines))

@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 import random
-from types import SimpleNamespace
+from dataclasses import replace
 
 import interpreter
 import ptx
@@ -22,6 +22,7 @@ import loftq_kernels as lk
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import triton_backend
 from loftq_kernels.ops.checks import SCALE_DTYPES
+from loftq_kernels.triton_kernels import device as devices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -141,21 +142,19 @@ def test_decoded_weights_are_exact(format, dtype, device):
 
 
 @pytest.fixture
-def asm(device, monkeypatch) -> list[str]:
+def asm(device, monkeypatch, request) -> list[str]:
     """The kernels decode by inline PTX, as on a device. The texts that the interpreter comes to are added to the list.
 
-    The kernels' modules ask Triton and `triton_backend` whether they are interpreted: here they hear that they are not.
+    The backend and decode ask the `Device` record of the interpreter whether kernels may hold PTX: here it says so.
     """
     texts = []
     if device == "cpu":
-        from loftq_kernels.triton_kernels import decode_linear
-
         run = ptx.run
         monkeypatch.setattr(ptx, "run", lambda text, *operands: texts.append(text) or run(text, *operands))
-        monkeypatch.setattr(decode_linear, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-        monkeypatch.setattr(decode_linear, "_plans", {})  # made for kernels without
-        about = SimpleNamespace(**{**vars(triton_backend._device(torch.device("cpu"))), "asm": True})
-        monkeypatch.setattr(triton_backend, "_device", lambda device: about)
+        monkeypatch.setattr(devices, "INTERPRETER", replace(devices.INTERPRETER, ptx=True))
+        monkeypatch.setattr(triton_backend, "_routes", {})  # Those known hold plans of kernels without PTX.
+        devices.device_of.cache_clear()
+        request.addfinalizer(devices.device_of.cache_clear)
     return texts
 
 
@@ -286,6 +285,65 @@ def test_views_and_adapters_of_another_dtype(rows, device):
         y = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="triton")
         plain = lk.qlora_linear(x, packed, lora_A, lora_B, bias=bias, backend="reference")
         assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B, 1.0, bias), plain, x.dtype)
+
+
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float32), (torch.bfloat16, torch.float64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_takes_adapters_of_any_dtype(dtype, kinds, device):
+    """One for all rows and one per row, after adapters of the same shapes in the dtype of x."""
+    packed, x = lk.quantize(gaussian(40, 200)).to(device), gaussian(3, 200, device=device, dtype=dtype)
+    ids = torch.tensor([0, -1, 0], device=device)
+    for kind_A, kind_B in ((dtype, dtype), kinds):
+        lora_A, lora_B = (
+            t.to(kind) for t, kind in zip(adapter(40, 200, 5, device=device), (kind_A, kind_B), strict=True)
+        )
+        y = triton_backend.qlora_linear(x, *op_arguments(packed), 64, lora_A, lora_B, 0.5, None)
+        exact = exact_qlora_linear(x, packed, lora_A, lora_B, 0.5)
+        arguments = x, *op_arguments(packed), 64, lora_A, lora_B, 0.5, None
+        plain = lk.ops.functional.reference.qlora_linear(*arguments)
+        assert y.dtype == dtype
+        assert_close(y, exact, plain, dtype)
+        stacked = lora_A.unsqueeze(0), lora_B.unsqueeze(0)
+        by_row = triton_backend.qlora_linear_multi(x, *op_arguments(packed), 64, *stacked, ids, 0.5, None)
+        assert_close(by_row[::2], exact[::2], plain[::2], dtype)
+
+
+def test_what_was_decided_is_looked_up_and_nothing_else_is(device, monkeypatch):
+    """A second call of the same kind checks nothing; a call that differs in any way is checked, or planned anew."""
+    checked = []
+    check = triton_backend._check
+    monkeypatch.setattr(triton_backend, "_routes", {})
+    monkeypatch.setattr(triton_backend, "_check", lambda *arguments: checked.append(1) or check(*arguments))
+    nf4, uniform4 = (lk.quantize(gaussian(7, 128), format).to(device) for format in ("nf4", "uniform4"))
+    x = gaussian(3, 128, device=device, dtype=torch.float16)
+    lora_A, lora_B = adapter(7, 128, 3, device=device, dtype=torch.float16)
+    misaligned = torch.cat([nf4.scale.flatten()[:1], nf4.scale.flatten()])[1:].view_as(nf4.scale)
+
+    def checks_of(packed, x, lora_A, lora_B, scale=None) -> int:
+        del checked[:]
+        codes, own_scale, offset, codebook = op_arguments(packed)
+        arguments = x, codes, own_scale if scale is None else scale, offset, codebook, 64, lora_A, lora_B, 1.0, None
+        y = triton_backend.qlora_linear(*arguments)
+        plain = lk.ops.functional.reference.qlora_linear(*arguments)
+        assert_close(y, exact_qlora_linear(x, packed, lora_A, lora_B), plain, x.dtype)
+        return len(checked)
+
+    assert checks_of(nf4, x, lora_A, lora_B) == 1
+    assert checks_of(nf4, x + 1, lora_A.clone(), lora_B) == 0
+    others = [
+        (uniform4, x, lora_A, lora_B),
+        (nf4, x[:2], lora_A, lora_B),
+        (nf4, x.bfloat16(), lora_A, lora_B),
+        (nf4, x, None, None),
+        (nf4, x, lora_A.float(), lora_B),
+        (nf4, x, lora_A, lora_B.float()),
+        (nf4, x, lora_A, lora_B, misaligned),
+    ]
+    assert [checks_of(*other) for other in others] == [1] * len(others)
+    assert [checks_of(*other) for other in others] == [0] * len(others)
+    for wrong in (lora_A[:2], lora_A[:, :64], lora_A.long()):
+        with pytest.raises((TypeError, ValueError), match="lora_[AB]"):
+            checks_of(nf4, x, wrong, lora_B)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -48,6 +48,17 @@ CASES: dict[str, dict] = {
     **{f"{name} in bfloat16": dict(format=name, M=2, N=40, K=200, dtype="bfloat16") for name in FORMATS},
     "bfloat16 adapter": dict(format="int4", M=3, N=40, K=600, rank=20, splits=2, bias=True, dtype="bfloat16"),
     "bfloat16 adapters": dict(format="nf4", M=9, N=40, K=100, rank=3, adapters=4, dtype="bfloat16"),
+    # Adapters of other dtypes than x: one for all rows and several, in splits and not.
+    "float32 adapter": dict(
+        format="int4", M=3, N=40, K=600, rank=20, splits=2, dtype="bfloat16", adapter_dtypes=("float32", "float32")
+    ),
+    "float32 adapters": dict(
+        format="nf4", M=9, N=40, K=100, rank=3, adapters=4, dtype="float16", adapter_dtypes=("float32", "float32")
+    ),
+    "narrow adapter": dict(format="nf4", M=3, N=40, K=300, rank=17, adapter_dtypes=("bfloat16", "float16")),
+    "mixed adapters": dict(
+        format="int8", M=10, N=33, K=330, rank=17, adapters=3, dtype="bfloat16", adapter_dtypes=("float32", "float16")
+    ),
 }
 # Programs in an order that no device has shown: who needs x A^T makes it.
 REVERSED = {
@@ -104,7 +115,7 @@ def test_large_on_gpu(format, dtype):
 @pytest.mark.gpu
 def test_adapter_out_of_range_on_gpu():
     """Its row is NaN, the others are right."""
-    from loftq_kernels.triton_kernels.decode_linear import decode_linear
+    from loftq_kernels.triton_kernels.decode_launch import decode_linear
 
     packed = lk.quantize(torch.randn(64, 128), backend="reference").to("cuda")
     stored = packed.codes, packed.scale, packed.offset, packed.codebook

@@ -35,13 +35,15 @@ def decode_linear_case(
     tiles: int = 1,
     splits: int | None = None,
     seed: int = 0,
+    adapter_dtypes: tuple[str, str] | None = None,
 ) -> dict[str, float]:
     """Relative errors against float64: of the kernel, and of plain torch in the same dtype.
 
     adapters: how many there are to choose from, by random ids with -1 among them; 0: one for all rows.
+    adapter_dtypes: of lora_A and lora_B; None: that of x.
     """
     from loftq_kernels.triton_kernels.configs import Config
-    from loftq_kernels.triton_kernels.decode_linear import decode_linear
+    from loftq_kernels.triton_kernels.decode_launch import decode_linear
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,8 +55,9 @@ def decode_linear_case(
     x = normal(M, K).to(kind).to(device)
     lora_A = lora_B = ids = None
     if rank:
-        lora_A = (normal(max(adapters, 1), rank, K) / K**0.5).to(kind).to(device)
-        lora_B = normal(max(adapters, 1), N, rank).to(kind).to(device)
+        kinds = [getattr(torch, name) for name in adapter_dtypes or (dtype, dtype)]
+        lora_A = (normal(max(adapters, 1), rank, K) / K**0.5).to(kinds[0]).to(device)
+        lora_B = normal(max(adapters, 1), N, rank).to(kinds[1]).to(device)
         if adapters:
             ids = torch.randint(-1, adapters, (M,), generator=generator).to(device)
     bias_values = normal(N).to(kind).to(device) if bias else None
@@ -96,7 +99,7 @@ def _expected(x, packed, lora_A, lora_B, ids, bias, precision) -> Tensor:
 
 @contextmanager
 def grid_reversed() -> Iterator[None]:
-    """Programs run one after the other, here from the last to the first: nobody may wait for one that comes later."""
+    """The interpreter runs programs one by one, here from the last to the first: none may wait for a later one."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     builder, set_index = InterpreterBuilder, InterpreterBuilder.set_grid_idx

@@ -1,1 +1,1 @@
-"""Triton kernels on raw tensors and ints; one kernel a file with its launcher below. This file imports no triton."""
+"""Triton kernels on raw tensors and ints, each in a file with what launches it. This file imports no Triton."""

@@ -1,7 +1,7 @@
 """``LOFTQ_AUTOTUNE=1``: configurations measured on the device at hand instead of the table's, and remembered on disk.
 
-The first eager launch of a `Key` times every candidate on its own arguments, which takes seconds to minutes, most of
-them for compiling; later processes read what it found. Nothing is read, queried or made before that first launch.
+The first eager launch of a `Key` times every candidate on its own arguments. That takes seconds to minutes, mostly
+for compiling; later processes read what it found. Nothing is read, queried or made before that first launch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import Config, Key
 
-VERSION = 1  # of the file, and of what the fields of `Config` mean to the kernels
+VERSION = 1  # Of the file, and of what the fields of `Config` mean to the kernels.
 Run = Callable[[Config], object]
-# Failures that a process does not recover from: all candidates that follow would fail too.
+# Signs of failures that a process does not recover from: all later candidates would fail too.
 _LASTING = ("illegal memory access", "misaligned address", "illegal instruction", "launch failure", "assert triggered")
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether launches are to be tuned now: a CUDA graph that is being captured must not be timed."""
+    """Whether launches are to be tuned now. Launches that a CUDA graph captures cannot be timed."""
     if os.environ.get("LOFTQ_AUTOTUNE") != "1" or device.type != "cuda":
         return False
     return not torch.cuda.is_current_stream_capturing()
@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 def measure(run: Callable[[], object]) -> float:
-    """Microseconds of a call with L2 flushed before it, as weights of a whole model leave it."""
+    """Microseconds of a call. L2 is flushed before it, as the other weights of a whole model would do."""
     from triton.testing import do_bench
 
     return 1e3 * do_bench(run, warmup=10, rep=40, return_mode="median")
@@ -53,12 +53,12 @@ def measure(run: Callable[[], object]) -> float:
 def search(
     candidates: Iterable[Config], run: Run, time: Callable[[Callable[[], object]], float]
 ) -> dict[Config, float]:
-    """Microseconds of the candidates, fastest first. Those that do not compile or fit the device are left out."""
+    """Microseconds of the candidates, fastest first, without those that do not compile or do not fit the device."""
     times = {}
     for config in candidates:
         try:
             microseconds = time(lambda config=config: run(config))
-        except Exception as error:  # of many kinds: out of shared memory, of registers, failures of ptxas
+        except Exception as error:  # Too little shared memory, too few registers, failures of ptxas and others.
             if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in _LASTING):
                 raise
             continue
@@ -68,20 +68,20 @@ def search(
 
 
 class Cache:
-    """What was found for one kind of device: a JSON file, which a failure leaves as it was."""
+    """What was found for one kind of device, in a JSON file that a failure leaves as it was."""
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: dict[Key, tuple[Config, float]] = {}
-        self.hopeless: set[Key] = set()  # for which nothing worked, in this process
+        self.hopeless: set[Key] = set()  # Keys for which nothing worked in this process.
         self.load()
 
     def load(self) -> None:
-        """Adds the file's rows. What cannot be read, or breaks a rule of `configs.why_invalid`, is ignored, aloud."""
+        """Add the file's rows. A warning tells what cannot be read or breaks a rule of `configs.why_invalid`."""
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored["version"] != VERSION:
-                return  # of other kernels
+                return  # It was found for other kernels.
             rows = list(stored["rows"])
         except FileNotFoundError:
             return
@@ -100,7 +100,7 @@ class Cache:
                 self._warn(f"has a row that is ignored: {wrong}")
 
     def store(self, key: Key, config: Config, microseconds: float) -> None:
-        """Remembers a row, and writes it beside those that other processes wrote meanwhile."""
+        """Remember a row, and write it together with those that other processes have written meanwhile."""
         self.rows[key] = config, microseconds
         self.load()
         rows = [
@@ -136,7 +136,7 @@ _lock = threading.Lock()
 
 
 def cache_of(device: torch.device) -> Cache:
-    """The cache of the devices of this name."""
+    """The cache that all devices of this device's name share."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", device_name(device)).strip("-") or "unknown"
     path = folder() / f"{name}.json"
     if str(path) not in _caches:
@@ -145,9 +145,11 @@ def cache_of(device: torch.device) -> Cache:
 
 
 def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config | None:
-    """The fastest configuration for a key: the cache's, or what a search finds with `run`; None: none works.
+    """The fastest configuration for a key, from the cache or from a search with `run`, or None if none works.
 
-    Formats, groups and adapters of a key share what the first of them found, unless it does not hold their groups."""
+    All formats, group sizes and adapters of a key share what the first of them found, unless it does not hold their
+    groups.
+    """
     with _lock:
         cache = cache_of(device)
         if key in cache.hopeless:
@@ -164,7 +166,7 @@ def tuned(key: Key, group_size: int, device: torch.device, run: Run) -> Config |
 
 
 def table_rows(cache: Cache) -> str:
-    """The rows of a cache as `configs.TABLE` has them, to be pasted there."""
+    """The rows of a cache as `configs.TABLE` writes them, to be pasted there."""
     lines = []
     for key, (config, microseconds) in sorted(cache.rows.items(), key=lambda item: item[0]):
         sizes = [config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages]

@@ -1,4 +1,4 @@
-"""The products by way of the library's GEMM: the weight is decoded in chunks that stay in L2 until they are used."""
+"""The products by the library's GEMM: the weight is decoded in chunks that stay in L2 until they are multiplied."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from loftq_kernels.triton_kernels.configs import cdiv
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
 
-# Chunks end where groups and tiles do; 256 is also a whole number of the library's own tiles.
+# Chunks end where groups and tiles end. 256 is also a whole number of the library's own tiles.
 ALIGNMENT = 256
 
 
 def _chunks(size: int, other: int, itemsize: int, chunk_bytes: int) -> range:
-    """Starts of chunks of `size` rows (or columns) of `other` elements, of equal sizes as near as alignment allows."""
+    """Starts of the chunks of `size` rows (or columns) of `other` elements each, as equal as alignment allows."""
     most = max(chunk_bytes // max(other * itemsize, 1) // ALIGNMENT, 1) * ALIGNMENT
     step = cdiv(size, max(cdiv(size, most), 1))
     return range(0, size, max(cdiv(step, ALIGNMENT), 1) * ALIGNMENT)
@@ -30,7 +30,7 @@ def chunked_linear(
     y: Tensor,
     chunk_bytes: int,
 ) -> Tensor:
-    """y [M, N] = x [M, K] @ W.T + bias, a chunk of W's rows at a time; workspace: chunk_bytes."""
+    """y [M, N] = x [M, K] @ W.T + bias, one chunk of W's rows at a time, in a workspace of chunk_bytes."""
     out_features, in_features = codes.shape[0], x.shape[1]
     starts = _chunks(out_features, in_features, x.element_size(), chunk_bytes)
     workspace = x.new_empty(min(starts.step, out_features), in_features)
@@ -58,7 +58,7 @@ def chunked_grad_input(
     grad_x: Tensor,
     chunk_bytes: int,
 ) -> Tensor:
-    """grad_x [M, K] = grad_y [M, N] @ W, a chunk of W's columns at a time; workspace: chunk_bytes."""
+    """grad_x [M, K] = grad_y [M, N] @ W, one chunk of W's columns at a time, in a workspace of chunk_bytes."""
     out_features, in_features = codes.shape[0], grad_x.shape[1]
     bits = codebook.numel().bit_length() - 1
     starts = _chunks(in_features, out_features, grad_y.element_size(), chunk_bytes)

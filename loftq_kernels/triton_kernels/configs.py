@@ -1,7 +1,8 @@
 """Launch configurations of every kernel as data, what makes one valid, and how one is chosen. Touches no device.
 
-The table's figures were chosen by what ptxas makes of them (``python -m bench sass``): instructions a weight for
-decode, the largest tile without spills for the others. ``LOFTQ_AUTOTUNE=1`` measures instead: see `autotune`.
+The table's figures were chosen by what ptxas makes of them (``python -m bench sass``): the fewest instructions per
+weight for decode, the largest tile without spills for the others. ``LOFTQ_AUTOTUNE=1`` measures instead: see
+`autotune`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
-TILE = 64  # columns: the tile of the storage contract
-SHARED_MEMORY = {
-    80: 163 << 10,
-    86: 99 << 10,
-    87: 163 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}  # bytes a block
+from loftq_kernels.triton_kernels.device import Device, architecture_of, describe
+
+TILE = 64  # Columns of the storage contract's tile.
 KERNELS = ("decode", "prefill", "grad_input")
 SHAPES = ("small", "tall")
-DECODE_BLOCK_M = (8, 16)  # columns of an mma instruction; fewer rows of x are padded
-ANY = 0  # in a key: bits or rows that a row of the table does not depend on
-MOST_ROWS = 4096  # more rows of x than this are tuned as this many
-MOST_ACCUMULATORS = 128  # a thread of a large tile
-# In shapes that are no multiples of 16, whose elements are loaded and stored one by one: with more, ptxas spills.
+DECODE_BLOCK_M = (8, 16)  # Columns of an mma instruction. Fewer rows of x are padded.
+ANY = 0  # In a key: bits or rows that a row of the table does not depend on.
+MOST_ROWS = 4096  # More rows of x than this are tuned as this many.
+MOST_ACCUMULATORS = 128  # Per thread of a large tile.
+# Per thread in shapes that are no multiples of 16: their elements are loaded and stored one by one, and with more
+# accumulators ptxas spills.
 MOST_ACCUMULATORS_UNALIGNED = 32
 
 
@@ -35,7 +30,7 @@ class Key(NamedTuple):
     """What a configuration is for. rows: a power of two; shape: one of SHAPES, or "" for any."""
 
     kernel: str
-    architecture: int  # 90 for compute capability 9.0
+    architecture: int  # 90 for compute capability 9.0; in a key of a launch the device's own
     bits: int
     rows: int
     shape: str
@@ -43,12 +38,13 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut up.
+    """How a kernel's work is divided among programs.
 
-    block_m: rows of x (or grad_y) a program. block_n: rows of y's transpose a program has, which are the weight's (for
-    grad_input columns of grad_x). block_k: what is summed over at a time; decode: columns of whole tiles; grad_input:
-    rows of the weight; prefill: TILE, which the format fixes. fill: programs a multiprocessor below which decode and
-    prefill split K; 0: they do not.
+    block_m: rows of x (or grad_y) per program.
+    block_n: rows of the weight per program, which are the columns of y (for grad_input: columns of grad_x).
+    block_k: what is summed over at a time. For decode columns of whole tiles, for grad_input rows of the weight, for
+        prefill TILE, which the format fixes.
+    fill: programs per multiprocessor below which decode and prefill split K. With 0 they never split.
     """
 
     block_m: int
@@ -64,17 +60,17 @@ class Config:
 
     @property
     def accumulators(self) -> int:
-        """Registers a thread that hold sums."""
+        """Registers per thread that hold sums."""
         return self.block_m * self.block_n // (32 * self.num_warps)
 
     def for_group(self, group_size: int) -> Config:
-        """Decode: the configuration with steps that hold whole groups."""
+        """For decode: the configuration with steps that hold whole groups."""
         return self if self.block_k >= group_size else replace(self, block_k=group_size)
 
 
-# Of several configurations the first that fits the rows and, split or not, fills the device is taken: largest first.
-# Decode has two warps: with four, a tile of 64 rows would become wgmma, which takes the weight through shared memory.
-# "tall": enough rows for 64 of them a program to fill the device.
+# Several configurations are listed largest first: the first that fits the rows and, split or not, fills the device is
+# taken. Decode has two warps, because with four a tile of 64 rows would become wgmma, which takes the weight through
+# shared memory. A shape is "tall" if programs of 64 rows of the weight fill the device.
 TABLE: dict[Key, tuple[Config, ...]] = {
     Key("decode", 80, 2, 8, "tall"): (Config(8, 128, 256, 2, 4, 4),),
     Key("decode", 80, 2, 8, "small"): (Config(8, 64, 256, 2, 4, 4),),
@@ -94,32 +90,34 @@ TABLE: dict[Key, tuple[Config, ...]] = {
         Config(32, 64, 64, 4, 4, 4),
     ),
     Key("prefill", 90, ANY, ANY, ""): (
-        # Decodes a weight once for 256 rows: 1024 clocks of tensor core, up to 720 of issue. Split, it spills.
+        # It decodes a weight once for 256 rows: 1024 clocks of tensor cores for up to 720 clocks of issue. It spills
+        # when it is split.
         Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 3, 1),
         Config(128, 64, 64, 4, 3, 2),
         Config(64, 64, 64, 4, 4, 2),
         Config(32, 64, 64, 4, 4, 4),
     ),
-    # With 128 rows of 2-bit weights Triton 3.6 makes a kernel of nothing but a trap.
+    # For 128 rows of 2-bit weights Triton 3.6 compiles a kernel that consists of a trap alone.
     Key("prefill", 100, ANY, ANY, ""): (
         Config(64, 128, 64, 8, 4, 2),
         Config(32, 128, 64, 4, 4, 4),
     ),
-    # sm_80's tensor cores take both operands from registers, so warps side by side decode the same weights again.
+    # The tensor cores of sm_80 take both operands from registers, so warps side by side decode the same weights.
     Key("grad_input", 80, ANY, ANY, ""): (Config(128, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)),
-    # Steps of 64 rows of int8 spill in groups of 32, of which a tile's row has two. 32 rows take 168 registers: three
-    # programs a multiprocessor, whose instructions of a step outlast the loads of the next.
+    # Steps of 64 rows of int8 spill with groups of 32, of which a tile's row has two. Steps of 32 rows take 168
+    # registers, which leaves three programs per multiprocessor: their instructions of one step take longer than the
+    # loads of the next.
     Key("grad_input", 80, 8, ANY, ""): (Config(128, 64, 32, 4, 2), Config(32, 64, 64, 4, 3)),
     Key("grad_input", 90, ANY, ANY, ""): (
-        Config(256, 128, 64, 8, 3),  # as prefill's
+        Config(256, 128, 64, 8, 3),  # As for prefill.
         Config(128, 128, 64, 8, 3),
         Config(64, 64, 64, 4, 3),
     ),
     Key("grad_input", 100, ANY, ANY, ""): (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 3)),
 }
-DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # without tensor cores: x in float32 stays exact
-# What a search tries, besides the table's own: each product of these that is valid.
+DECODE_FLOAT32 = Config(16, 32, 64, 4, 2, 4)  # Without tensor cores, so that x in float32 stays exact.
+# What a search tries besides the table's own configurations: each combination of these that is valid.
 _CANDIDATES = {
     "decode": {"block_n": (32, 64, 128), "block_k": (64, 128, 256), "num_warps": (2, 4), "num_stages": (3, 4, 6)},
     "prefill": {
@@ -141,22 +139,21 @@ _CANDIDATES = {
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. `triton.cdiv` is jitted: tens of microseconds on the host."""
+    """a / b, rounded up. `triton.cdiv` is jitted and would take tens of microseconds on the host."""
     return -(-a // b)
 
 
 def architectures(capability: int, kernel: str) -> list[int]:
-    """Architectures of the kernel's rows that are not newer than a compute capability (10 * major + minor), newest
-    first. sm_120 has sm_89's shared memory and sm_80's kind of tensor cores."""
+    """Architectures of the kernel's rows that serve a compute capability (10 * major + minor), newest first."""
     known = sorted({key.architecture for key in TABLE if key.kernel == kernel}, reverse=True)
-    fitting = [number for number in known if number <= (89 if capability >= 120 else capability)]
+    fitting = [number for number in known if number <= architecture_of(capability)]
     if not fitting:
         raise ValueError(f"compute capability {capability / 10} is below {known[-1] / 10}, the oldest that is served")
     return fitting
 
 
 def bucket(kernel: str, rows: int) -> int:
-    """The power of two that stands for `rows` rows of x in keys; for decode, also its block_m."""
+    """The power of two that stands for `rows` rows of x in keys. For decode it is also the block_m."""
     least, most = (DECODE_BLOCK_M[0], DECODE_BLOCK_M[1]) if kernel == "decode" else (32, MOST_ROWS)
     return min(max(1 << (rows - 1).bit_length(), least), most)
 
@@ -165,14 +162,15 @@ def shape_class(out_features: int, multiprocessors: int) -> str:
     return "tall" if out_features >= 64 * 2 * multiprocessors else "small"
 
 
-def key_of(kernel: str, capability: int, bits: int, rows: int, out_features: int, multiprocessors: int) -> Key:
-    """The key of a launch, in the table and in what a search found; its architecture is the device's own."""
-    return Key(kernel, capability, bits, bucket(kernel, rows), shape_class(out_features, multiprocessors))
+def key_of(kernel: str, device: Device, bits: int, rows: int, out_features: int) -> Key:
+    """The key of a launch, in the table and in what a search found."""
+    shape = shape_class(out_features, device.multiprocessors)
+    return Key(kernel, device.capability, bits, bucket(kernel, rows), shape)
 
 
 def rows_of_table(key: Key) -> tuple[Config, ...]:
-    """The table's configurations for a launch: of the nearest architecture that has any, and there of the row that says
-    most about it."""
+    """The table's configurations for a launch: from the nearest architecture that has any, and there from the row that
+    says most about the launch."""
     numbers = architectures(key.architecture, key.kernel)
     for number, (rows, shape), bits in product(numbers, ((key.rows, key.shape), (ANY, "")), (key.bits, ANY)):
         row = Key(key.kernel, number, bits, rows, shape)
@@ -181,25 +179,23 @@ def rows_of_table(key: Key) -> tuple[Config, ...]:
     raise ValueError(f"the table has no row for {key}")
 
 
-def choose(
-    kernel: str, capability: int, bits: int, rows: int, out_features: int, in_features: int, multiprocessors: int
-) -> Config:
+def choose(kernel: str, device: Device, bits: int, rows: int, out_features: int, in_features: int) -> Config:
     """The first configuration of the table's row that fills the device, with splits if need be, among those that are
     not larger than the rows; else the smallest of them. in_features: what is summed over."""
-    configs = rows_of_table(key_of(kernel, capability, bits, rows, out_features, multiprocessors))
+    configs = rows_of_table(key_of(kernel, device, bits, rows, out_features))
     fitting = [config for config in configs if config.block_m < 2 * max(rows, 16)] or [configs[-1]]
     if out_features % 16 or in_features % 16:
         fitting = [c for c in fitting if c.accumulators <= MOST_ACCUMULATORS_UNALIGNED] or [configs[-1]]
     for config in fitting:
-        count = splits(config, bits, rows, out_features, in_features, multiprocessors)
-        if 4 * _programs(config, rows, out_features) * count >= 3 * multiprocessors:
+        count = splits(config, bits, rows, out_features, in_features, device.multiprocessors)
+        if 4 * _programs(config, rows, out_features) * count >= 3 * device.multiprocessors:
             return config
     return fitting[-1]
 
 
 def splits(config: Config, bits: int, rows: int, out_features: int, in_features: int, multiprocessors: int) -> int:
-    """Programs that share a tile's K: doubled while they are too few for the device, the steps are enough, and the
-    float32 parts, written and read, are no more bytes than the codes."""
+    """How many programs share a tile's K. The number is doubled while the programs are too few for the device, each
+    has enough steps, and the float32 parts, written and read, are no more bytes than the codes."""
     programs = _programs(config, rows, out_features)
     steps = cdiv(in_features, config.block_k)
     most = in_features * bits // (64 * cdiv(max(rows, 1), config.block_m) * config.block_m)
@@ -219,17 +215,20 @@ def _programs(config: Config, rows: int, out_features: int) -> int:
 
 
 def decode_registers(config: Config, bits: int, *, affine: bool, adapters: bool, half: bool = True) -> int | None:
-    """Registers a thread of decode may have, where ptxas, left alone, stops at 96 or 128 for the sake of more programs
-    than there are, and spills: 168 or, with offsets, 128 rows or float32 x, 255, for 6 or 4 programs of 64 threads a
-    multiprocessor."""
+    """Registers per thread that decode may have, or None where ptxas finds a good number by itself.
+
+    Elsewhere ptxas stops at 96 or 128 registers, to leave room for more programs than there are, and spills. So it is
+    given 168, for 6 programs of 64 threads per multiprocessor, or 255, for 4 of them, with offsets, 128 rows of the
+    weight or float32 x.
+    """
     if affine or not half or config.block_n >= 128:
         return 255
     return 168 if adapters or (bits == 2 and config.block_m == 16) else None
 
 
 def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_size: int = TILE) -> str | None:
-    """The first rule that a configuration breaks, or None. The one statement of the rules: for the table, for the
-    candidates of a search, and for what is read from its cache."""
+    """The first rule that a configuration breaks, or None. The rules for the table, for the candidates of a search and
+    for what is read from its cache are stated here alone."""
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     sizes = block_m, block_n, block_k, config.num_warps
     if any(size < 1 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8 or config.fill < 0:
@@ -242,18 +241,18 @@ def why_invalid(kernel: str, config: Config, bits: int, capability: int, group_s
         if block_k % TILE or (group_size > 0 and block_k % group_size):
             return f"block_k={block_k} does not hold whole tiles and groups of {group_size}"
         if config.fill < 1:
-            return "fill=0 programs a multiprocessor"
+            return "fill=0 programs per multiprocessor"
     else:
         if min(block_m, block_k) < 16 or block_n < TILE:
             return f"{config} is smaller than an instruction's 16, or than a tile"
         if config.accumulators > MOST_ACCUMULATORS:
-            return f"{block_m} x {block_n} are {config.accumulators} accumulators a thread, beyond {MOST_ACCUMULATORS}"
+            return f"{block_m} x {block_n} are {config.accumulators} accumulators per thread, above {MOST_ACCUMULATORS}"
         if block_m * block_n < 16 * 8 * config.num_warps:
             return f"{block_m} x {block_n} are less than an instruction for each of {config.num_warps} warps"
         if kernel == "prefill" and block_k != TILE:
             return f"block_k={block_k}: the format fixes a step of {TILE} columns"
-    needed = (config.num_stages - 1) * block_k * (block_n * bits // 8 + 2 * block_m)  # bytes of codes and of x
-    limit = SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= max(capability, 80))]
+    needed = (config.num_stages - 1) * block_k * (block_n * bits // 8 + 2 * block_m)  # Bytes of codes and of x.
+    limit = describe(capability).shared_memory
     if needed > limit:
         return f"{needed} bytes of shared memory are more than the {limit} of capability {capability / 10}"
     return None

@@ -1,4 +1,4 @@
-"""Zeros on a device, for launches whose programs count each other: the parts of a tile, the chunks of x A^T."""
+"""Zeros on a device, with which the programs of a launch count what is done: parts of a tile, chunks of x A^T."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 class _Arena:
     """Zeros of one device that launches count with, and leave at zero.
 
-    Eager launches of a stream, which run one after the other, share theirs. A launch that is captured into a CUDA graph
-    gets its own for good: its graph may run beside others, long after, and zeros made during a capture would be zeros
-    only once that graph has run. So they are made ahead, by the eager launches that come before any capture.
+    Eager launches of one stream run one after the other and share their counters. A launch that is captured into a CUDA
+    graph keeps its own for good, because its graph may run long after and beside others. Zeros made during a capture
+    would be zeros only once that graph has run, so they are made ahead, by the eager launches before any capture.
     """
 
     AHEAD = 1 << 20
@@ -28,10 +28,9 @@ class _Arena:
     def __init__(self, device: torch.device):
         self.device = device
         self.of_stream: dict[int, Tensor] = {}
-        # As long as the process: those of captured launches, for nobody tells when graphs end, and those that a stream
-        # has outgrown, in which its launches may still count.
+        # Kept for the life of the process: graphs never report their end, and launches may still use outgrown buffers.
         self.kept: list[Tensor] = []
-        # Empty where the first launch of all is captured: its graph then zeroes what it takes, see `take_captured`.
+        # It is empty if the very first launch is captured. Its graph then zeroes what it takes: see `take_captured`.
         self.ahead = torch.empty(0, dtype=torch.int32, device=device) if _capturing(device) else self._new(self.AHEAD)
 
     def _new(self, count: int) -> Tensor:
@@ -40,7 +39,7 @@ class _Arena:
 
         def make() -> Tensor:
             zeros = torch.zeros(count, dtype=torch.int32, device=self.device)
-            torch.cuda.current_stream(self.device).synchronize()  # other streams will use it
+            torch.cuda.current_stream(self.device).synchronize()  # Other streams will use the zeros.
             return zeros
 
         return outside_pools(make)
@@ -57,7 +56,7 @@ class _Arena:
 
     def take_captured(self, count: int) -> Tensor:
         count = cdiv(count, 32) * 32
-        if self.ahead.numel() < count:  # more launches than foreseen in one graph: each replay zeroes these
+        if self.ahead.numel() < count:  # One graph has more launches than foreseen: each replay zeroes these counters.
             taken = torch.zeros(count, dtype=torch.int32, device=self.device)
         else:
             taken, self.ahead = self.ahead[:count], self.ahead[count:]
@@ -66,8 +65,8 @@ class _Arena:
 
 
 def outside_pools(make: Callable[[], T]) -> T:
-    """make(), on another thread. Memory pools (`torch.cuda.use_mem_pool`, or that of a model compiled with
-    mode="reduce-overhead") are a thread's own, and take it for a leak when what is made in them lives on."""
+    """make(), run on another thread. Memory pools (`torch.cuda.use_mem_pool`, or that of a model compiled with
+    mode="reduce-overhead") belong to one thread, and report memory that outlives them as a leak."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(make).result()
 
@@ -81,7 +80,7 @@ _lock = threading.Lock()
 
 
 def counter_zeros(device: torch.device, count: int) -> Tensor:
-    """At least `count` counters of the current stream."""
+    """At least `count` counters of the current stream, all zero between launches."""
     with _lock:
         arena = _arenas.get(device)
         if arena is None:

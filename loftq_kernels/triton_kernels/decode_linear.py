@@ -1,45 +1,36 @@
-"""The decode-time product: a few rows of x by a packed weight, with the adapters in the same launch."""
+"""The kernel of decode: a few rows of x by a packed weight, with the adapters in the same launch. `decode_launch`
+launches it."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton import knobs
 
-from loftq_kernels.triton_kernels import autotune, configs
-from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
-from loftq_kernels.triton_kernels.configs import Config, cdiv
-from loftq_kernels.triton_kernels.counters import counter_zeros
-from loftq_kernels.triton_kernels.decode_lora import CHUNK, counters_of, down_plan, draw_ticket, lora_down, lora_up
-from loftq_kernels.triton_kernels.lora import block_r
+from loftq_kernels.triton_kernels.decode_lora import counters_of, draw_ticket, lora_down, lora_up
 from loftq_kernels.triton_kernels.tiles import add_parts
 
-# Columns of x and of the weight that are multiplied at a time. A thread's four bytes are then four consecutive columns
-# of one instruction, and x leaves shared memory in its order of registers; 32 columns cost two moves an instruction.
+# Columns of x and of the weight that are multiplied at a time. With 16 a thread's four bytes are four consecutive
+# columns of one instruction, and x leaves shared memory in the instruction's order of registers. With 32 columns each
+# instruction would need two moves.
 SLICE: tl.constexpr = tl.constexpr(16)
 
 
-# Not M, of which `setup_decode` makes a zero: a constant 1 would tell ptxas the tables that it must not know.
+# Do not specialize M: setup_decode derives a zero from it, and a constant M = 1 would reveal the tables to ptxas.
 @triton.jit(do_not_specialize=["M", "row_units", "num_downs", "split_tiles", "S"])
-def _decode_linear_kernel(
+def decode_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
     scale,  # [N, G]
     offset,  # [N, G], or None
     codebook,  # [2^BITS] float32
-    lora_A,  # [S, R, K], or None
-    lora_B,  # [S, N, R]
+    lora_A,  # [S, R, K] of any dtype, or None
+    lora_B,  # [S, N, R] of any dtype
     adapter_ids,  # [M] int32 or int64; None: all 0
     bias,  # [N], or None
     y,  # [M, N]
-    workspace,  # float32: parts of splits, then what `decode_lora` hands over
-    counters,  # int32, zeros, and left so: those of `decode_lora`, then one a tile of y
+    workspace,  # float32: parts of splits, then the memory of `decode_lora`
+    counters,  # int32, zeros before and after: those of `decode_lora`, then one per tile of y
     M,
     N,
     K,
@@ -48,20 +39,12 @@ def _decode_linear_kernel(
     R,
     S,
     scaling,
-    num_downs,  # programs a block of rows that compute x A^T
+    num_downs,  # programs per block of rows that compute x A^T
     split_tiles,  # tiles of 64 columns that one program multiplies
-    BITS: tl.constexpr,
-    SETUP: tl.constexpr,
-    ASM: tl.constexpr,
-    TABLE: tl.constexpr,
-    PLANES: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    CONSTANT_ASM: tl.constexpr,
-    UNIT: tl.constexpr,
-    CENTER: tl.constexpr,
+    DECODER: tl.constexpr,  # a `codebooks.Decoder`
     GROUP: tl.constexpr,  # columns of a group; 0: the row
-    EVEN: tl.constexpr,  # K is a multiple of 64 * TILES
-    WIDE: tl.constexpr,  # scales that are loaded at a time: 4 or 2, of 16 bits and aligned; or 1
+    EVEN: tl.constexpr,  # whether K is a multiple of 64 * TILES
+    WIDE: tl.constexpr,  # scales that are loaded at a time: 4 or 2 if they have 16 bits and are aligned, else 1
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,14 +55,14 @@ def _decode_linear_kernel(
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias
 
     The weight is the left operand and the rows of x are the columns of the right one, so that M = 1 wastes 7 columns of
-    an instruction, not 15 rows. Sums over a group are scaled in float32. The first programs compute x A^T, a part each;
-    the others wait for its sums with the weights' part done. The last of the programs that share a tile of y adds up
-    their parts.
+    an instruction rather than 15 rows. Sums over a group are scaled in float32. The first programs compute a part of
+    x A^T each; the others multiply by the weight first and then wait for the sums of x A^T. The last of the programs
+    that share a tile of y adds up their parts.
 
-    Devices have been seen to start programs in the order of their index, but CUDA does not promise it, and where there
-    are more programs than fit on the device at once, waiting for one that has not started would be waiting for ever. So
-    with adapters a program's work is not that of its index but of a ticket drawn at its start: who waits has drawn
-    later than those it waits for, which run, and wait for nobody. It costs the latency of one atomic.
+    Devices have been seen to start programs in the order of their index, but CUDA does not promise it. If there are
+    more programs than fit on the device at once, waiting for one that has not started may never end. So with adapters a
+    program's work is chosen by a ticket that it draws at its start, not by its index: a program that waits has drawn
+    later than those it waits for, which run and wait for nobody. This costs the latency of one atomic.
     """
     pid = tl.program_id(0)
     row_block = tl.program_id(1)
@@ -87,28 +70,26 @@ def _decode_linear_kernel(
         _one_tile(
             x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
             M, N, K, row_units, G, R, S, split_tiles, pid, row_block,
-            BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
-            SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
+            DECODER, GROUP, EVEN, WIDE, SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
         )  # fmt: skip
     else:
         pid = draw_ticket(counters, R, row_block, BLOCK_R)
         if pid < num_downs:
             lora_down(
-                x, lora_A, adapter_ids, _handed_over(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
+                x, lora_A, adapter_ids, _lora_memory(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
                 M, K, R, S, scaling, num_downs, pid, row_block, BLOCK_M, BLOCK_R, CHUNK,
             )  # fmt: skip
         else:
             _one_tile(
                 x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
                 M, N, K, row_units, G, R, S, split_tiles, pid - num_downs, row_block,
-                BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
-                SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
+                DECODER, GROUP, EVEN, WIDE, SPLITS, BLOCK_M, BLOCK_N, TILES, BLOCK_R, CHUNK,
             )  # fmt: skip
 
 
 @triton.jit
-def _handed_over(workspace, N, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where `decode_lora` has its memory: behind the parts of splits."""
+def _lora_memory(workspace, N, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The memory of `decode_lora`, which lies behind the parts of splits."""
     if SPLITS > 1:
         workspace += tl.num_programs(1) * tl.cdiv(N, BLOCK_N).to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
     return workspace
@@ -118,9 +99,7 @@ def _handed_over(workspace, N, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
 def _one_tile(
     x, codes, scale, offset, codebook, lora_A, lora_B, adapter_ids, bias, y, workspace, counters,
     M, N, K, row_units, G, R, S, split_tiles, index, row_block,
-    BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
-    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    DECODER: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -129,11 +108,10 @@ def _one_tile(
     split = index % SPLITS
     acc = _multiply(
         x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
-        BITS, SETUP, ASM, TABLE, PLANES, CONSTANTS, CONSTANT_ASM, UNIT, CENTER, GROUP, EVEN, WIDE,
-        BLOCK_M, BLOCK_N, TILES,
+        DECODER, GROUP, EVEN, WIDE, BLOCK_M, BLOCK_N, TILES,
     )  # fmt: skip
-    if UNIT != 1.0:
-        acc *= UNIT
+    if DECODER.unit != 1.0:
+        acc *= DECODER.unit
     if SPLITS == 1:
         _finish(
             acc, x, lora_A, lora_B, adapter_ids, bias, y, workspace, counters, M, N, K, R, S, tile, row_block,
@@ -155,25 +133,27 @@ def _one_tile(
 @triton.jit
 def _multiply(
     x, codes, scale, offset, codebook, M, N, K, row_units, G, split_tiles, tile, split, row_block,
-    BITS: tl.constexpr, SETUP: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, PLANES: tl.constexpr,
-    CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, UNIT: tl.constexpr, CENTER: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    DECODER: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """(codebook[codes] * scale + offset) @ x.T / UNIT over one split of K: float32 [BLOCK_N, BLOCK_M]."""
+    """(codebook[codes] * scale + offset) @ x.T / unit over one split of K: float32 [BLOCK_N, BLOCK_M]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
-    LOADS: tl.constexpr = BITS // 2  # slices of bytes, a tile
+    PLANES: tl.constexpr = DECODER.planes
+    CONSTANTS: tl.constexpr = DECODER.constants
+    UNIT: tl.constexpr = DECODER.unit
+    CENTER: tl.constexpr = DECODER.center
+    LOADS: tl.constexpr = DECODER.bits // 2  # Slices of bytes per tile.
     CORRECT: tl.constexpr = len(CONSTANTS) > 0
     SUMS: tl.constexpr = CENTER != 0.0 or offset is not None
-    HALVES: tl.constexpr = GROUP == 32  # two groups a tile
-    # Tiles that are summed unscaled; large constants are to cancel before much is added to them.
+    HALVES: tl.constexpr = GROUP == 32  # There are two groups per tile.
+    # Tiles that are summed before they are scaled. Large constants have to cancel before much is added to them.
     SPAN: tl.constexpr = (1 if CORRECT else TILES) if GROUP == 0 else (1 if HALVES else GROUP // 64)
-    GROUPS: tl.constexpr = (2 if HALVES else 1) * (TILES // SPAN)  # an iteration
-    # A thread that is given a whole row of the bytes keeps it, and Triton then decodes ahead of shared memory, at three
-    # times the instructions: so rows of 16 bytes are not to be known as aligned to 16.
+    GROUPS: tl.constexpr = (2 if HALVES else 1) * (TILES // SPAN)  # Per iteration.
+    # Triton must not know that rows of 16 bytes are aligned to 16: it would give each thread a whole row of bytes and
+    # decode ahead of shared memory, which takes three times the instructions.
     row_bytes = row_units * 8
 
-    setup_decode(M >> 31, SETUP)
+    setup_decode(M >> 31, DECODER)
     n = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     m = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     k = tl.arange(0, SLICE)
@@ -187,11 +167,11 @@ def _multiply(
     scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
     offsets = _load_groups(offset_at, group, G, GROUPS, WIDE) if offset is not None else scales
 
-    # Zeros of which ptxas cannot know, other ones in the two halves of an instruction's 16 rows: see `constant_like`.
-    # Some bytes out of which ptxas makes the constants: the same in all instructions' operands (so that rows share the
-    # products with constants), but others in an operand's four registers (so that ptxas keeps them in four).
+    # Constants are formally computed from some bytes of the codes: see `constant_like`. The bytes are the same in all
+    # instructions' operands, so that rows share the products with constants, but differ between an operand's four
+    # registers and between the two halves of an instruction's 16 rows, so that ptxas keeps four registers.
     some = (tl.arange(0, BLOCK_N)[:, None] // 8 % 2 * 4 + k[None, :]) % SLICE
-    constants = _constants(tl.load(codes + some), CONSTANTS, CONSTANT_ASM, DTYPE)
+    constants = _constants(tl.load(codes + some), DECODER, DTYPE)
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc = zeros
     total = zeros
@@ -199,7 +179,7 @@ def _multiply(
         packed = _load_codes(codes_at, row_bytes - t * (LOADS * SLICE), k, TILES * LOADS, EVEN)
         next_scales = scales
         next_offsets = offsets
-        if GROUP:  # loaded a whole iteration ahead of their use
+        if GROUP:  # Scales are loaded a whole iteration ahead of their use.
             group += GROUPS
             next_scales = _load_groups(scale_at, group, G, GROUPS, WIDE)
             if offset is not None:
@@ -209,13 +189,13 @@ def _multiply(
             part = zeros
             if GROUP:
                 total = zeros
-            # Constants first: all rows of the weight share their products.
+            # Constants come first, because all rows of the weight share their products.
             if SUMS:
                 total = _sum(constants[len(CONSTANTS)], xs, 0, 2 if HALVES else 4 * SPAN, total)
             if CORRECT:
                 part = _correct(constants, xs, 0, 2 if HALVES else 4 * SPAN, LOADS, PLANES, part)
             for u in tl.static_range(SPAN):
-                fields = _decode_tile(packed, (b * SPAN + u) * LOADS, codebook, ASM, TABLE, BITS, PLANES, DTYPE)
+                fields = _decode_tile(packed, (b * SPAN + u) * LOADS, codebook, DECODER, DTYPE)
                 for s in tl.static_range(4):
                     if HALVES and s == 2:
                         acc = _add_group(
@@ -234,7 +214,7 @@ def _multiply(
                     offsets[GROUPS * SPAN // TILES * (b + 1) - 1], offset is not None, UNIT, CENTER,
                 )  # fmt: skip
             else:
-                acc += part  # of which the constants' large terms have cancelled
+                acc += part  # The constants' large terms have cancelled in part.
         scales = next_scales
         offsets = next_offsets
         codes_at += TILES * LOADS * SLICE
@@ -252,7 +232,7 @@ def _dot(weight, xs, acc):
 
 @triton.jit
 def _sum(ones, xs, FIRST: tl.constexpr, LAST: tl.constexpr, acc):
-    """acc + the sums of the slices FIRST..LAST of x, in every row."""
+    """acc + the sums of the slices FIRST..LAST of x, the same in every row of the weight."""
     for i in tl.static_range(FIRST, LAST):
         acc = _dot(ones, xs[i], acc)
     return acc
@@ -260,7 +240,7 @@ def _sum(ones, xs, FIRST: tl.constexpr, LAST: tl.constexpr, acc):
 
 @triton.jit
 def _correct(constants, xs, FIRST: tl.constexpr, LAST: tl.constexpr, LOADS: tl.constexpr, PLANES: tl.constexpr, acc):
-    """acc + what the constants of a `Decoder` add to the products with the slices FIRST..LAST of x."""
+    """acc + the products of a decoder's constants with the slices FIRST..LAST of x."""
     for i in tl.static_range(FIRST, LAST):
         for p in tl.static_range(PLANES):
             acc = _dot(constants[i % 4 // LOADS * PLANES + p], xs[i], acc)
@@ -268,17 +248,17 @@ def _correct(constants, xs, FIRST: tl.constexpr, LAST: tl.constexpr, LOADS: tl.c
 
 
 @triton.jit
-def _constants(packed, CONSTANTS: tl.constexpr, CONSTANT_ASM: tl.constexpr, DTYPE: tl.constexpr):
+def _constants(packed, DECODER: tl.constexpr, DTYPE: tl.constexpr):
     """The matrices that correct the fields, and one of ones: [BLOCK_N, SLICE] each."""
     values = ()
-    for i in tl.static_range(len(CONSTANTS)):
-        values = values + (constant_like(packed, CONSTANT_ASM, i, CONSTANTS[i], DTYPE),)
-    return values + (constant_like(packed, CONSTANT_ASM, -1, 1.0, DTYPE),)
+    for i in tl.static_range(len(DECODER.constants)):
+        values = values + (constant_like(packed, DECODER, i, DECODER.constants[i], DTYPE),)
+    return values + (constant_like(packed, DECODER, -1, 1.0, DTYPE),)
 
 
 @triton.jit
 def _load_x(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
-    """COUNT slices [SLICE, BLOCK_M] of the columns of x at `at`, of which `left` are there."""
+    """COUNT slices [SLICE, BLOCK_M] of the columns of x from `at` on, of which `left` exist; the others are zeros."""
     xs = ()
     for i in tl.static_range(COUNT):
         if EVEN:
@@ -290,7 +270,7 @@ def _load_x(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _load_codes(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
-    """COUNT slices [BLOCK_N, SLICE] of the bytes at `at`, of which `left` are there."""
+    """COUNT slices [BLOCK_N, SLICE] of the bytes from `at` on, of which `left` exist; the others are zeros."""
     packed = ()
     for i in tl.static_range(COUNT):
         if EVEN:
@@ -301,15 +281,13 @@ def _load_codes(at, left, k, COUNT: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _decode_tile(
-    packed, FIRST: tl.constexpr, codebook, ASM: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr,
-    PLANES: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The tile of 64 columns in packed[FIRST] and following: 4 * PLANES [BLOCK_N, SLICE], by columns."""
-    LOADS: tl.constexpr = BITS // 2
+def _decode_tile(packed, FIRST: tl.constexpr, codebook, DECODER: tl.constexpr, DTYPE: tl.constexpr):
+    """The tile of 64 columns in packed[FIRST] and following: 4 * planes fields [BLOCK_N, SLICE], by columns."""
+    PLANES: tl.constexpr = DECODER.planes
+    LOADS: tl.constexpr = DECODER.bits // 2
     loads = ()
     for i in tl.static_range(LOADS):
-        loads = loads + (decode(packed[FIRST + i], codebook, ASM, TABLE, BITS, DTYPE),)
+        loads = loads + (decode(packed[FIRST + i], codebook, DECODER, DTYPE),)
     fields = ()
     for s in tl.static_range(4):
         for p in tl.static_range(PLANES):
@@ -319,7 +297,7 @@ def _decode_tile(
 
 @triton.jit
 def _load_groups(at, group, G, GROUPS: tl.constexpr, WIDE: tl.constexpr):
-    """The scales of the groups from `group` on, a tuple of [BLOCK_N]; beyond the last, any of its row."""
+    """The scales of GROUPS groups from `group` on, [BLOCK_N] each. Beyond the last group they are any of their row."""
     values = ()
     if WIDE == 1:
         for i in tl.static_range(GROUPS):
@@ -361,211 +339,10 @@ def _finish(
     m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     if lora_A is not None:
         acc = lora_up(
-            acc, x, lora_B, adapter_ids, _handed_over(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
+            acc, x, lora_B, adapter_ids, _lora_memory(workspace, N, SPLITS, BLOCK_M, BLOCK_N), counters,
             M, N, K, R, S, n, row_block, BLOCK_M, BLOCK_N, BLOCK_R, CHUNK,
         )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     mask = (n < N)[:, None] & (m < M)[None, :]
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
-
-
-# ---- launcher: a decode step calls it hundreds of times, so that all that shapes decide is decided once a shape
-
-
-class Plan(NamedTuple):
-    """What shapes decide of a launch."""
-
-    block_m: int
-    splits: int
-    grid: tuple[int, int]
-    workspace: int  # float32 elements
-    counters: int
-    sizes: tuple[int, ...]  # the kernel's row_units, G, R, S
-    downs: int
-    split_tiles: int
-    constexprs: dict[str, object]
-
-
-_plans: dict[tuple, Plan] = {}
-
-
-def decode_linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    codebook: Tensor,
-    group_size: int,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    adapter_ids: Tensor | None = None,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    *,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
-
-    Args:
-        x: [..., K] contiguous, float16, bfloat16 or float32; meant for M <= 16 rows, right for
-            any that make up to 65535 blocks of rows.
-        codes, scale, offset, codebook, group_size: the stored weight [N, K].
-        lora_A, lora_B: [R, K] and [N, R], or [S, R, K] and [S, N, R]; contiguous, of x's dtype. Both or neither.
-        adapter_ids: [M] int32 or int64, which of the S adapters a row has: -1 for none. A row with an id below, or of
-            S and more, becomes NaN (not where R or S is 0: then ids are not read). None: all rows have the first.
-        bias: [N], contiguous.
-        config, splits: in place of the table's.
-    """
-    shape, out_features = x.shape, codes.shape[0]
-    columns = shape[-1]
-    y = x.new_empty((*shape[:-1], out_features))
-    if y.numel() == 0:
-        return y
-    if columns == 0:
-        return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
-    device, dtype, affine = x.device, x.dtype, offset is not None
-    rows = x.numel() // columns
-    lora = None if lora_A is None else lora_A.shape
-    entries = codebook_values(codebook)
-    aligned = scale.data_ptr() % 8 == 0 and (offset is None or offset.data_ptr() % 8 == 0)
-    scales = scale.dtype, aligned
-    by_row = adapter_ids is not None
-    key = rows, columns, out_features, group_size, device, dtype, scales, affine, lora, by_row, entries, config, splits
-    plan = _plans.get(key)
-    if plan is None:
-        if config is None and autotune.enabled(device) and dtype != torch.float32:
-            arguments = x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias
-            config = _tuned(key, arguments)
-        if len(_plans) >= 4096:
-            _plans.clear()
-        plan = _plans[key] = _plan(*key[:-2], config, splits)
-    workspace = counters = None
-    if plan.workspace:
-        workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
-        counters = counter_zeros(device, plan.counters)
-    if plan.downs == 0:
-        lora_A = lora_B = adapter_ids = None
-    _decode_linear_kernel[plan.grid](
-        x,
-        codes,
-        scale,
-        offset,
-        codebook,
-        lora_A,
-        lora_B,
-        adapter_ids,
-        bias,
-        y,
-        workspace,
-        counters,
-        rows,
-        out_features,
-        columns,
-        *plan.sizes,
-        scaling,
-        plan.downs,
-        plan.split_tiles,
-        **plan.constexprs,
-    )
-    return y
-
-
-def _plan(
-    rows: int,
-    columns: int,
-    out_features: int,
-    group_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    scales: tuple[torch.dtype, bool],
-    affine: bool,
-    lora: tuple[int, ...] | None,
-    by_row: bool,
-    entries: tuple[float, ...],
-    config: Config | None,
-    splits: int | None,
-) -> Plan:
-    capability, multiprocessors = _device(device)
-    bits = len(entries).bit_length() - 1
-    if config is None and dtype == torch.float32:
-        config = configs.DECODE_FLOAT32
-    elif config is None:
-        config = configs.choose("decode", capability, bits, rows, out_features, columns, multiprocessors)
-    config = config.for_group(group_size)
-    if splits is None:
-        splits = configs.splits(config, bits, rows, out_features, columns, multiprocessors)
-    decoder = make_decoder(entries, dtype, asm=not knobs.runtime.interpret, sums=affine)
-    rank = 0 if lora is None or 0 in lora else lora[-2]
-    groups = 1 if group_size < 0 else cdiv(columns, group_size)
-    half = dtype != torch.float32
-    registers = configs.decode_registers(config, bits, affine=affine, adapters=rank > 0, half=half)
-    block_m = config.block_m
-    row_blocks, tiles = cdiv(rows, block_m), cdiv(out_features, config.block_n)
-    downs, counters, memory = down_plan(rank, columns, rows, block_m, by_row=by_row)
-    parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
-    return Plan(
-        block_m=block_m,
-        splits=splits,
-        grid=(downs + tiles * splits, row_blocks),
-        workspace=parts + row_blocks * memory,
-        counters=row_blocks * (counters + tiles),
-        sizes=(
-            cdiv(columns, configs.TILE) * bits,
-            groups,
-            rank,
-            lora[0] if lora is not None and len(lora) == 3 else 1,
-        ),
-        downs=downs,
-        split_tiles=cdiv(cdiv(columns, config.block_k), splits) * config.tiles,
-        constexprs={
-            "BITS": bits,
-            "SETUP": decoder.setup,
-            "ASM": decoder.asm,
-            "TABLE": decoder.table,
-            "PLANES": decoder.planes,
-            "CONSTANTS": decoder.constants,
-            "CONSTANT_ASM": decoder.constant_asm,
-            "UNIT": decoder.unit,
-            "CENTER": decoder.center,
-            "GROUP": max(group_size, 0),
-            "EVEN": columns % config.block_k == 0,
-            "WIDE": wide(config, group_size, groups, scales[0]) if scales[1] else 1,
-            "SPLITS": splits,
-            "BLOCK_M": block_m,
-            "BLOCK_N": config.block_n,
-            "TILES": config.tiles,
-            "BLOCK_R": block_r(rank),
-            "CHUNK": CHUNK,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **({} if registers is None else {"maxnreg": registers}),
-        },
-    )
-
-
-def wide(config: Config, group_size: int, groups: int, dtype: torch.dtype) -> int:
-    """Scales of a row that the kernel may load at a time, aligned to as many."""
-    if group_size < 0 or dtype == torch.float32:
-        return 1
-    step = config.block_k // group_size
-    return next(count for count in (4, 2, 1) if step % count == 0 and groups % count == 0)
-
-
-def _tuned(key: tuple, arguments: tuple) -> Config:
-    """The fastest configuration for a launch with these arguments, measured unless it is known."""
-    rows, _, out_features, group_size, device, _, _, _, _, _, entries, _, _ = key
-    capability, multiprocessors = _device(device)
-    bits = len(entries).bit_length() - 1
-    place = configs.key_of("decode", capability, bits, rows, out_features, multiprocessors)
-    return autotune.tuned(place, group_size, device, lambda config: decode_linear(*arguments, config=config))
-
-
-@cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Compute capability (10 * major + minor) and multiprocessors; in the interpreter those of a small sm_80."""
-    if device.type != "cuda":
-        return 80, 4
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count

@@ -9,7 +9,7 @@ from torch import Tensor
 from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.configs import Config, cdiv
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import scaled, spread, tile_of
+from loftq_kernels.triton_kernels.tiles import TileDecoder, scaled, spread, tile_of
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def _load_groups(scale, offset, rows, group):
         return s, tl.load(offset + place).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["M"])  # `setup_decode` makes a zero of it that ptxas must not know
+# Do not specialize M: setup_decode derives a zero from it, and a constant M = 1 would reveal the tables to ptxas.
+@triton.jit(do_not_specialize=["M"])
 def _grad_input_kernel(
     grad_y,  # [M, N]
     codes,  # [N, row_bytes] uint8
@@ -44,13 +45,7 @@ def _grad_input_kernel(
     stride_gx,
     stride_ak,
     stride_ar,
-    BITS: tl.constexpr,
-    SETUP: tl.constexpr,
-    ASM: tl.constexpr,
-    TABLE: tl.constexpr,
-    FIELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    TILE_DECODER: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,
@@ -59,19 +54,21 @@ def _grad_input_kernel(
     SWIZZLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program makes BLOCK_M rows of TILES 64-wide tiles of grad_x: one accumulator for each field of the bytes."""
+    """A program computes BLOCK_M rows of TILES 64-wide tiles of grad_x, with one accumulator per field of a byte."""
     pid_m, pid_k = tile_of(tl.program_id(0), M, K, BLOCK_M, 64 * TILES, SWIZZLE)
     dtype: tl.constexpr = grad_y.dtype.element_ty
-    setup_decode(M >> 31, SETUP)
+    DECODER: tl.constexpr = TILE_DECODER.decoder
+    BITS: tl.constexpr = DECODER.bits
+    setup_decode(M >> 31, DECODER)
     FIELDS: tl.constexpr = 8 // BITS
-    WIDTH: tl.constexpr = 8 * BITS  # bytes of a tile, and columns of one of its fields
-    RUN: tl.constexpr = WIDTH if GROUP < 0 or GROUP > WIDTH else GROUP  # bytes of a field that share a scale
-    SPLIT_FIELDS: tl.constexpr = GROUP == 32 and FIELDS > 1  # the upper half of the fields has a group of its own
+    WIDTH: tl.constexpr = 8 * BITS  # Bytes of a tile's row, and columns of one of its fields.
+    RUN: tl.constexpr = WIDTH if GROUP < 0 or GROUP > WIDTH else GROUP  # Bytes of a field that share a scale.
+    SPLIT_FIELDS: tl.constexpr = GROUP == 32 and FIELDS > 1  # The upper half of the fields has its own group.
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     first = pid_k * TILES * WIDTH
     byte = first + tl.arange(0, TILES * WIDTH)
-    column = byte // WIDTH * 64 + byte % WIDTH  # of field 0
+    column = byte // WIDTH * 64 + byte % WIDTH  # Of field 0.
     run = first + tl.arange(0, TILES * WIDTH // RUN) * RUN
     run_column = run // WIDTH * 64 + run % WIDTH
     group = tl.minimum(run_column // GROUP, num_groups - 1) if GROUP > 0 else run_column * 0
@@ -89,12 +86,12 @@ def _grad_input_kernel(
         packed = tl.load(codes + rows_in[:, None] * stride_codes + byte[None, :], mask=column[None, :] < K, other=0)
         s, o = _load_groups(scale, offset, rows_in * stride_scale, group)
         s, o = spread(s, RUN), spread(o, RUN)
-        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
+        fields = decode(packed, codebook, DECODER, TILE_DECODER.field)
         for i in tl.static_range(FIELDS):
             if SPLIT_FIELDS and 2 * i == FIELDS:
                 s, o = _load_groups(scale, offset, rows_in * stride_scale, upper)
                 s, o = spread(s, RUN), spread(o, RUN)
-            w = scaled(fields[i], s, o, offset is not None, UNIT, SHIFT, dtype)
+            w = scaled(fields[i], s, o, offset is not None, TILE_DECODER, dtype)
             if i == 0:
                 acc0 = tl.dot(g, w, acc0)
             elif i == 1:
@@ -120,14 +117,17 @@ def launch_grad_input(
     offset: Tensor | None,
     codebook: Tensor,
     group_size: int,
-    decoding: dict[str, object],
+    decoder: TileDecoder,
     h: Tensor | None,
     lora_A: Tensor | None,
     grad_x: Tensor,
     tile: Config,
 ) -> Tensor:
-    """grad_x [M, K] = grad_y [M, N] @ W + h [M, R] @ lora_A [R, K]; grad_y, h and grad_x float16 or bfloat16, last
-    stride 1. h and lora_A are both given or neither; lora_A of any dtype and strides."""
+    """grad_x [M, K] = grad_y [M, N] @ W + h [M, R] @ lora_A [R, K].
+
+    grad_y, h and grad_x are float16 or bfloat16 and have last stride 1. h and lora_A are both given or neither; lora_A
+    may have any dtype and strides.
+    """
     rows, in_features = grad_x.shape
     rank = 0 if h is None else h.shape[1]
     grid = (cdiv(rows, tile.block_m) * cdiv(in_features, tile.block_n),)
@@ -150,7 +150,7 @@ def launch_grad_input(
         scale.stride(0),
         grad_x.stride(0),
         *((0, 0) if lora_A is None else lora_A.T.stride()),
-        **decoding,
+        TILE_DECODER=decoder,
         GROUP=group_size,
         BLOCK_M=tile.block_m,
         TILES=tile.block_n // 64,
@@ -159,6 +159,6 @@ def launch_grad_input(
         SWIZZLE=8,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
+        enable_fp_fusion=False,  # Product and sum are rounded each, so that weights are those of `dequantize`.
     )
     return grad_x

@@ -1,7 +1,7 @@
-"""The adapter's two products: h = scaling * x @ lora_A[id].T, and + h @ lora_B[id].T at the end of a tile.
+"""The adapter's two products for large tiles: down, h = scaling * x @ lora_A[id].T, and up, acc + h @ lora_B[id].T.
 
 Several adapters are stacked along a leading dimension S; each row of x names its own, or none with -1. A tile of rows
-visits the adapters between the least and the greatest that its rows name: rows sorted by adapter make that few.
+visits the adapters between the least and the greatest that its rows name, which are few if rows are sorted by adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def adapters_of(ids, row, M, adapters):
 
 
 @triton.jit
-def _lora_shrink_kernel(
+def _lora_down_kernel(
     x,  # [M, K]
     lora_A,  # [S, R, K]
     ids,  # [M], or None: all rows take adapter 0
@@ -36,7 +36,7 @@ def _lora_shrink_kernel(
     R,
     adapters,
     scaling,
-    columns_a_split,
+    columns_per_split,
     stride_x,
     stride_as,
     stride_ar,
@@ -52,8 +52,8 @@ def _lora_shrink_kernel(
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     own, first, last = adapters_of(ids, row, M, adapters)
-    start = split * columns_a_split
-    end = tl.minimum(start + columns_a_split, K)
+    start = split * columns_per_split
+    end = tl.minimum(start + columns_per_split, K)
     x_tile = x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_x + k[None, :]
     a_tile = lora_A + tl.minimum(r, R - 1).to(tl.int64)[None, :] * stride_ar + k.to(tl.int64)[:, None] * stride_ak
 
@@ -102,7 +102,7 @@ def add_lora(
     BLOCK_R: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """acc + h @ lora_B[ids].T. An adapter that is not there shows as NaN in its row, not in a neighbour's memory."""
+    """acc + h @ lora_B[ids].T. An id that no adapter has makes its row NaN; no memory beyond the adapters is read."""
     if ids is not None:
         named = tl.load(ids + m, mask=m < M, other=-1)
         wrong = tl.where((named >= -1) & (named < adapters), 0.0, float("nan"))
@@ -125,18 +125,20 @@ def add_lora(
                     place = m_in[None, :] * R + r_in[:, None]
                     b = tl.load(b_rows[:, None] + r_in[None, :] * stride_br)
                 part = tl.load(h + place, mask=inside, other=0.0)
-                if ROWS_FIRST and ids is not None:  # an adapter's Inf times other rows' zeros would be their NaN
+                if ROWS_FIRST and ids is not None:
+                    # An adapter's Inf times the zeros of other rows would make those NaN.
                     up = tl.dot(part, b.to(dtype), tl.zeros(acc.shape, tl.float32), input_precision="ieee")
                     acc += tl.where(mine[:, None], up, 0.0)
                 elif ROWS_FIRST:
                     acc = tl.dot(part, b.to(dtype), acc, input_precision="ieee")
-                else:  # a tile of prefill has no registers left for a second product: there it is their NaN
+                else:
+                    # A tile of prefill has no registers left for a product of its own: other rows may become NaN here.
                     acc = tl.dot(b.to(dtype), part, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def _lora_expand_kernel(
+def _lora_up_kernel(
     y,  # [M, N], changed in place
     h,  # [M, R] in the dtype of y
     lora_B,  # [S, N, R]
@@ -168,29 +170,30 @@ def _lora_expand_kernel(
 
 
 def block_r(rank: int) -> int:
-    """Ranks a product takes at a time: at least tensor cores' 16, and more for ranks that fill it."""
+    """Ranks that a product takes at a time: at least the 16 of tensor cores, and 32 for ranks that fill more."""
     return 16 if rank <= 16 else 32
 
 
-def launch_lora_shrink(
+def launch_lora_down(
     x: Tensor, lora_A: Tensor, adapter_ids: Tensor | None, scaling: float, multiprocessors: int
 ) -> Tensor:
     """h [M, R] = scaling * x @ lora_A[adapter_ids].T in the dtype of x, summed in float32.
 
-    x [M, K] of last stride 1; lora_A [S, R, K] of any strides and dtype; adapter_ids [M], -1 or out of range: zeros.
+    x [M, K] has last stride 1, lora_A [S, R, K] any strides and dtype. Rows whose id in adapter_ids [M] is -1 or out of
+    range become zeros.
     """
     rows, columns = x.shape
     rank = lora_A.shape[1]
     block_m = 16 if rows <= 16 else 64
     block_rank = 16 if rank <= 16 else 32 if rank <= 32 else 64
     grid = cdiv(rows, block_m), cdiv(rank, block_rank)
-    # Few rows fill the device only when columns are split.
+    # A few rows fill the device only if their columns are split.
     splits = max(1, min(32, multiprocessors // (grid[0] * grid[1]), cdiv(columns, 256)))
-    columns_a_split = cdiv(cdiv(columns, splits), 64) * 64
-    splits = cdiv(columns, columns_a_split)
+    columns_per_split = cdiv(cdiv(columns, splits), 64) * 64
+    splits = cdiv(columns, columns_per_split)
     h = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     partial = h if splits == 1 else torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
-    _lora_shrink_kernel[(grid[0], splits, grid[1])](
+    _lora_down_kernel[(grid[0], splits, grid[1])](
         x,
         lora_A,
         adapter_ids,
@@ -200,7 +203,7 @@ def launch_lora_shrink(
         rank,
         lora_A.shape[0],
         scaling,
-        columns_a_split,
+        columns_per_split,
         x.stride(0),
         *lora_A.stride(),
         BLOCK_M=block_m,
@@ -214,12 +217,12 @@ def launch_lora_shrink(
     return h
 
 
-def launch_lora_expand(y: Tensor, h: Tensor, lora_B: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """y [M, N] += h [M, R] @ lora_B[adapter_ids].T, in place; lora_B [S, N, R] of any strides and dtype."""
+def launch_lora_up(y: Tensor, h: Tensor, lora_B: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """y [M, N] += h [M, R] @ lora_B[adapter_ids].T, in place. lora_B [S, N, R] may have any strides and dtype."""
     rows, columns = y.shape
     rank = h.shape[1]
     block_m = 16 if rows <= 16 else 64
-    _lora_expand_kernel[(cdiv(columns, 128) * cdiv(rows, block_m),)](
+    _lora_up_kernel[(cdiv(columns, 128) * cdiv(rows, block_m),)](
         y,
         h,
         lora_B,

@@ -11,12 +11,13 @@ from loftq_kernels.triton_kernels.codes import decode, setup_decode
 from loftq_kernels.triton_kernels.configs import TILE, Config, cdiv
 from loftq_kernels.triton_kernels.counters import counter_zeros
 from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import add_parts, scaled, tile_of
+from loftq_kernels.triton_kernels.tiles import TileDecoder, add_parts, scaled, tile_of
 
 
 @triton.jit
 def _load_groups(scale, offset, rows, column, num_groups, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    """scale and offset (0 without) of a step's first group, and of its second where PARTS is 2."""
+    """(scale, scale, offset, offset) of a step's first group and, where PARTS is 2, of its second. Without offsets the
+    scales stand in their place."""
     group = tl.minimum(column // GROUP, num_groups - 1) if GROUP > 0 else column * 0
     second = tl.minimum(group + PARTS - 1, num_groups - 1)
     s0 = tl.load(scale + rows + group).to(tl.float32)
@@ -32,8 +33,8 @@ def _load_groups(scale, offset, rows, column, num_groups, GROUP: tl.constexpr, P
         )
 
 
-# M: `setup_decode` makes a zero of it that ptxas must not know.
-@triton.jit(do_not_specialize=["M", "S", "steps_a_split"])
+# Do not specialize M: setup_decode derives a zero from it, and a constant M = 1 would reveal the tables to ptxas.
+@triton.jit(do_not_specialize=["M", "S", "steps_per_split"])
 def _prefill_linear_kernel(
     x,  # [M, K]
     codes,  # [N, row_bytes] uint8
@@ -46,7 +47,7 @@ def _prefill_linear_kernel(
     bias,  # [N] or None
     y,  # [M, N]
     workspace,  # float32 [tiles, SPLITS, BLOCK_N, BLOCK_M], or None
-    counters,  # int32 [tiles] of zeros, left so; or None
+    counters,  # int32 [tiles], zeros before and after; or None
     M,
     N,
     K,
@@ -60,14 +61,8 @@ def _prefill_linear_kernel(
     stride_bs,
     stride_bn,
     stride_br,
-    steps_a_split,
-    BITS: tl.constexpr,
-    SETUP: tl.constexpr,
-    ASM: tl.constexpr,
-    TABLE: tl.constexpr,
-    FIELD: tl.constexpr,
-    UNIT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    steps_per_split,
+    TILE_DECODER: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,7 +71,8 @@ def _prefill_linear_kernel(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """A program multiplies one split of K for one tile of y; the last split to be done adds all up, and the rest."""
+    """A program multiplies one split of K for one tile of y. The last split to be done adds up all splits, adapters and
+    bias."""
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, SWIZZLE)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,9 +82,11 @@ def _prefill_linear_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
 
     # ---- main loop: a step is one packed run of bytes, whose fields are FIELDS slices of WIDTH columns
-    setup_decode(M >> 31, SETUP)
+    DECODER: tl.constexpr = TILE_DECODER.decoder
+    BITS: tl.constexpr = DECODER.bits
+    setup_decode(M >> 31, DECODER)
     FIELDS: tl.constexpr = 8 // BITS
-    WIDTH: tl.constexpr = 32 if BITS == 8 else 8 * BITS  # at 8 bits half a tile, lest a step have two groups of 32
+    WIDTH: tl.constexpr = 32 if BITS == 8 else 8 * BITS  # Half a tile at 8 bits, so that no step has two groups of 32.
     STEP: tl.constexpr = WIDTH * FIELDS
     PARTS: tl.constexpr = 2 if GROUP == 32 and STEP > 32 else 1
     k = tl.arange(0, WIDTH)
@@ -96,19 +94,19 @@ def _prefill_linear_kernel(
     x_tile = x + m_in[None, :] * stride_x + k[:, None]
     rows = n_in * stride_scale
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    # Scales are fetched a step ahead: two bytes a row are too few for Triton to pipeline.
-    first = split * steps_a_split
+    # Scales are fetched a step ahead by hand, as Triton does not pipeline loads of two bytes per row.
+    first = split * steps_per_split
     s0, s1, o0, o1 = _load_groups(scale, offset, rows, first * STEP, num_groups, GROUP, PARTS)
-    for step in tl.range(first, tl.minimum(first + steps_a_split, tl.cdiv(K, STEP)), num_stages=STAGES):
+    for step in tl.range(first, tl.minimum(first + steps_per_split, tl.cdiv(K, STEP)), num_stages=STAGES):
         packed = tl.load(code_tile + step * WIDTH)
-        # All fields are decoded before the first product: on Hopper only the last product of a step runs
-        # asynchronously, beside the decoding of the next.
-        fields = decode(packed, codebook, ASM, TABLE, BITS, FIELD)
+        # All fields are decoded before the first product, because on Hopper only the last product of a step runs
+        # asynchronously, beside the decoding of the next step.
+        fields = decode(packed, codebook, DECODER, TILE_DECODER.field)
         ws = ()
         for i in tl.static_range(FIELDS):
             s = s0 if i * PARTS < FIELDS else s1
             o = o0 if i * PARTS < FIELDS else o1
-            ws = ws + (scaled(fields[i], s[:, None], o[:, None], offset is not None, UNIT, SHIFT, dtype),)
+            ws = ws + (scaled(fields[i], s[:, None], o[:, None], offset is not None, TILE_DECODER, dtype),)
         s0, s1, o0, o1 = _load_groups(scale, offset, rows, (step + 1) * STEP, num_groups, GROUP, PARTS)
         for i in tl.static_range(FIELDS):
             column = step * STEP + i * WIDTH
@@ -153,7 +151,7 @@ def launch_prefill_linear(
     offset: Tensor | None,
     codebook: Tensor,
     group_size: int,
-    decoding: dict[str, object],
+    decoder: TileDecoder,
     h: Tensor | None,
     lora_B: Tensor | None,
     adapter_ids: Tensor | None,
@@ -162,16 +160,16 @@ def launch_prefill_linear(
     tile: Config,
     splits: int = 1,
 ) -> Tensor:
-    """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B[adapter_ids].T + bias [N]; x, h and y float16 or bfloat16, last
-    stride 1.
+    """y [M, N] = x [M, K] @ W.T + h [M, R] @ lora_B[adapter_ids].T + bias [N].
 
-    h and lora_B [S, N, R] are both given or neither; lora_B and bias of any dtype and strides. adapter_ids [M]: -1 for
-    none; rows with ids of no adapter become NaN. splits: programs that share the columns of a tile.
+    x, h and y are float16 or bfloat16 and have last stride 1. h and lora_B [S, N, R] are both given or neither; lora_B
+    and bias [N] may have any dtype, lora_B any strides. adapter_ids [M] holds -1 for no adapter; rows with an id that
+    no adapter has become NaN. splits: how many programs share the columns of a tile.
     """
     (rows, in_features), out_features = x.shape, codes.shape[0]
     rank = 0 if h is None else h.shape[1]
     tiles = cdiv(rows, tile.block_m) * cdiv(out_features, tile.block_n)
-    step = 32 if decoding["BITS"] == 8 else TILE
+    step = 32 if decoder.decoder.bits == 8 else TILE
     workspace = counters = None
     if splits > 1:
         size = tiles * splits * tile.block_n * tile.block_m
@@ -202,7 +200,7 @@ def launch_prefill_linear(
         y.stride(0),
         *((0, 0, 0) if lora_B is None else lora_B.stride()),
         cdiv(cdiv(in_features, step), splits),
-        **decoding,
+        TILE_DECODER=decoder,
         GROUP=group_size,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -211,6 +209,6 @@ def launch_prefill_linear(
         STAGES=tile.num_stages,
         SPLITS=splits,
         num_warps=tile.num_warps,
-        enable_fp_fusion=False,  # weights as `dequantize` gives them, product and sum rounded each
+        enable_fp_fusion=False,  # Product and sum are rounded each, so that weights are those of `dequantize`.
     )
     return y
