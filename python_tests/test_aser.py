@@ -162,7 +162,7 @@ class TestRankByEnergy:
         ({"rank_energy": float("nan")}, ValueError, "rank_energy=nan"),
         ({"rank_energy": True}, ValueError, "rank_energy=True"),
         ({"outlier_channels": -1}, ValueError, "outlier_channels=-1"),
-        ({"outlier_channels": 1.0}, TypeError, r"outlier_channels must be an int, got 1\.0"),
+        ({"outlier_channels": 1.0}, TypeError, r"outlier_channels=1\.0 must be an integer"),
     ],
     ids=str,
 )

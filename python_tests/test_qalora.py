@@ -256,10 +256,11 @@ class TestModel:
             assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.scale, expected.scale)
         assert errors[1] < errors[0]
 
-    def test_rank_beyond_the_groups_is_skipped(self):
+    def test_rank_beyond_the_groups_is_limited(self):
         model = tiny_model()
         report = lk.quantize_model(model, lk.QuantConfig(rank=3, group_size=32, adapter="qalora"), progress=False)
-        assert "exceeds its 2 groups" in report.skipped["head"] and len(report.layers) == 2
+        assert [layer.rank for layer in report.layers] == [2, 3, 2, 3, 2] and not report.skipped
+        assert report.layers[-1].note == "rank 3 limited to 2, its groups" and model.head.lora_A.shape == (2, 2)
 
     def test_state_dict_of_a_merged_layer(self, tmp_path):
         layer = make_layer("nf4")

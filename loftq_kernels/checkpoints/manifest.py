@@ -45,7 +45,7 @@ class LayerSpec:
     adapter: str = "lora"
     offset: bool = False  # whether a format that is not affine has one, as after merging an adapter
     adapter_enabled: bool = True
-    dtype: str | None = None  # of the layer; None in files of earlier versions, whose adapters and biases tell it
+    dtype: str | None = None  # of the layer; None where lora_A, or else the bias, tells it
 
     @classmethod
     def of(cls, layer: QuantLoRAModule) -> LayerSpec:
@@ -64,7 +64,7 @@ class LayerSpec:
             adapter=layer.adapter,
             offset=layer.offset is not None and not layer.format.affine,
             adapter_enabled=layer.adapter_enabled,
-            dtype=_name_of(layer.dtype),
+            dtype=_dtype_to_tell(layer),
         )
 
     def to_values(self) -> dict[str, Any]:
@@ -150,6 +150,12 @@ _OPTIONAL = {
     "adapter_enabled": True,
     "dtype": None,
 }
+
+
+def _dtype_to_tell(layer: QuantLoRAModule) -> str | None:
+    """A layer's dtype, unless its tensors tell it."""
+    telling = layer.bias if layer.lora_A is None else layer.lora_A
+    return None if telling is not None and telling.dtype == layer.dtype else _name_of(layer.dtype)
 
 
 def _name_of(dtype: torch.dtype) -> str:

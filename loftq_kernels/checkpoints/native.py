@@ -203,7 +203,7 @@ def _names(stored: safe_open) -> list[str]:
 
 
 def _with_dtypes(config: CheckpointConfig, stored: safe_open) -> CheckpointConfig:
-    """The config of an earlier version with the dtypes of its layers, which their adapters and biases tell."""
+    """The config with the dtypes of layers that it leaves to their adapters and biases to tell."""
     names = set(stored.keys())
     layers = {}
     for name, spec in config.layers.items():

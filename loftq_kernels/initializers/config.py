@@ -131,9 +131,12 @@ class LayerConfig:
             raise ValueError(f"adapter={self.adapter!r} takes init of {starts}, got {self.init!r}")
         for name, unused in METHOD_OPTIONS.items():
             if getattr(self, name) != unused and not self._honours(name):
-                owners = " or ".join(f"init={m.name!r}" for m in _METHODS.values() if name in m.options)
+                methods = [method for method in _METHODS.values() if name in method.options]
+                owners = " or ".join(f"init={method.name!r}" for method in methods)
+                if any(len(method.runs) > 1 for method in methods):
+                    owners += " with adapter='lora'"
                 got = f"init={self.init!r}" if self.adapter == "lora" else f"adapter={self.adapter!r}"
-                raise ValueError(f"{name}={getattr(self, name)!r} is for {owners} with adapter='lora' alone, got {got}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is for {owners} alone, got {got}")
 
     def _honours(self, option: str) -> bool:
         return option in self.method.options and self.adapter == "lora"

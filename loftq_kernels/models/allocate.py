@@ -239,6 +239,9 @@ def _measure(
     """Every layer in the order of the model, with its error under each candidate that it can take."""
     weights = {c.name: c.weight for listed in found.values() for c in listed}
     grams = {c.name: _gram(statistics, c) for listed in found.values() for c in listed}
+    adapter_bits = {
+        c.name: 8 * c.cfg.adapter_dtype_of(c.weight.dtype).itemsize for listed in found.values() for c in listed
+    }
     unknown = [name for name, gram in grams.items() if gram is None]
     if statistics is not None and unknown and not relative:
         raise ValueError(
@@ -255,7 +258,7 @@ def _measure(
                     errors[own.name][candidate] = _error(weights[own.name], init, grams[own.name], relative)
     first = {name: next(iter(by_candidate)) for name, by_candidate in errors.items()}
     return {
-        name: PlannedLayer(tuple(weight.shape), first[name], errors[name], 8 * weight.itemsize)
+        name: PlannedLayer(tuple(weight.shape), first[name], errors[name], adapter_bits[name])
         for name, weight in weights.items()
     }
 

@@ -99,6 +99,8 @@ def quantize_model(
 
 def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None) -> Selection:
     """The layers to quantize. Raises ValueError where there are none, or where they do not fit the plan."""
+    if plan is not None:
+        plan.check_names(name for name, _ in named_modules(model))
     selection = select_layers(model, cfg)
     if plan is not None:
         plan.check_model(_planned_shapes(model, selection, plan, cfg))

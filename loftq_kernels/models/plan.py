@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class PlannedLayer:
     shape: tuple[int, int]  # [out_features, in_features]
     choice: str
     errors: dict[str, float] = field(default_factory=dict)
-    adapter_bits: int = 32  # of one number of lora_A and lora_B: those of the dense weight's dtype
+    adapter_bits: int = 32  # of one number of lora_A and lora_B
 
     @property
     def weights(self) -> int:
@@ -48,7 +48,7 @@ class BitPlan:
         budget: the bits per weight that were asked for; what the plan takes is `average_bits`.
         count: what counts as bits: "codes" those of the codes alone, as LoftQ's "2.5 bits" are counted; "packed" all
             of the packed weight: codes and their padding, scales, offsets and code book, as
-            `QuantizationReport.bits_per_weight`; "total" also lora_A and lora_B in the dtype of the dense weight.
+            `QuantizationReport.bits_per_weight`; "total" also lora_A and lora_B.
             Never counted: biases, and what stays dense.
         dense: parameters of the model that the plan does not name, with their bytes as they stay.
     """
@@ -103,11 +103,16 @@ class BitPlan:
             overrides[_pattern(name)] = None if own is None else {**own, **settings(self.candidates[layer.choice])}
         return dataclasses.replace(cfg, overrides={**overrides, **cfg.overrides})
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError unless every planned layer is among the names of a model's modules."""
+        known = set(names)
+        if unknown := next((name for name in self.layers if name not in known), None):
+            raise ValueError(f"the plan is of another model: there is no layer {unknown!r} to quantize")
+
     def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless every planned layer is among shapes, with the shape that it was planned for."""
+        self.check_names(shapes)
         for name, layer in self.layers.items():
-            if name not in shapes:
-                raise ValueError(f"the plan is of another model: there is no layer {name!r} to quantize")
             if tuple(shapes[name]) != layer.shape:
                 raise ValueError(f"the plan has {name!r} with shape {layer.shape}, the model {tuple(shapes[name])}")
 
@@ -121,8 +126,9 @@ class BitPlan:
         }
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         layers = {name: dataclasses.asdict(layer) for name, layer in self.layers.items()}
-        for key, entries in (("candidates", self.candidates), ("layers", layers), ("dense", self.dense)):
+        for key, entries in (("candidates", self.candidates), ("layers", layers)):
             lines.append(f" {json.dumps(key)}: {_one_per_line(entries)}")
+        lines.append(f' "dense": {json.dumps(self.dense)}')
         documents.write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
@@ -146,9 +152,9 @@ class BitPlan:
         )
 
     def _dense_share(self) -> str:
-        """What share of the model the plan leaves dense, in bytes of its dense dtype."""
+        """What share of the planned model's bytes is dense."""
         left = sum(self.dense.values())
-        planned = sum(layer.weights * layer.adapter_bits // 8 for layer in self.layers.values())
+        planned = sum(self.bits(name) for name in self.layers) // 8
         largest = sorted(self.dense, key=self.dense.get, reverse=True)[:3]
         named = f" ({', '.join(largest)}, ...)" if largest else ""
         return f"; not planned, and left dense: {left / max(left + planned, 1):.1%} of the model's bytes{named}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from loftq_kernels.storage.files import replacing
 
+_IN_JSON = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 MOST_BYTES = 64 << 20  # Far above any real document: refuses to read something else that carries its name.
 
 
@@ -59,7 +60,7 @@ def check_keys(values: Any, needed: Mapping[str, type] | dict[str, type], option
         raise ValueError(f"expected the keys {sorted(known)}, got {found!r}")
     for name, value in values.items():
         if not isinstance(value, known[name]) or (isinstance(value, bool) and known[name] not in (bool, object)):
-            raise ValueError(f"{name} must be a {known[name].__name__}, got {value!r}")
+            raise ValueError(f"{name} must be {_IN_JSON.get(known[name], known[name].__name__)}, got {value!r}")
     return values
 
 
