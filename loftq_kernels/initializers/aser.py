@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,22 +113,15 @@ def aser_init_batch(
         seed=seed,
         rank_energy=rank_energy,
     )
+    run = partial(run_batch, weights, names, options, device=device, backend=backend, progress=progress)
+    count = min(outlier_channels, rank // 2)
+    if count == 0:
+        return run(statistics=statistics)
     outliers = [
-        outlier_channels_of(
-            weight.detach(), check_statistics(own, name, weight.shape[1]), min(outlier_channels, rank // 2)
-        )
+        outlier_channels_of(weight.detach(), check_statistics(own, name, weight.shape[1]), count)
         for weight, own, name in zip(weights, statistics, names, strict=True)
     ]
-    inits = run_batch(
-        weights,
-        names,
-        options,
-        device=device,
-        backend=backend,
-        progress=progress,
-        statistics=statistics,
-        left_out=outliers,
-    )
+    inits = run(statistics=statistics, left_out=outliers)
     for init, own, channels in zip(inits, statistics, outliers, strict=True):
         init.smoothing = smoothing_vector(own, channels).to(init.packed.device)
     return inits
