@@ -25,7 +25,6 @@ from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.convert import quantize_model
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.report import QuantizationReport
-from loftq_kernels.models.select import first_layers
 from loftq_kernels.nn import (
     QuantLoRAConv1d,
     QuantLoRAConv2d,
@@ -34,6 +33,7 @@ from loftq_kernels.nn import (
     QuantLoRALinearGroup,
 )
 from loftq_kernels.nn.adapters import merge_adapters, train_only_adapters
+from loftq_kernels.nn.blocks import first_layers
 from loftq_kernels.ops import available_backends
 from loftq_kernels.tuning.rilq import rilq_tune
 from loftq_kernels.tuning.teacher import cache_teacher

@@ -24,8 +24,9 @@ from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.convert import initialize_batch
+from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits, settings
-from loftq_kernels.models.select import Candidate, in_batches, select_layers, with_statistics
+from loftq_kernels.models.select import Candidate, in_batches, select_layers
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.ops.values import check_finite

@@ -11,19 +11,19 @@ from torch import nn
 
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
 from loftq_kernels.models.config import QuantConfig
+from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.report import LayerReport, QuantizationReport, account, module_bytes
 from loftq_kernels.models.select import (
     LEFT_DENSE,
     Candidate,
     Selection,
-    carry_over,
     in_batches,
     select_layers,
     why_dense,
-    with_statistics,
 )
 from loftq_kernels.nn.adapters import train_only_adapters
+from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_modules, set_submodule, unwrapped
 from loftq_kernels.ops.values import check_finite

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels import arguments
 from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import InputStatistics, LayerConfig
-from loftq_kernels.initializers.statistics import check_statistics as check_fit
 from loftq_kernels.models.config import HEAD_NAMES, QuantConfig, matches
 from loftq_kernels.models.patterns import check_patterns
 from loftq_kernels.nn.adapters import is_peft_layer, quantized_layers
-from loftq_kernels.nn.blocks import largest_lists
+from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 from loftq_kernels.storage.packing import num_groups
@@ -204,108 +197,6 @@ def limited_rank(cfg: LayerConfig, shape: tuple[int, int]) -> tuple[LayerConfig,
     return replace(cfg, rank=most), f"rank {cfg.rank} limited to {most}, {what}"
 
 
-# ---- what a module carries beside its weight
-
-
-@cache
-def _own_attributes(cls: type[nn.Module], arity: int) -> frozenset[str]:
-    """Attributes that modules of a class have by themselves."""
-    with torch.device("meta"):
-        return frozenset(vars(cls(*(1,) * arity)))
-
-
-def _extras(module: nn.Module, kind: LayerKind) -> dict[str, Any]:
-    own = _own_attributes(type(module), kind.arity)
-    return {name: value for name, value in vars(module).items() if name not in own}
-
-
-def reason_of_extras(module: nn.Module, kind: LayerKind) -> str | None:
-    """What of a module its replacement would lose: hooks, functions, tensors and modules of its own."""
-    if hooks := [name.strip("_").replace("_", " ") for name, own in vars(module).items() if "hooks" in name and own]:
-        return f"has hooks, which a replacement would lose ({', '.join(hooks)})"
-    for key, parameter in module._parameters.items():
-        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
-            return f"its {key} has hooks, which a replacement would lose"
-    extras = _extras(module, kind)
-    if functions := [name for name, value in extras.items() if callable(value) and not isinstance(value, type)]:
-        return f"has {functions[0]!r} of its own, which a replacement would lose"
-    held = [*module._parameters, *module._buffers, *module._modules]
-    held += [name for name, value in extras.items() if isinstance(value, Tensor)]
-    if beside := [name for name in held if name not in ("weight", "bias")]:
-        return f"holds {beside[0]!r} beside its weight, which a replacement would lose"
-    return None
-
-
-def carry_over(old: nn.Module, new: nn.Module, kind: LayerKind) -> None:
-    """Give a replacement the attributes that somebody has set on the module before it."""
-    for name, value in _extras(old, kind).items():
-        if not hasattr(new, name):
-            setattr(new, name, value)
-
-
-# ---- statistics
-
-
-def with_statistics(candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None) -> list[Candidate]:
-    """The candidates with the statistics that their initializers need or take.
-
-    Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning. Raises
-    ValueError for layers that lack statistics otherwise, or whose statistics do not fit.
-    """
-    if statistics is not None and not isinstance(statistics, Mapping):
-        raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
-    unreached = set(getattr(statistics, "unreached", ()))
-    chosen, without = [], []
-    for candidate in candidates:
-        if statistics is not None and candidate.cfg.takes_statistics and candidate.name in unreached:
-            without.append(candidate.name)
-            chosen.append(_data_free(candidate))
-        else:
-            chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
-    if without:
-        warnings.warn(
-            f"no calibration token reached {len(without)} layers, which are initialized without data: "
-            f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",
-            stacklevel=3,
-        )
-    return chosen
-
-
-def _data_free(candidate: Candidate) -> Candidate:
-    cfg = candidate.cfg.changed({"init": "loftq"}) if candidate.cfg.needs_statistics else candidate.cfg
-    notes = (candidate.note, "no calibration token reached it: initialized without data")
-    return replace(candidate, cfg=cfg, note="; ".join(note for note in notes if note))
-
-
-def _statistics_of(candidate: Candidate, statistics: Mapping[str, InputStatistics] | None) -> InputStatistics | None:
-    """What the initializer of a layer gets; ValueError unless it is there, where needed, and fits."""
-    name, cfg = candidate.name, candidate.cfg
-    if not candidate.kind.observed and (statistics is None or name not in statistics):
-        if cfg.needs_statistics:
-            raise ValueError(
-                f"init={cfg.init!r} needs statistics of layer {name!r}, an nn.{type(candidate.module).__name__}, but "
-                "calibration knows linear layers alone: give it init='loftq' by an override"
-            )
-        return None
-    if statistics is None:
-        if cfg.needs_statistics:
-            raise ValueError(f"init={cfg.init!r} of layer {name!r} needs statistics=: see collect_activations")
-        return None
-    if not cfg.takes_statistics:
-        return None
-    if name not in statistics:
-        known = ", ".join(itertools.islice(statistics, 3))
-        raise ValueError(
-            f"the statistics lack layer {name!r} (they hold {len(statistics)} layers: {known}, ...): they are another "
-            "model's, or were collected with patterns that leave it out; exclude it, or give it init='qlora' by an "
-            "override"
-        )
-    return check_fit(statistics[name], f"layer {name!r}", candidate.weight.shape[1])
-
-
-# ---- batches
-
-
 def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
@@ -319,54 +210,6 @@ def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
             batch = group[:_LAYERS_PER_BATCH]
             del group[:_LAYERS_PER_BATCH]
             yield batch
-
-
-# ---- LoftQ's rule of mixed precision
-
-
-def first_layers(
-    model: nn.Module, n: int, changes: str | Mapping[str, Any] = "nf4", *, blocks: str | None = None
-) -> dict[str, dict[str, Any]]:
-    """LoftQ's mixed precision: overrides that give the first n blocks of a model other settings than the rest.
-
-        QuantConfig("nf2", overrides=first_layers(model, 4, "nf4"))     # the first four blocks 4 bits, the rest 2
-
-    Args:
-        model: holds its blocks (layers, as the paper calls them) in an `nn.ModuleList` or `nn.Sequential`.
-        n: 0 .. the number of blocks.
-        changes: a format, or `LayerConfig` fields, for the layers inside the first n blocks.
-        blocks: the list's name, e.g. "model.layers"; None takes the list with the most parameters.
-
-    Raises ValueError when there is no such list, when several are equally large (naming them; as in a model with an
-    encoder and a decoder) and for n out of range. Source: LoftQ (Li et al., 2024), section 4.
-    """
-    model = unwrapped(model)
-    name = _one_list(model) if blocks is None else blocks
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"{type(model).__name__} has no module {name!r}") from error
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        raise ValueError(f"{name!r} is a {type(module).__name__}, not a list of blocks")
-    n = arguments.whole_number("n", n)
-    if not 0 <= n <= len(module):
-        raise ValueError(f"n={n!r} is outside 0 .. {len(module)}, the number of blocks in {name!r}")
-    changes = {"format": changes} if isinstance(changes, str) else dict(changes)
-    prefix = f"{name}." if name else ""
-    overrides = {}
-    for child, block in itertools.islice(module._modules.items(), n):
-        escaped = glob.escape(prefix + child)
-        overrides[escaped if kind_of(block) is not None else f"{escaped}.*"] = changes
-    return overrides
-
-
-def _one_list(model: nn.Module) -> str:
-    largest = largest_lists(model)
-    if not largest:
-        raise ValueError(f"{type(model).__name__} has no list of blocks (nn.ModuleList or nn.Sequential)")
-    if len(largest) > 1:
-        raise ValueError(f"several lists of blocks are equally large: {', '.join(largest)}; choose with blocks=")
-    return largest[0]
 
 
 def why_dense(cfg: QuantConfig, selection: Selection):

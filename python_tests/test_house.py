@@ -1,0 +1,116 @@
+"""The house keeps its order: imports go downwards only, without circles, and no file is too long."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "loftq_kernels"
+# From the top: each imports only what stands below it. CONTRIBUTING.md says what each is.
+FLOORS = (
+    "__main__",
+    "cli",
+    "recipes",
+    "integrations",
+    "__init__",
+    "checkpoints",
+    "calibration",
+    "tuning",
+    "models",
+    "nn",
+    "initializers",
+    "formats",
+    "ops",
+    "triton_kernels",
+    "storage",
+    "optim",
+    "progress",
+    "arguments",
+)
+MOST_LINES = 350
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below ``loftq_kernels``; "__init__" is the package itself."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """The package's modules that a file imports, anywhere in it, also for type checkers alone."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    own = {name.partition(".")[2] for name in names if name.split(".")[0] == "loftq_kernels"}
+    return {_module_of(name, known) for name in own}
+
+
+def _module_of(name: str, known: set[str]) -> str:
+    """The module that an imported name is, or is defined in: a folder's __init__ goes by the folder's name."""
+    while name not in known and name:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports_of(path, known.keys()) - {name} for name, path in known.items()}
+
+
+def floor(name: str) -> int:
+    return FLOORS.index(name.split(".")[0])
+
+
+def test_imports_go_downwards(graph):
+    """`import loftq_kernels` itself stands above what it gathers, and below those that use it as a user would."""
+    upwards = sorted(
+        f"{name} -> {other}" for name, others in graph.items() for other in others if floor(other) < floor(name)
+    )
+    assert not upwards
+    users = {name for name, others in graph.items() if "__init__" in others}
+    assert {name.split(".")[0] for name in users} <= {"__main__", "cli", "recipes", "integrations"}
+
+
+def test_imports_make_no_circle(graph):
+    """Folders' __init__ files count where a module asks the folder for a name."""
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        state[name] = 1
+        for other in sorted(graph[name]):
+            assert state.get(other) != 1, f"a circle: {' -> '.join((*path, name, other))}"
+            if other not in state:
+                visit(other, (*path, name))
+        state[name] = 2
+
+    for name in sorted(graph):
+        if name not in state:
+            visit(name, ())
+
+
+def test_folders_make_no_circle(graph):
+    arrows = {(name.split(".")[0], other.split(".")[0]) for name, others in graph.items() for other in others}
+    assert not [(a, b) for a, b in arrows if a != b and (b, a) in arrows]
+
+
+def test_every_folder_has_its_floor():
+    rooms = {name.split(".")[0] for name in modules()}
+    assert rooms <= set(FLOORS)
+
+
+def test_no_file_is_too_long():
+    """350 lines: what is longer holds a second idea. Kernels and their options are one idea, and stay below it, too."""
+    long = {
+        name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert not long
