@@ -1,0 +1,360 @@
+"""The kernel paths of this machine, each with its cases, and the row that comes of trying one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from loftq_kernels.cli.check_cases import (
+    DTYPES,
+    Case,
+    Finding,
+    Initialization,
+    Layer,
+    Product,
+    Quantization,
+    decomposing,
+    dequantizing,
+    name_of,
+    spread,
+    unpacking,
+    worst_of,
+)
+from loftq_kernels.formats import get_format
+from loftq_kernels.ops import budget, extension, triton_backend
+from loftq_kernels.storage.packing import BITS, GROUP_SIZES
+
+OPS = torch.ops.loftq_kernels
+ROWS = (1, 2, 5, 17, 129)
+WIDE = 4096  # a weight of WIDE x WIDE goes through the chunked paths in more than one chunk
+ISA_VARIABLE = "LOFTQ_CPU_ISA"
+
+
+def _here() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Path:
+    """One road through the kernels. missing() says why it is not on this machine; setting() holds while it is tried."""
+
+    device: str
+    name: str
+    cases: Iterable[Case] = ()
+    missing: Callable[[], str | None] = _here
+    setting: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one path. worst: the largest error over its budget; said: about the case that has it, or why not."""
+
+    device: str
+    path: str
+    cases: int
+    worst: float | None
+    seconds: float
+    outcome: str  # "pass", "FAIL" or "not here"
+    said: str = ""
+
+
+def attempt(path: Path) -> Row:
+    """Try every case of a path. Whatever it raises becomes a row, so that the other paths are tried as well."""
+    started, done, label = time.perf_counter(), [], ""
+
+    def row(outcome: str, said: str, worst: float | None = None) -> Row:
+        return Row(path.device, path.name, len(done), worst, time.perf_counter() - started, outcome, said)
+
+    try:
+        reason = path.missing()
+        if reason is not None:
+            return row("not here", reason)
+        with path.setting():
+            for case in path.cases:
+                label = case.label
+                done.append((label, case.find()))
+    except Exception as error:
+        return row("FAIL", f"{label}: {_one_line(error)}" if label else _one_line(error))
+    if not done:
+        return row("FAIL", "there is no case")
+    worst = worst_of([finding.ratio for _, finding in done])
+    label, finding = next(pair for pair in done if pair[1].ratio is worst)
+    return row("pass" if worst <= 1 else "FAIL", f"{label}: {finding.said}", worst)
+
+
+def _one_line(error: BaseException) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def paths_of_machine(formats: Sequence[str]) -> Iterator[Path]:
+    """Every path of every device: those that are not here say why."""
+    yield from cpu_paths(formats)
+    if not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA device"
+        yield Path("CUDA", "all kernels", missing=lambda: reason)
+        return
+    for index in range(torch.cuda.device_count()):
+        yield from cuda_paths(f"cuda:{index}", formats)
+        yield from triton_paths(f"cuda:{index}", formats)
+
+
+# CPU
+
+
+def cpu_paths(formats: Sequence[str]) -> Iterator[Path]:
+    if extension._C is None:
+        reason = f"the extension did not load ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}"
+        yield Path("CPU", "all kernels", missing=lambda: reason)
+        return
+    yield Path("CPU", "pack, unpack", _pack_cases("cpu"))
+    problems = _CpuProblems.of(formats)
+    for isa in extension._C.cpu_isas():
+        yield from _paths_of_isa(isa, problems)
+
+
+@dataclass(frozen=True)
+class _CpuProblems:
+    """What every instruction set is given; what is right is computed once for all of them."""
+
+    quantizations: list[Quantization]
+    residuals: list[Quantization]
+    layers: list[tuple[Layer, torch.dtype]]
+    products: list[Product]
+    gradients: list[Product]
+    initializations: list[Initialization]
+
+    @classmethod
+    def of(cls, formats: Sequence[str]) -> _CpuProblems:
+        return cls(
+            _quantizations(formats),
+            _quantizations(formats, residual=True),
+            _dequantizations(formats, "cpu"),
+            _cpu_products(formats),
+            _cpu_products(formats, transposed=True),
+            _initializations(formats),
+        )
+
+
+def _paths_of_isa(isa: str, problems: _CpuProblems) -> Iterator[Path]:
+    factor = budget.of_products(isa)
+    cases = {
+        "quantize": _quantize_cases(problems.quantizations, "cpu"),
+        "quantize_residual_": _quantize_cases(problems.residuals, "cpu"),
+        "dequantize": _dequantize_cases(problems.layers, OPS),
+        "qlora_linear": _product_cases(problems.products, OPS, factor),
+        "qlora_linear_grad_input": _product_cases(problems.gradients, OPS, factor),
+        "LoftQ initializer": _initializer_cases(problems.initializations, "cpu"),
+    }
+    for name, own in cases.items():
+        yield Path(f"CPU {isa}", name, own, setting=partial(forced_isa, isa))
+
+
+@contextlib.contextmanager
+def forced_isa(isa: str) -> Iterator[None]:
+    """The kernels read the variable at each call."""
+    before = os.environ.get(ISA_VARIABLE)
+    os.environ[ISA_VARIABLE] = isa
+    try:
+        used = extension._C.cpu_isa()
+        if used != isa:
+            raise RuntimeError(f"{ISA_VARIABLE}={isa} gives the instruction set {used}")
+        yield
+    finally:
+        if before is None:
+            del os.environ[ISA_VARIABLE]
+        else:
+            os.environ[ISA_VARIABLE] = before
+
+
+def _cpu_products(formats: Sequence[str], transposed: bool = False) -> list[Product]:
+    """Odd sizes, no multiple of a tile or group. Few rows of x get many columns of results: the error of a few dozen
+    numbers is a matter of luck."""
+    products = []
+    for number, format_name, group_size in spread(formats, GROUP_SIZES):
+        wide, narrow = (Layer(format_name, group_size, *_sides(n, 330, transposed)) for n in (1031, 131))
+        for j, rows in enumerate(ROWS):
+            dtype = DTYPES[(number + j) % len(DTYPES)]
+            adapted, biased = bool((number + j) & 1), bool((number + j) & 2) and not transposed
+            products.append(Product(wide if rows <= 5 else narrow, rows, dtype, adapted, biased, transposed))
+    return products
+
+
+def _sides(results: int, summed: int, transposed: bool) -> tuple[int, int]:
+    return (summed, results) if transposed else (results, summed)
+
+
+# CUDA kernels of the extension
+
+
+def cuda_paths(device: str, formats: Sequence[str]) -> Iterator[Path]:
+    cases = {
+        "quantize": _quantize_cases(_quantizations(formats), device),
+        "quantize_residual_": _quantize_cases(_quantizations(formats, residual=True), device),
+        "dequantize": _dequantize_cases(_dequantizations(formats, device), OPS),
+        "pack_codes": _pack_cases(device),
+        "jacobi_eigh": _decomposition_cases("jacobi_eigh", device),
+        "jacobi_svd": _decomposition_cases("jacobi_svd", device),
+        "cholesky_inverse_factor": _decomposition_cases("cholesky_inverse_factor", device),
+    }
+    for op, own in cases.items():
+        name = "pack, unpack" if op == "pack_codes" else op
+        yield Path(device, name, own, missing=partial(_no_cuda_kernel, op))
+    initializer = _initializer_cases(_initializations(formats), device)
+    yield Path(device, "LoftQ initializer", initializer, missing=partial(_no_cuda_kernel, "quantize"))
+
+
+def _no_cuda_kernel(op: str) -> str | None:
+    if extension._C is None:
+        return f"the extension did not load ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}"
+    if not extension._C.build_info()["cuda"]:
+        return "the extension was built without CUDA, plain torch serves; build it where torch and nvcc have CUDA"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"loftq_kernels::{op}", "CUDA")
+    return None if has else "the extension has no CUDA kernel of it"
+
+
+# Triton
+
+
+def triton_paths(device: str, formats: Sequence[str], wide: int = WIDE) -> Iterator[Path]:
+    """Each kernel by name, whatever `triton_kernels.paths` would choose for a shape."""
+    formats = _one_per_codebook(formats)
+    half = DTYPES[1:]
+    products = partial(_triton_products, device, formats)
+    decode, prefill, fused, chunked, chunked_back = (
+        products((1, 5, 16), DTYPES),
+        products((17, 129), half),
+        products((17, 129), half, transposed=True),
+        products((17, 129), DTYPES, wide=wide),
+        products((17, 129), DTYPES, transposed=True, wide=wide),
+    )
+    cases = {
+        "decode": _triton_cases(decode, "decode"),
+        "prefill": _triton_cases(prefill, "prefill"),
+        "chunked": _triton_cases(chunked, "chunked"),
+        "backward fused": _triton_cases(fused, "fused"),
+        "backward chunked": _triton_cases(chunked_back, "chunked"),
+        "multi decode": _triton_cases(_several_adapters(device, formats[0], 9, DTYPES), "decode"),
+        "multi prefill": _triton_cases(_several_adapters(device, formats[0], 40, half), "prefill"),
+        "multi chunked": _triton_cases(_several_adapters(device, formats[0], 40, DTYPES), "chunked"),
+        "dequantize": _dequantize_cases(_dequantizations(formats, device, DTYPES), triton_backend),
+    }
+    for name, own in cases.items():
+        yield Path(device, f"Triton {name}", own, missing=partial(triton_backend.unavailable, torch.device(device)))
+
+
+def _one_per_codebook(formats: Sequence[str]) -> list[str]:
+    """Triton compiles a kernel for each code book, in seconds: formats that share one take turns with no other."""
+    first: dict[tuple[int, str], str] = {}
+    for name in formats:
+        first.setdefault((get_format(name).bits, get_format(name).family), name)
+    return list(first.values())
+
+
+def _triton_products(
+    device: str,
+    formats: Sequence[str],
+    all_rows: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    transposed: bool = False,
+    wide: int | None = None,
+) -> list[Product]:
+    """Each format once, with group sizes, dtypes, rows and adapters in turn; then the first one in each dtype."""
+    products = []
+    for i, format_name in enumerate([*formats, *formats[:1] * len(dtypes)]):
+        group_size, dtype = GROUP_SIZES[(i + 1) % len(GROUP_SIZES)], dtypes[i % len(dtypes)]
+        layer = Layer(format_name, group_size, *_sides(1031, 330, transposed), device)
+        rows = all_rows[i // 2 % len(all_rows)]
+        products.append(Product(layer, rows, dtype, bool(i & 1), bool(i & 2) and not transposed, transposed))
+    if wide is not None:
+        layer = Layer(formats[0], 64, wide, wide, device)
+        products.append(Product(layer, all_rows[0], torch.bfloat16, True, not transposed, transposed))
+    return products
+
+
+def _several_adapters(device: str, format_name: str, rows: int, dtypes: Sequence[torch.dtype]) -> list[Product]:
+    layer = Layer(format_name, 64, 1031, 330, device)
+    return [Product(layer, rows, dtype, adapted=True, biased=True, adapters=3) for dtype in dtypes]
+
+
+def _triton_cases(products: Sequence[Product], kernel: str) -> list[Case]:
+    return [
+        case
+        for product in products
+        for case in _product_cases(
+            [product], triton_backend, budget.PRODUCT, budget.TRITON_ALLOWANCE[product.dtype], path=kernel
+        )
+    ]
+
+
+# Problems and cases that devices share
+
+
+def _quantizations(formats: Sequence[str], residual: bool = False) -> list[Quantization]:
+    quantizations = []
+    for number, format_name, group_size in spread(formats, GROUP_SIZES):
+        dtype, scale_dtype = DTYPES[number % 3], DTYPES[number // 3 % 3]
+        quantizations.append(Quantization(format_name, group_size, dtype, scale_dtype, bool(number % 2), residual))
+    return quantizations
+
+
+def _dequantizations(
+    formats: Sequence[str], device: str, dtypes: Sequence[torch.dtype] = (*DTYPES, torch.float64)
+) -> list[tuple[Layer, torch.dtype]]:
+    return [
+        (Layer(format_name, group_size, 131, 330, device), dtypes[number % len(dtypes)])
+        for number, format_name, group_size in spread(formats, GROUP_SIZES)
+    ]
+
+
+def _initializations(formats: Sequence[str]) -> list[Initialization]:
+    """Shapes of which the smaller takes the exact solver by default, the larger the fast one."""
+    shapes = (96, 160), (250, 330)
+    return [
+        Initialization(format_name, *(shape if i % 2 else shape[::-1]))
+        for i, format_name in enumerate(formats)
+        for shape in shapes
+    ]
+
+
+def _quantize_cases(quantizations: Sequence[Quantization], device: str) -> list[Case]:
+    return [Case(q.label, lambda q=q: q.judge(q.run(OPS, device))) for q in quantizations]
+
+
+def _dequantize_cases(layers: Sequence[tuple[Layer, torch.dtype]], ops: Any) -> list[Case]:
+    return [
+        Case(f"{layer.label}, {name_of(dtype)}", partial(dequantizing, layer, dtype, ops)) for layer, dtype in layers
+    ]
+
+
+def _product_cases(
+    products: Sequence[Product], ops: Any, factor: float, allowance: float = 0.0, **options
+) -> list[Case]:
+    def find(product: Product) -> Finding:
+        return product.judge(product.multiply(ops, **options), factor, allowance)
+
+    return [Case(product.label, partial(find, product)) for product in products]
+
+
+def _pack_cases(device: str) -> list[Case]:
+    return [Case(f"{bits} bits", partial(unpacking, bits, OPS, device)) for bits in BITS]
+
+
+def _initializer_cases(problems: Sequence[Initialization], device: str) -> list[Case]:
+    return [Case(problem.label, lambda p=problem: p.judge(p.run(device))) for problem in problems]
+
+
+def _decomposition_cases(name: str, device: str) -> list[Case]:
+    return [
+        Case(f"{size} columns, {name_of(dtype)}", partial(decomposing, name, size, dtype, device))
+        for size in (1, 16, 80, 150)
+        for dtype in (torch.float32, torch.float64)
+    ]
