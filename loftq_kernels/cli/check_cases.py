@@ -77,8 +77,8 @@ class Layer:
 
     @cached_property
     def packed(self) -> lk.PackedTensor:
-        dense = gaussian(self.rows, self.columns, seed=self.rows)
-        return lk.quantize(dense, self.format, self.group_size, backend="reference").to(self.device)
+        dense = gaussian(self.rows, self.columns, seed=self.rows).to(self.device)
+        return lk.quantize(dense, self.format, self.group_size, backend="reference")
 
     @cached_property
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

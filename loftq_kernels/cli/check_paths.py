@@ -31,10 +31,11 @@ from loftq_kernels.cli.check_cases import (
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import budget, extension, triton_backend
 from loftq_kernels.storage.packing import BITS, GROUP_SIZES
+from loftq_kernels.triton_kernels.codebooks import affine_map
 
 OPS = torch.ops.loftq_kernels
 ROWS = (1, 2, 5, 17, 129)
-WIDE = 4096  # a weight of WIDE x WIDE goes through the chunked paths in more than one chunk
+WIDE = 5200  # 54 MB in bfloat16: on every device the chunked paths take a square weight in more than one chunk
 ISA_VARIABLE = "LOFTQ_CPU_ISA"
 
 
@@ -224,38 +225,41 @@ def _no_cuda_kernel(op: str) -> str | None:
 # Triton
 
 
-def triton_paths(device: str, formats: Sequence[str], wide: int = WIDE) -> Iterator[Path]:
-    """Each kernel by name, whatever `triton_kernels.paths` would choose for a shape."""
-    formats = _one_per_codebook(formats)
-    half = DTYPES[1:]
-    products = partial(_triton_products, device, formats)
-    decode, prefill, fused, chunked, chunked_back = (
-        products((1, 5, 16), DTYPES),
-        products((17, 129), half),
-        products((17, 129), half, transposed=True),
-        products((17, 129), DTYPES, wide=wide),
-        products((17, 129), DTYPES, transposed=True, wide=wide),
-    )
+def triton_paths(
+    device: str, formats: Sequence[str], results: int = 1031, summed: int = 330, wide: int = WIDE
+) -> Iterator[Path]:
+    """Each kernel by name, whatever `triton_kernels.paths` would choose for a shape.
+
+    Triton compiles a kernel in about a second for each code book, dtype and group size: no path tries all of them with
+    each other, and those that share their decoding share its cases.
+    """
+    books, offsets = _one_per_decoding(formats), _one_per_decoding(formats, offsets=True)
+    half, sides = DTYPES[1:], (results, summed)
+    forward = partial(_triton_products, device, sides=sides)
+    backward = partial(_triton_products, device, sides=sides[::-1], transposed=True)
+    several = partial(_several_adapters, Layer(books[0], 64, *sides, device))
     cases = {
-        "decode": _triton_cases(decode, "decode"),
-        "prefill": _triton_cases(prefill, "prefill"),
-        "chunked": _triton_cases(chunked, "chunked"),
-        "backward fused": _triton_cases(fused, "fused"),
-        "backward chunked": _triton_cases(chunked_back, "chunked"),
-        "multi decode": _triton_cases(_several_adapters(device, formats[0], 9, DTYPES), "decode"),
-        "multi prefill": _triton_cases(_several_adapters(device, formats[0], 40, half), "prefill"),
-        "multi chunked": _triton_cases(_several_adapters(device, formats[0], 40, DTYPES), "chunked"),
-        "dequantize": _dequantize_cases(_dequantizations(formats, device, DTYPES), triton_backend),
+        "decode": _triton_cases(forward(offsets, (1, 5, 16), DTYPES), "decode"),
+        "prefill": _triton_cases(forward(books, (17, 129), half), "prefill"),
+        "chunked": _triton_cases(forward(books[-1:], (17, 129), DTYPES, wide=wide), "chunked"),
+        "backward fused": _triton_cases(backward(books, (17, 129), half), "fused"),
+        "backward chunked": _triton_cases(backward(books[-1:], (17, 129), DTYPES, wide=wide), "chunked"),
+        "multi decode": _triton_cases(several(9, DTYPES[:2]), "decode"),
+        "multi prefill": _triton_cases(several(40, DTYPES[1:2]), "prefill"),
+        "multi chunked": _triton_cases(several(40, DTYPES[:2]), "chunked"),
+        "dequantize": _dequantize_cases(_triton_dequantizations(offsets, device, *sides), triton_backend),
     }
     for name, own in cases.items():
         yield Path(device, f"Triton {name}", own, missing=partial(triton_backend.unavailable, torch.device(device)))
 
 
-def _one_per_codebook(formats: Sequence[str]) -> list[str]:
-    """Triton compiles a kernel for each code book, in seconds: formats that share one take turns with no other."""
-    first: dict[tuple[int, str], str] = {}
+def _one_per_decoding(formats: Sequence[str], offsets: bool = False) -> list[str]:
+    """The first format of each way to decode: by bits and arithmetic or table, also (offsets) with or without them."""
+    first: dict[tuple, str] = {}
     for name in formats:
-        first.setdefault((get_format(name).bits, get_format(name).family), name)
+        fmt = get_format(name)
+        arithmetic = affine_map(tuple(fmt.codebook().tolist())) is not None
+        first.setdefault((fmt.bits, arithmetic, offsets and fmt.affine), name)
     return list(first.values())
 
 
@@ -264,14 +268,16 @@ def _triton_products(
     formats: Sequence[str],
     all_rows: Sequence[int],
     dtypes: Sequence[torch.dtype],
+    *,
+    sides: tuple[int, int],
     transposed: bool = False,
     wide: int | None = None,
 ) -> list[Product]:
-    """Each format once, with group sizes, dtypes, rows and adapters in turn; then the first one in each dtype."""
+    """Each format once, with dtypes, group sizes, rows and adapters in turn; then the first one in the other dtypes."""
     products = []
-    for i, format_name in enumerate([*formats, *formats[:1] * len(dtypes)]):
-        group_size, dtype = GROUP_SIZES[(i + 1) % len(GROUP_SIZES)], dtypes[i % len(dtypes)]
-        layer = Layer(format_name, group_size, *_sides(1031, 330, transposed), device)
+    for i, format_name in enumerate([*formats, *formats[:1] * (len(dtypes) - 1)]):
+        dtype = dtypes[i % len(dtypes)] if i < len(formats) else dtypes[i - len(formats) + 1]
+        layer = Layer(format_name, GROUP_SIZES[(i + 1) % len(GROUP_SIZES)], *sides, device)
         rows = all_rows[i // 2 % len(all_rows)]
         products.append(Product(layer, rows, dtype, bool(i & 1), bool(i & 2) and not transposed, transposed))
     if wide is not None:
@@ -280,9 +286,17 @@ def _triton_products(
     return products
 
 
-def _several_adapters(device: str, format_name: str, rows: int, dtypes: Sequence[torch.dtype]) -> list[Product]:
-    layer = Layer(format_name, 64, 1031, 330, device)
+def _several_adapters(layer: Layer, rows: int, dtypes: Sequence[torch.dtype]) -> list[Product]:
     return [Product(layer, rows, dtype, adapted=True, biased=True, adapters=3) for dtype in dtypes]
+
+
+def _triton_dequantizations(
+    formats: Sequence[str], device: str, rows: int, columns: int
+) -> list[tuple[Layer, torch.dtype]]:
+    return [
+        (Layer(format_name, GROUP_SIZES[i % len(GROUP_SIZES)], rows, columns, device), DTYPES[i % len(DTYPES)])
+        for i, format_name in enumerate(formats)
+    ]
 
 
 def _triton_cases(products: Sequence[Product], kernel: str) -> list[Case]:
@@ -306,9 +320,8 @@ def _quantizations(formats: Sequence[str], residual: bool = False) -> list[Quant
     return quantizations
 
 
-def _dequantizations(
-    formats: Sequence[str], device: str, dtypes: Sequence[torch.dtype] = (*DTYPES, torch.float64)
-) -> list[tuple[Layer, torch.dtype]]:
+def _dequantizations(formats: Sequence[str], device: str) -> list[tuple[Layer, torch.dtype]]:
+    dtypes = *DTYPES, torch.float64
     return [
         (Layer(format_name, group_size, 131, 330, device), dtypes[number % len(dtypes)])
         for number, format_name, group_size in spread(formats, GROUP_SIZES)
