@@ -15,21 +15,11 @@ from helpers import FORMATS
 
 from loftq_kernels import cli
 from loftq_kernels.cli import check, check_cases, check_paths
-from loftq_kernels.cli.check_cases import Case, Finding
-from loftq_kernels.cli.check_paths import ISA_VARIABLE, Row, attempt
-from loftq_kernels.cli.check_paths import Path as KernelPath
+from loftq_kernels.cli.check_paths import ISA_VARIABLE
+from loftq_kernels.cli.check_rows import Case, Finding, KernelPath, Row, attempt
 from loftq_kernels.ops import extension
 
 OPS = torch.ops.loftq_kernels
-NAMES = [
-    "quantize",
-    "quantize_residual_",
-    "dequantize",
-    "pack_codes",
-    "unpack_codes",
-    "qlora_linear",
-    "qlora_linear_grad_input",
-]
 SOME_FORMATS = ("nf4", "int8")
 needs_extension = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
 ISAS = extension._C.cpu_isas() if extension._C is not None else ()
@@ -43,11 +33,20 @@ def constant(ratio: float, label: str = "a case") -> Case:
     return Case(label, lambda: Finding(ratio, f"ratio {ratio}"))
 
 
-def rows_with(monkeypatch, formats=SOME_FORMATS, **wrong) -> dict[str, Row]:
-    """The rows of the first instruction set, by path, with some ops replaced."""
-    monkeypatch.setattr(check_paths, "OPS", SimpleNamespace(**({name: getattr(OPS, name) for name in NAMES} | wrong)))
-    paths = [path for path in check_paths.cpu_paths(formats) if path.device in ("CPU", f"CPU {ISAS[0]}")]
-    return {path.name: attempt(path) for path in paths if path.name != "LoftQ initializer"}
+class Replaced:
+    """The ops, some of them replaced."""
+
+    def __init__(self, **wrong):
+        self.__dict__.update(wrong)
+
+    def __getattr__(self, name: str):
+        return getattr(OPS, name)
+
+
+def row_of(name: str, monkeypatch, **wrong) -> Row:
+    """The row of a path, of the first instruction set, with some ops replaced."""
+    monkeypatch.setattr(check_paths, "OPS", Replaced(**wrong))
+    return attempt(next(path for path in check_paths.cpu_paths(SOME_FORMATS) if path.name == name))
 
 
 @needs_extension
@@ -183,56 +182,65 @@ WRONG = [
 
 @needs_extension
 @pytest.mark.parametrize(("op", "wrong"), WRONG, ids=lambda value: getattr(value, "__name__", None))
-def test_a_wrong_kernel_fails_alone(op, wrong, monkeypatch):
-    rows = rows_with(monkeypatch, **{op: wrong})
-    failed = rows.pop("pack, unpack" if op == "unpack_codes" else op)
-    assert failed.outcome == "FAIL" and not failed.worst <= 1
-    assert {row.outcome for row in rows.values()} == {"pass"}
+def test_a_wrong_kernel_fails(op, wrong, monkeypatch):
+    name = "pack, unpack" if op == "unpack_codes" else op
+    assert row_of(name, monkeypatch).outcome == "pass"
+    row = row_of(name, monkeypatch, **{op: wrong})
+    assert row.outcome == "FAIL" and not row.worst <= 1
     if "linear" in op:
-        assert any(f"{name} " in failed.said for name in SOME_FORMATS) and "M=" in failed.said
+        assert row.said.startswith(SOME_FORMATS) and "M=" in row.said
 
 
 @needs_extension
-def test_one_wrong_format_is_named(monkeypatch):
-    """The table of the worst case: format, sizes, rows of x and dtype."""
+def test_the_worst_case_is_named(monkeypatch):
+    """By format, sizes, rows of x and dtype, with both errors."""
 
     def wrong(x, codes, scale, offset, codebook, *args):
         factor = 1.01 if offset is not None and x.shape[0] == 17 and x.dtype == torch.float32 else 1.0
         return OPS.qlora_linear(x, codes, scale, offset, codebook, *args) * factor
 
-    row = rows_with(monkeypatch, qlora_linear=wrong)["qlora_linear"]
+    row = row_of("qlora_linear", monkeypatch, qlora_linear=wrong)
     assert row.outcome == "FAIL" and row.worst > 1000
     assert row.said.startswith("int8 131x330 in ") and "M=17 float32" in row.said and "plain torch" in row.said
 
 
 @needs_extension
-def test_a_wrong_initializer_fails(monkeypatch):
-    """Its tensors no longer leave the error that it states, or it ends elsewhere than plain torch."""
+def test_a_failure_leaves_the_other_paths_alone(monkeypatch, capsys):
+    monkeypatch.setattr(check_paths, "OPS", Replaced(dequantize=rounds_twice))
+    assert check.run_checks(formats=SOME_FORMATS) == 1
+    rows = [line for line in lines(capsys)[1:-1] if not line.startswith("    ") and "not here" not in line]
+    failed = [row for row in rows if not row.endswith("  pass")]
+    assert len(failed) == len(ISAS) and all("dequantize" in row and row.endswith("  FAIL") for row in failed)
 
-    def path():
-        return next(p for p in check_paths.cpu_paths(("nf2",)) if p.name == "LoftQ initializer")
 
-    assert attempt(path()).outcome == "pass"
+def halved_factor(init):
+    init.lora_B = init.lora_B / 2
+    return init
+
+
+def another_end(init):
+    init.errors = [*init.errors[:-1], init.errors[-1] * 1.01]
+    return init
+
+
+def one_alternation(init):
+    init.errors = init.errors[:1]
+    return init
+
+
+@needs_extension
+@pytest.mark.parametrize("change", [halved_factor, another_end, one_alternation])
+def test_a_wrong_initializer_fails(change, monkeypatch):
+    assert row_of("LoftQ initializer", monkeypatch).outcome == "pass"
     run = check_cases.Initialization.run
 
-    def broken(change):
-        def replaced(self, device, backend=None):
-            init = run(self, device, backend)
-            return init if backend == "reference" else change(init)
+    def changed(self, device, backend=None):
+        init = run(self, device, backend)
+        return init if backend == "reference" else change(init)
 
-        monkeypatch.setattr(check_cases.Initialization, "run", replaced)
-        return attempt(path())
-
-    def halved(init):
-        init.lora_B.mul_(0.5)
-        return init
-
-    assert broken(halved).outcome == "FAIL"
-    monkeypatch.setattr(check_cases.Initialization, "run", lambda self, device, backend=None: run(
-        check_cases.replace(self, num_iter=3 if backend else 1), device, backend
-    ))  # fmt: skip
-    row = attempt(path())
-    assert row.outcome == "FAIL" and "1 alternations, expected 3" in row.said
+    monkeypatch.setattr(check_cases.Initialization, "run", changed)
+    row = row_of("LoftQ initializer", monkeypatch)
+    assert row.outcome == "FAIL" and row.worst > 1
 
 
 class TestRows:
@@ -330,7 +338,7 @@ INTERPRETED = """
 import dataclasses, json, sys
 import interpreter
 interpreter.repair()
-from loftq_kernels.cli import check_paths
+from loftq_kernels.cli import check_paths, check_rows
 wrong = sys.argv[1] == "wrong"
 if wrong:
     from loftq_kernels.ops import triton_backend
@@ -339,7 +347,7 @@ if wrong:
             return right(*args, **options) * 1.02
         setattr(triton_backend, name, op)
 paths = check_paths.triton_paths("cpu", ["nf4", "int2"], results=67, summed=130, wide=300)
-print(json.dumps([dataclasses.asdict(check_paths.attempt(path)) for path in paths]))
+print(json.dumps([dataclasses.asdict(check_rows.attempt(path)) for path in paths]))
 """
 
 

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import loftq_kernels as lk
-from loftq_kernels.cli.check_paths import Path, Row, attempt, paths_of_machine
+from loftq_kernels.cli.check_paths import paths_of_machine
+from loftq_kernels.cli.check_rows import KernelPath, Row, attempt
 
 _HEADER = f"{'device':<16} {'path':<24} {'cases':>5} {'error/budget':>12} {'seconds':>7}  result"
 
 
-def run_checks(paths: Iterable[Path] | None = None, *, formats: Sequence[str] | None = None) -> int:
+def run_checks(paths: Iterable[KernelPath] | None = None, *, formats: Sequence[str] | None = None) -> int:
     """Try the paths of this machine, or only these, for all formats or these; print a row of each as it comes.
 
     Returns the exit status: 1 if a path fails, otherwise 0. What is not on this machine is no failure.

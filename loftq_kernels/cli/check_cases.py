@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import loftq_kernels as lk
+from loftq_kernels.cli.check_rows import Finding, worst_of
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import budget, reference
 from loftq_kernels.storage import packing
@@ -19,21 +20,6 @@ from loftq_kernels.storage import packing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALING = 0.75
 RANK = 9
-
-
-class Finding(NamedTuple):
-    """ratio: the error over what it may be, so that a result passes up to 1; said: the figures behind it."""
-
-    ratio: float
-    said: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One result that is compared with what is right; find computes both."""
-
-    label: str
-    find: Callable[[], Finding]
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,11 +235,6 @@ class Initialization:
         ]
         said = f"weight error {actual:.5g}, stated {init.error:.5g}, of plain torch {self.expected.error:.5g}"
         return Finding(worst_of([*ratios, _relative(init.error, actual) / budget.STATED_ERROR]), said)
-
-
-def worst_of(ratios: list[float]) -> float:
-    """The largest, or NaN where there is one."""
-    return max(ratios, key=lambda ratio: math.inf if math.isnan(ratio) else ratio)
 
 
 def _relative(ours: float, theirs: float) -> float:

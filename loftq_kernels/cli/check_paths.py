@@ -1,12 +1,10 @@
-"""The kernel paths of this machine, each with its cases, and the row that comes of trying one."""
+"""The kernel paths of this machine, each with its cases."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +13,6 @@ import torch
 
 from loftq_kernels.cli.check_cases import (
     DTYPES,
-    Case,
-    Finding,
     Initialization,
     Layer,
     Product,
@@ -26,8 +22,8 @@ from loftq_kernels.cli.check_cases import (
     name_of,
     spread,
     unpacking,
-    worst_of,
 )
+from loftq_kernels.cli.check_rows import Case, Finding, KernelPath
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import budget, extension, triton_backend
 from loftq_kernels.storage.packing import BITS, GROUP_SIZES
@@ -39,69 +35,12 @@ WIDE = 5200  # 54 MB in bfloat16: on every device the chunked paths take a squar
 ISA_VARIABLE = "LOFTQ_CPU_ISA"
 
 
-def _here() -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Path:
-    """One road through the kernels. missing() says why it is not on this machine; setting() holds while it is tried."""
-
-    device: str
-    name: str
-    cases: Iterable[Case] = ()
-    missing: Callable[[], str | None] = _here
-    setting: Callable[[], AbstractContextManager] = nullcontext
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came of one path. worst: the largest error over its budget; said: about the case that has it, or why not."""
-
-    device: str
-    path: str
-    cases: int
-    worst: float | None
-    seconds: float
-    outcome: str  # "pass", "FAIL" or "not here"
-    said: str = ""
-
-
-def attempt(path: Path) -> Row:
-    """Try every case of a path. Whatever it raises becomes a row, so that the other paths are tried as well."""
-    started, done, label = time.perf_counter(), [], ""
-
-    def row(outcome: str, said: str, worst: float | None = None) -> Row:
-        return Row(path.device, path.name, len(done), worst, time.perf_counter() - started, outcome, said)
-
-    try:
-        reason = path.missing()
-        if reason is not None:
-            return row("not here", reason)
-        with path.setting():
-            for case in path.cases:
-                label = case.label
-                done.append((label, case.find()))
-    except Exception as error:
-        return row("FAIL", f"{label}: {_one_line(error)}" if label else _one_line(error))
-    if not done:
-        return row("FAIL", "there is no case")
-    worst = worst_of([finding.ratio for _, finding in done])
-    label, finding = next(pair for pair in done if pair[1].ratio is worst)
-    return row("pass" if worst <= 1 else "FAIL", f"{label}: {finding.said}", worst)
-
-
-def _one_line(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
-
-
-def paths_of_machine(formats: Sequence[str]) -> Iterator[Path]:
+def paths_of_machine(formats: Sequence[str]) -> Iterator[KernelPath]:
     """Every path of every device: those that are not here say why."""
     yield from cpu_paths(formats)
     if not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device"
-        yield Path("CUDA", "all kernels", missing=lambda: reason)
+        yield KernelPath("CUDA", "all kernels", missing=lambda: reason)
         return
     for index in range(torch.cuda.device_count()):
         yield from cuda_paths(f"cuda:{index}", formats)
@@ -111,12 +50,12 @@ def paths_of_machine(formats: Sequence[str]) -> Iterator[Path]:
 # CPU
 
 
-def cpu_paths(formats: Sequence[str]) -> Iterator[Path]:
+def cpu_paths(formats: Sequence[str]) -> Iterator[KernelPath]:
     if extension._C is None:
         reason = f"the extension did not load ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}"
-        yield Path("CPU", "all kernels", missing=lambda: reason)
+        yield KernelPath("CPU", "all kernels", missing=lambda: reason)
         return
-    yield Path("CPU", "pack, unpack", _pack_cases("cpu"))
+    yield KernelPath("CPU", "pack, unpack", _pack_cases("cpu"))
     problems = _CpuProblems.of(formats)
     for isa in extension._C.cpu_isas():
         yield from _paths_of_isa(isa, problems)
@@ -145,7 +84,7 @@ class _CpuProblems:
         )
 
 
-def _paths_of_isa(isa: str, problems: _CpuProblems) -> Iterator[Path]:
+def _paths_of_isa(isa: str, problems: _CpuProblems) -> Iterator[KernelPath]:
     factor = budget.of_products(isa)
     cases = {
         "quantize": _quantize_cases(problems.quantizations, "cpu"),
@@ -156,7 +95,7 @@ def _paths_of_isa(isa: str, problems: _CpuProblems) -> Iterator[Path]:
         "LoftQ initializer": _initializer_cases(problems.initializations, "cpu"),
     }
     for name, own in cases.items():
-        yield Path(f"CPU {isa}", name, own, setting=partial(forced_isa, isa))
+        yield KernelPath(f"CPU {isa}", name, own, setting=partial(forced_isa, isa))
 
 
 @contextlib.contextmanager
@@ -196,7 +135,7 @@ def _sides(results: int, summed: int, transposed: bool) -> tuple[int, int]:
 # CUDA kernels of the extension
 
 
-def cuda_paths(device: str, formats: Sequence[str]) -> Iterator[Path]:
+def cuda_paths(device: str, formats: Sequence[str]) -> Iterator[KernelPath]:
     cases = {
         "quantize": _quantize_cases(_quantizations(formats), device),
         "quantize_residual_": _quantize_cases(_quantizations(formats, residual=True), device),
@@ -208,9 +147,9 @@ def cuda_paths(device: str, formats: Sequence[str]) -> Iterator[Path]:
     }
     for op, own in cases.items():
         name = "pack, unpack" if op == "pack_codes" else op
-        yield Path(device, name, own, missing=partial(_no_cuda_kernel, op))
+        yield KernelPath(device, name, own, missing=partial(_no_cuda_kernel, op))
     initializer = _initializer_cases(_initializations(formats), device)
-    yield Path(device, "LoftQ initializer", initializer, missing=partial(_no_cuda_kernel, "quantize"))
+    yield KernelPath(device, "LoftQ initializer", initializer, missing=partial(_no_cuda_kernel, "quantize"))
 
 
 def _no_cuda_kernel(op: str) -> str | None:
@@ -227,7 +166,7 @@ def _no_cuda_kernel(op: str) -> str | None:
 
 def triton_paths(
     device: str, formats: Sequence[str], results: int = 1031, summed: int = 330, wide: int = WIDE
-) -> Iterator[Path]:
+) -> Iterator[KernelPath]:
     """Each kernel by name, whatever `triton_kernels.paths` would choose for a shape.
 
     Triton compiles a kernel in about a second for each code book, dtype and group size: no path tries all of them with
@@ -250,7 +189,9 @@ def triton_paths(
         "dequantize": _dequantize_cases(_triton_dequantizations(offsets, device, *sides), triton_backend),
     }
     for name, own in cases.items():
-        yield Path(device, f"Triton {name}", own, missing=partial(triton_backend.unavailable, torch.device(device)))
+        yield KernelPath(
+            device, f"Triton {name}", own, missing=partial(triton_backend.unavailable, torch.device(device))
+        )
 
 
 def _one_per_decoding(formats: Sequence[str], offsets: bool = False) -> list[str]:
