@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,18 @@ from loftq_kernels.storage import packing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALING = 0.75
 RANK = 9
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For what plain torch computes in small pieces: on a busy machine, threads that wait for each other in each piece
+    make it ten times slower. The kernels themselves are tried with all threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,6 +75,7 @@ class Layer:
         return f"{self.format} {self.rows}x{self.columns} in {group_name(self.group_size)}"
 
     @cached_property
+    @one_thread()
     def packed(self) -> lk.PackedTensor:
         dense = gaussian(self.rows, self.columns, seed=self.rows).to(self.device)
         return lk.quantize(dense, self.format, self.group_size, backend="reference")
@@ -128,13 +142,16 @@ class Product:
         return ops.qlora_linear(*arguments, SCALING, self.bias, **options)
 
     @cached_property
+    @one_thread()
     def exact(self) -> Tensor:
         return self.multiply(reference, self.x.double())
 
     @cached_property
+    @one_thread()
     def plain_error(self) -> float:
         return (self.multiply(reference).double() - self.exact).norm().item()
 
+    @one_thread()
     def judge(self, y: Tensor, factor: float, allowance: float = 0.0) -> Finding:
         """The error of y over factor times plain torch's, with an allowance relative to the norm of the result."""
         if y.dtype != self.dtype or y.shape != self.exact.shape:
@@ -184,6 +201,7 @@ class Quantization:
         return dict(zip(("codes", "scale", "offset", "norm"), results, strict=True)) | {"low_rank": low_rank}
 
     @cached_property
+    @one_thread()
     def expected(self) -> dict[str, Tensor]:
         return self.run(reference)
 
@@ -219,9 +237,11 @@ class Initialization:
         return lk.loftq_init(self.weight.to(device), self.format, self.rank, self.num_iter, backend=backend)
 
     @cached_property
+    @one_thread()
     def expected(self) -> lk.AdapterInit:
         return self.run("cpu", "reference")
 
+    @one_thread()
     def judge(self, init: lk.AdapterInit) -> Finding:
         """The error after each alternation, and what the returned tensors leave of the weight."""
         dense = init.packed.dequantize(torch.float64, backend="reference").cpu()
@@ -251,7 +271,9 @@ def unpacking(bits: int, ops: Any, device: str) -> Finding:
 
 def dequantizing(layer: Layer, dtype: torch.dtype, ops: Any) -> Finding:
     arguments = *layer.stored, layer.columns, layer.group_size, dtype
-    return equal({"the weight": ops.dequantize(*arguments)}, [reference.dequantize(*arguments)])
+    with one_thread():
+        expected = reference.dequantize(*arguments)
+    return equal({"the weight": ops.dequantize(*arguments)}, [expected])
 
 
 def decomposing(name: str, size: int, dtype: torch.dtype, device: str) -> Finding:
