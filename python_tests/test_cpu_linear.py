@@ -20,7 +20,7 @@ from torch import Tensor
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
-from loftq_kernels.ops import extension, reference
+from loftq_kernels.ops import budget, extension, reference
 from loftq_kernels.storage import packing
 
 pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
@@ -33,8 +33,7 @@ SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float16: 2.0**-25}  # half of a subnormal step
-# Of the error of plain torch. The scalar kernels round products as well as sums, having no fused multiply-add.
-BUDGET = {isa: 2.0 if isa == "scalar" else 1.2 for isa in ISAS}
+BUDGET = {isa: budget.of_products(isa) for isa in ISAS}  # of the error of plain torch
 TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import DEVICES, gaussian
 from properties import given, st
 
-import loftq_kernels  # noqa: F401  defines the ops
+from loftq_kernels.ops import budget  # with the package come the ops
 
 OPS = torch.ops.loftq_kernels
 DTYPES = [torch.float32, torch.float64]
@@ -16,9 +16,7 @@ batches = st.integers(1, 4)
 seeds = st.integers(0, 1000)
 
 
-def tolerance(size: int, dtype: torch.dtype) -> float:
-    """Of a decomposition, relative to the largest singular value: what the C++ tests of the kernels ask as well."""
-    return 8 * size**0.5 * torch.finfo(dtype).eps
+tolerance = budget.of_decomposition  # what the C++ tests of the kernels ask as well
 
 
 def with_values(values: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
