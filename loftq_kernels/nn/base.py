@@ -14,6 +14,7 @@ from loftq_kernels.formats import PackedTensor, empty_packed, get_format
 from loftq_kernels.initializers import AdapterInit
 from loftq_kernels.initializers.config import adapter_scaling, default_adapter_dtype
 from loftq_kernels.initializers.qalora import expand_groups
+from loftq_kernels.nn.expansion import expanded
 from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
@@ -207,7 +208,7 @@ class QuantLoRAModule(Mergeable):
         adapted = self.adapter_enabled
         lora_A, lora_B = (parameters["lora_A"], parameters["lora_B"]) if adapted else (None, None)
         if lora_A is not None and self.adapter != "lora":
-            lora_A = self.over_columns(lora_A)
+            lora_A = expanded(self, lora_A)
         if lora_A is not None and detach:
             lora_A, lora_B = lora_A.detach(), lora_B.detach()
         return linear_tensors(
