@@ -31,7 +31,7 @@ class PlannedLayer:
     shape: tuple[int, int]  # [out_features, in_features]
     choice: str
     errors: dict[str, float] = field(default_factory=dict)
-    adapter_bits: int = 32  # of one number of lora_A and lora_B: those of the dense weight's dtype
+    adapter_bits: int = 32  # Bits per number of lora_A and lora_B, counted in the dtype of the dense weight.
 
     @property
     def weights(self) -> int:
@@ -99,7 +99,7 @@ class BitPlan:
         overrides: dict[str, Mapping[str, Any] | None] = {}
         for name, layer in self.layers.items():
             own = next((changes for pattern, changes in cfg.overrides.items() if matches(name, pattern)), {})
-            # A layer left dense stays so: whoever says it by hand means it.
+            # A layer that an override leaves dense stays dense.
             overrides[_pattern(name)] = None if own is None else {**own, **settings(self.candidates[layer.choice])}
         return dataclasses.replace(cfg, overrides={**overrides, **cfg.overrides})
 
@@ -117,7 +117,7 @@ class BitPlan:
             _VERSION_KEY: PLAN_VERSION,
             "budget": self.budget,
             "count": self.count,
-            "average_bits": round(self.average_bits, 6),  # for the reader: computed anew when the file is loaded
+            "average_bits": round(self.average_bits, 6),  # For the reader; it is computed anew when the file is loaded.
         }
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         layers = {name: dataclasses.asdict(layer) for name, layer in self.layers.items()}
