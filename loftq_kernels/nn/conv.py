@@ -180,8 +180,8 @@ class QuantLoRAConv2d(_QuantLoRAConv):
     The kernel is stored as the matrix [c_out, c_in / groups * k * k] of its flattened filters: Q packed,
     lora_A [rank, c_in / groups * k * k], lora_B [c_out, rank]. The pair is a k x k convolution with ``rank``
     outputs per group, of the same stride, padding and dilation, and a 1 x 1 convolution. Source: LoftQ (Li et al.,
-    2024), appendix. Each call decodes the dense kernel and drops it after use, in the backward as well. Moves, state_dict and training
-    are as for `QuantLoRALinear`.
+    2024), appendix. Each call decodes the dense kernel and drops it after use, in the backward as well. Moves,
+    state_dict and training are as for `QuantLoRALinear`.
 
     Args:
         in_channels .. padding_mode, device, dtype: as for `nn.Conv2d`; dtype is that of the bias.

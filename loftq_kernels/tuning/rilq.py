@@ -56,8 +56,8 @@ def rilq_tune(
             (-100: ignored), or whatever ``hidden`` takes.
         cfg: default `RilqConfig()`.
         validation: held-out batches; None holds out the last of ``batches``.
-        hidden: function of (model, batch) that returns final hidden states, or (hidden states, logits), used for teacher
-            and model. None serves transformers models, and models that return these themselves.
+        hidden: function of (model, batch) that returns final hidden states, or (hidden states, logits), used for
+            teacher and model. None serves transformers models, and models that return these themselves.
         cache: folder for the teacher's states. Without it, a teacher that is a model computes its states anew each
             time, and the states of a teacher that a function loads go into a temporary folder.
         state_dir: folder for the state that resuming needs, saved at each validation. A call with the same arguments

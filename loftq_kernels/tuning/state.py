@@ -33,8 +33,8 @@ class RilqPoint(NamedTuple):
 class RilqProgress:
     """How far a run is; ``waiting`` counts the validations since the best one.
 
-    ``end`` is the validation of a last update between two regular ones. It is kept apart from the others, because a run
-    that goes on has no such point. ``held`` are hashes of the adapters that a model of this run may hold between two calls:
+    ``end`` is the validation of a last update between two regular ones. It is kept apart, because a run that goes on
+    has no such point. ``held`` are hashes of the adapters that a model of this run may hold between two calls:
     the initial ones and each best.
     """
 

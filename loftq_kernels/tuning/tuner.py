@@ -27,7 +27,7 @@ class RilqConfig:
 
     Attributes:
         weight: of the discrepancy, 0 .. 1; the cross-entropy gets the rest.
-        lr: constant learning rate of Adam. Adapters with small factors, such as group means have, tolerate a larger one.
+        lr: constant learning rate of Adam. Adapters with small factors, such as group means have, tolerate more.
         steps: updates at most.
         accumulate: batches per update.
         validate_every: updates from one validation to the next; state is saved then.
@@ -230,7 +230,7 @@ class Tuner:
             if point.step % self.cfg.validate_every:
                 stored, stored_best = dataclasses.replace(self.done, end=point, held=done.held), self.best
             state.save(self.state_dir, self._settings(), stored, self._tensors(stored_best))
-        self.done, self.best = done, best  # Only after the save: if that fails, the model must agree with the older state.
+        self.done, self.best = done, best  # Not before the save, which may fail and leave the older state.
 
     def _judged(self, point: RilqPoint) -> tuple[RilqProgress, dict[str, Tensor]]:
         """Progress and best adapters after a validation of the masters."""
