@@ -31,7 +31,7 @@ class PlannedLayer:
     shape: tuple[int, int]  # [out_features, in_features]
     choice: str
     errors: dict[str, float] = field(default_factory=dict)
-    adapter_bits: int = 32  # Bits per number of lora_A and lora_B, counted in the dtype of the dense weight.
+    adapter_bits: int = 32  # of one number of lora_A and lora_B
 
     @property
     def weights(self) -> int:
