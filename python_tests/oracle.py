@@ -1,6 +1,6 @@
 """What the package should compute, written a second time: slowly, one group and one code at a time, from the documents.
 
-Sources: the storage contract (docstring of `loftq_kernels.packing`), the rules of csrc/include/loftq/quantize.h, the
+Sources: the storage contract (docstring of `loftq_kernels.storage.packing`), the rules of csrc/include/loftq/quantize.h, the
 formulas of QLoRA, LoftQ and PEFT. Nothing here uses the package's own code.
 """
 

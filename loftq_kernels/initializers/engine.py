@@ -101,10 +101,9 @@ def _run(
     backend: str | None,
     calibration: weighted.Calibration | None = None,
 ) -> list[AdapterInit]:
-    """Run one batch through its driver, and raise ValueError for scales that do not fit their dtype.
+    """All drivers assume finite weights, and let scales that do not fit their dtype show in the result.
 
-    All drivers assume finite weights. Zero scales are fine: a group of W - s B A may well be zero. Only a matrix that
-    is too small for any scale is refused.
+    Zero scales are fine there: a group of W - s B A may well be zero. Only a matrix too small for any scale is refused.
     """
     for name, weight in zip(names, weights, strict=True):
         check_magnitude(weight, name, options.scale_dtype)

@@ -81,7 +81,7 @@ def check_low_rank(weight: Tensor, low_rank: Tensor) -> None:
 def check_packed(
     codes: Tensor, scale: Tensor, offset: Tensor | None, codebook: Tensor, in_features: int, group_size: int
 ) -> None:
-    """Raise ValueError unless the stored tensors of one weight agree with each other and with in_features."""
+    """The stored tensors of one weight agree with each other and with in_features."""
     bits = bits_of(codebook)
     packing.check_group_size(group_size)
     if codes.dtype != torch.uint8 or codes.dim() != 2:

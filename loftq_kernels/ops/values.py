@@ -54,11 +54,8 @@ def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, na
 
 
 def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:
-    """Raise ValueError for a zero scale that loses weights.
-
-    A zero scale is right for a constant group, whose rounded value is its offset. It may also drop noise below the
-    float32 resolution of the whole matrix (a row of zeros less a low-rank term), but nothing larger.
-    """
+    """A zero scale is right for a constant group, which its offset holds rounded. It may also drop noise below the
+    matrix's own float32 resolution (a row of zeros less a low-rank term), but never weights that matter."""
     rows = (scale == 0).any(1).nonzero().flatten()
     if rows.numel() == 0:
         return
