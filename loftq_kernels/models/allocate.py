@@ -67,8 +67,8 @@ def plan_bits(
             they do not set is as in cfg.
         cfg: everything else: initializer, patterns, layer_types. Its overrides choose layers to leave dense and fields
             that candidates cannot set.
-        statistics: by layer name, from `collect_activations`; the initializer that cfg names gets them, too, where it
-            takes them. Convolutions and embeddings, which calibration does not observe, are initialized without
+        statistics: by layer name, from `collect_activations`; the initializer that cfg names also gets them, if it
+            takes any. Convolutions and embeddings, which calibration does not observe, are initialized without
             statistics and count by the error of their weights, which can be added to relative errors only.
         count: "codes", "packed" or "total", see `BitPlan`; candidates of different ranks need "total".
         relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.

@@ -46,7 +46,7 @@ class QuantLoRALinearGroup:
     Args:
         layers: `QuantLoRALinear`s of one in_features, format, group_size, scale dtype and device, all with offsets or
             none; ranks, scalings, biases and kinds of adapter may differ. Merging the adapters (`merge_adapter`) of
-            some alone may make layers differ: the next call then says in what.
+            only some layers may make them differ: the next call then raises, and says in what.
 
     Shapes: x [..., in_features] -> a tuple of [..., layers[i].out_features], views of one tensor. Differentiable as the
     layers are. Raises TypeError for other modules, ValueError for layers that do not fit together.
