@@ -1,4 +1,4 @@
-"""``python -m bench [SUBJECT ...]``: run benchmarks, one file a subject; by default all that this machine can run."""
+"""``python -m bench [SUBJECT ...]``: run benchmarks, one file per subject; by default all that this machine can run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUBJECTS = (
     "data_aware",
     *GPU_SUBJECTS,
 )
-ON_REQUEST = ("autotune", "overhead")  # searches for minutes; times what a busy machine blurs
+ON_REQUEST = ("autotune", "overhead")  # The first searches for minutes; a busy machine blurs the second.
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -128,7 +128,7 @@ def bitsandbytes_contender(shape: tuple[int, int], rotated: int) -> Product:
 
     def layer() -> torch.nn.Module:
         made = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
-        made = made.to(torch.bfloat16).to("cpu").eval()  # the move quantizes, the first call packs
+        made = made.to(torch.bfloat16).to("cpu").eval()  # The move quantizes, and the first call packs.
         made(torch.zeros(1, columns, dtype=torch.bfloat16))
         return made
 
@@ -186,13 +186,13 @@ def backward(shape: tuple[int, int], rows: tuple[int, ...], rotated: int) -> lis
         "dequantize, then bf16 matmul": lambda grad: grad @ next(weights).dequantize(torch.bfloat16),
         "bf16 matmul": lambda grad: grad @ next(dense),
     }
-    transposed = shape[1], shape[0]  # grad_y has as many columns as the weight has rows
+    transposed = shape[1], shape[0]  # grad_y has as many columns as the weight has rows.
     return products(transposed, rows, rotated, torch.bfloat16, variants)
 
 
 @torch.inference_mode()
 def minilm(batches: int) -> dict:
-    """Sentences a second of all-MiniLM-L6-v2, batches of 32, bf16: dense and nf4 with r=16; bytes of each model."""
+    """Sentences per second of all-MiniLM-L6-v2 in batches of 32, bf16: dense and nf4 with r=16; bytes of each model."""
     from loftq_kernels.cli import demo
 
     sentences = demo.read_sentences(32 * batches)
@@ -222,7 +222,7 @@ def minilm(batches: int) -> dict:
 
 
 def targets(results: dict, bandwidth: float) -> list[dict]:
-    """What the kernels aim for, in ratios of this run; `met` compares the median with the aim."""
+    """The aims of the kernels as ratios of this run; `met` says whether the medians reach them."""
     rows: list[dict] = []
 
     def aim(what: str, row: dict, value: float, least: float) -> None:
@@ -259,7 +259,7 @@ def targets(results: dict, bandwidth: float) -> list[dict]:
 
 
 def plot(measured: list[dict], path: Path) -> None:
-    """Times of every contender over M, one panel a shape."""
+    """Plot the times of every contender over M, one panel per shape."""
     import matplotlib
 
     matplotlib.use("Agg")

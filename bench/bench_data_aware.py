@@ -1,6 +1,6 @@
 """What statistics of activations are worth at 2 bits: the embeddings of all-MiniLM-L6-v2 after quantizing it.
 
-Each of three seeds draws 200 sentences to calibrate on and 200 others to compare by; the figure is the mean cosine
+Each of three seeds draws 200 sentences for calibration and 200 others for the comparison; the figure is the mean cosine
 similarity of their embeddings to the full-precision model's.
 """
 

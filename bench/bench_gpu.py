@@ -1,7 +1,8 @@
 """`qlora_linear` on one GPU against every peer that can be imported, side by side in one run.
 
-Each contender is a CUDA graph of calls that go round weights beyond L2, replayed in turns with the others; a figure is
-the median of the replays over the calls of a graph. Peers that are not installed, or refuse, are named in the results.
+Each contender is a CUDA graph of calls that rotate over more weights than L2 holds, replayed in turns with the others.
+A figure is the median time of a replay divided by the number of its calls. The results name peers that are not
+installed, or refuse.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from loftq_kernels.ops import triton_backend
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))  # N x K
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096)
-ROTATED_BYTES = 320 << 20  # of weights a graph goes round: an H200 has 50 MB of L2
+ROTATED_BYTES = 320 << 20  # A graph rotates over so many bytes of weights: an H200 has 50 MB of L2.
 GROUP = 64
-SECONDS = 540  # after which what is left is skipped, and named
+SECONDS = 540  # After this time the rest is skipped, and named.
 DTYPE = torch.bfloat16
 
 Call = Callable[[Tensor], Tensor]
-Build = Callable[[tuple[int, int]], list[Call]]  # of the weight's shape
-QUEUE_CYCLES = 400_000  # of the device, some 0.2 ms: longer than the host takes to launch a graph
+Build = Callable[[tuple[int, int]], list[Call]]  # From the shape of the weight.
+QUEUE_CYCLES = 400_000  # Device cycles, about 0.2 ms: longer than the host takes to launch a graph.
 
 
 class Stage(NamedTuple):
@@ -48,7 +49,7 @@ class Stage(NamedTuple):
 
 
 def stages(quick: bool) -> list[Stage]:
-    """In order of importance. What a later stage measures again, beside more contenders, replaces the earlier row."""
+    """In order of importance. A later stage may measure a row again with more contenders, and replaces it."""
     shapes = ((1024, 1024),) if quick else SHAPES
     prefill = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
     headline = {name: CONTENDERS[name] for name in ("bf16 linear", "nf4")}
@@ -70,7 +71,7 @@ def run(output: Path, *, quick: bool, seconds: float | None = None) -> None:
     with torch.inference_mode():
         for stage in stages(quick):
             measure(record, stage)
-        record.add("Python overhead, microseconds a call", overhead)
+        record.add("Python overhead, microseconds per call", overhead)
     record.add("device after", device)
     record.add("first call, seconds", first_calls)
     record.add("targets", lambda: targets(record.results["microseconds"]))
@@ -92,7 +93,7 @@ class Record:
         self.missing: dict[str, str] = {}
 
     def attempt(self, what: str, step: Callable[[], Any]) -> Any:
-        """What step returns; None where it fails or the time is up, which `missing` then tells of."""
+        """What step returns; None where it fails or the time is up, and `missing` then says why."""
         if time.monotonic() < self.end:
             return self._guarded(what, step)
         self.missing[what] = "the time was up"
@@ -101,12 +102,12 @@ class Record:
     def _guarded(self, what: str, step: Callable[[], Any]) -> Any:
         try:
             return step()
-        except Exception as error:  # whatever a peer may do, or refuse, the others are measured
+        except Exception as error:  # Whatever a peer does or refuses, the others are measured.
             self.missing[what] = f"{type(error).__name__}: {error}"[:300]
             return None
 
     def add(self, what: str, step: Callable[[], Any]) -> None:
-        """A part of seconds, which is done even when the time is up."""
+        """Record a part that takes seconds only: it runs even when the time is up."""
         found = self._guarded(what, step)
         if found is not None:
             self.results[what] = found
@@ -117,7 +118,7 @@ class Record:
 
 
 def device() -> dict[str, Any]:
-    """Name, clocks and versions: what a figure must be read with."""
+    """Name, clocks and versions, which a reader of the figures needs."""
     properties = torch.cuda.get_device_properties(0)
     described: dict[str, Any] = {
         "name": properties.name,
@@ -184,7 +185,7 @@ def several_adapters(shape: tuple[int, int], adapters: int = 16, rank: int = 16)
         return random_packed("nf4", shape), lora_A, torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
 
     layers = [layer() for _ in copies(shape[0] * shape[1] // 2)]
-    ids = {m: (torch.arange(m, device="cuda") % adapters).sort().values for m in DECODE_ROWS}  # as many as m allows
+    ids = {m: (torch.arange(m, device="cuda") % adapters).sort().values for m in DECODE_ROWS}  # As many as m allows.
 
     return [lambda x, own=own: lk.qlora_linear(x, *own, adapter_ids=ids[x.shape[0]]) for own in layers]
 
@@ -278,11 +279,11 @@ BACKWARD_CONTENDERS: dict[str, Build] = {
 
 
 def captured(calls: list[Call], x: Tensor) -> torch.cuda.CUDAGraph:
-    """A graph of one call of each, after the calls that compile and choose algorithms."""
+    """A graph with one call of each, captured after calls that compile and choose algorithms."""
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which is still making x, and at first the weights
-    with torch.cuda.stream(stream):  # around the capture too: one that fails leaves its stream the current one
-        for call in calls:  # every weight's first call reads its code book
+    stream.wait_stream(torch.cuda.current_stream())  # It may still be making x, and at first the weights.
+    with torch.cuda.stream(stream):  # It includes the capture: a failed one leaves its stream current.
+        for call in calls:  # The first call of each weight reads its code book.
             call(x)
         calls[0](x)
         stream.synchronize()
@@ -310,7 +311,7 @@ def measure(record: Record, stage: Stage) -> None:
 
 
 def with_row(rows: list[dict], row: dict) -> list[dict]:
-    """Rows with one more, in place of an earlier one of the same shapes that has no other contenders."""
+    """Rows plus one more, without an earlier row of the same shapes whose contenders it all has."""
     place = ("part", "N x K", "M")
     kept = [old for old in rows if any(old[key] != row[key] for key in place) or not old.keys() <= row.keys()]
     return [*kept, row]
@@ -327,8 +328,10 @@ def measure_row(record: Record, where: str, m: int, columns: int, variants: dict
 
 
 def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int = 15) -> dict[str, float]:
-    """Median microseconds a call of each graph, taking turns. The device is kept busy until the graph is in its queue,
-    so that no time passes between start and its first kernel."""
+    """Median microseconds per call of each graph; the graphs take turns.
+
+    The device is kept busy until the graph is in its queue, so that no time passes between start and first kernel.
+    """
     times: dict[str, list[float]] = {name: [] for name in graphs}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for repeat in range(repeats + 2):
@@ -344,7 +347,7 @@ def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int =
 
 
 def overhead() -> dict[str, float]:
-    """Host time to enqueue a call without a graph, at a size whose kernels take no time to speak of."""
+    """Host time to enqueue a call without a graph, at a size whose kernels take hardly any time."""
     layer = lk.QuantLoRALinear(256, 256, bias=False, rank=16, device="cuda", dtype=DTYPE)
     weight = torch.randn(256, 256, device="cuda", dtype=DTYPE)
     x = torch.randn(1, 256, device="cuda", dtype=DTYPE)
@@ -362,12 +365,12 @@ def overhead() -> dict[str, float]:
 
 
 def first_calls() -> dict[str, float]:
-    """Seconds of the first call of a shape class no call above had: a format of its own, compiled anew."""
+    """Seconds of the first call of a shape class: a format that no other part uses is compiled anew."""
     from triton import knobs
 
     result = {}
     with tempfile.TemporaryDirectory() as empty, knobs.cache.scope():
-        knobs.cache.dir = empty  # what an earlier run compiled does not count
+        knobs.cache.dir = empty  # Kernels that an earlier run compiled do not count.
         for name, m in (("uniform4, M=1", 1), ("uniform4, M=256", 256)):
             packed = random_packed("uniform4", (512, 512))
             x = torch.randn(m, 512, device="cuda", dtype=DTYPE)
@@ -383,7 +386,7 @@ def first_calls() -> dict[str, float]:
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """What the kernels aim for, in ratios of this run."""
+    """The aims of the kernels, as ratios of this run."""
     found: list[dict] = []
 
     def aim(what: str, row: dict, over: str, under: str, least: float) -> None:
@@ -417,7 +420,7 @@ def targets(rows: list[dict]) -> list[dict]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Times of every contender over M, one panel a part and shape; device and versions in the title."""
+    """Plot the times of every contender over M, one panel per part and shape, device and versions in the title."""
     import matplotlib
 
     matplotlib.use("Agg")

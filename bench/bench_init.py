@@ -1,7 +1,7 @@
 """The LoftQ initializer's cost: speed against PEFT's loop and a randomized one, memory, a whole decoder layer.
 
 4096x4096, nf4, r=64, T=5, and where the time goes against the floor; peak memory at 4096x11008; one decoder layer of
-Llama-2-7B's shapes. What the errors are worth is in bench_init_quality.py.
+Llama-2-7B's shapes. bench_init_quality.py judges the errors.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
     a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 1024**3 / harness.interleaved({"bf16 1024^3": lambda: a @ b}, repeats=20)["bf16 1024^3"]
     # To quantize, each alternation reads the float32 weight and reads and writes the bfloat16 residual once; the
-    # products read the residual once a pass.
+    # products read the residual once per pass.
     traffic = size * size * (num_iter * (4 + 2 + 2) + passes * 2)
     bandwidth = harness.read_bandwidth()
     return {
@@ -131,11 +131,11 @@ def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
 _PEAK_SCRIPT = """
 import sys, torch, loftq_kernels as lk
 
-def status(key):  # of this process alone: getrusage's peak would include the parent's
+def status(key):  # Of this process alone: getrusage's peak would include the parent's.
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 rows, columns = map(int, sys.argv[1:])
-lk.loftq_init(torch.randn(256, 320), "nf4", 64, 2, svd="fast")  # libraries and thread pools are loaded
+lk.loftq_init(torch.randn(256, 320), "nf4", 64, 2, svd="fast")  # This loads libraries and thread pools.
 weight = torch.randn(rows, columns)
 resident = status("VmRSS")
 lk.loftq_init(weight, "nf4", 64, 5)
@@ -168,7 +168,7 @@ def llama_layer(quick: bool) -> dict:
 
 
 def plot(measured: dict, path: Path) -> None:
-    """Seconds of the three loops."""
+    """Plot the seconds of the three loops."""
     import matplotlib
 
     matplotlib.use("Agg")

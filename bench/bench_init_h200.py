@@ -22,13 +22,13 @@ from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.models import select
 
 LAYERS, RANK, NUM_ITER = 32, 64, 5
-MEMORY = 141e9  # bytes; this and the rates below: NVIDIA's H200 SXM data sheet
+MEMORY = 141e9  # Bytes. This and the rates below are from NVIDIA's H200 SXM data sheet.
 BANDWIDTH = 4.8e12
-RATES = {"bfloat16": 989e12, "float32": 67e12}  # FLOP/s, dense; float32 without tensor cores
+RATES = {"bfloat16": 989e12, "float32": 67e12}  # FLOP/s, dense; float32 without tensor cores.
 # Assumptions, none of them measured on an H200.
-REACHED_BANDWIDTH, REACHED_RATE = 0.7, 0.5  # shares of those rates
-OPERATOR_SECONDS, WAIT_SECONDS = 10e-6, 20e-6  # of the host: to enqueue one; to notice that the device is done
-CHOLESKY_SECONDS = 0.5e-3  # a batch of float64 Cholesky factors and inverses of 80 x 80, whatever its size
+REACHED_BANDWIDTH, REACHED_RATE = 0.7, 0.5  # Shares of those rates.
+OPERATOR_SECONDS, WAIT_SECONDS = 10e-6, 20e-6  # Host time to enqueue one; to notice that the device is done.
+CHOLESKY_SECONDS = 0.5e-3  # Per batch of float64 Cholesky factors and inverses of 80 x 80, whatever its size.
 # Seconds of torch.linalg.eigh for 64 matrices at a time on an RTX 4080, https://github.com/pytorch/pytorch/issues/175585
 # (the second figure: torch before 2.12, which solves them one after another). Cold: 400 x 400 float32; warm, 160 x 160:
 # no more than 256 x 256, and for the second figure no less than 128 x 128; last: 64 x 64 float64.
@@ -57,8 +57,10 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def estimate(at_most: float = math.inf) -> list[dict]:
-    """One row a part of the work, and their sum: nothing is assumed to overlap. ``at_most`` matrices are handed over
-    together."""
+    """One row per part of the work, and their sum: nothing is assumed to overlap.
+
+    At most ``at_most`` matrices go to the driver together.
+    """
     calls = batches(at_most)
     shapes = [shape for shape, count in LLAMA_LAYER.items() for _ in range(count * LAYERS)]
     weights = sum(rows * columns for rows, columns in shapes)
@@ -66,17 +68,17 @@ def estimate(at_most: float = math.inf) -> list[dict]:
     short = sum(min(shape) for shape in shapes)
     width = low_rank.block_width(RANK)
     steps = [low_rank.COLD_STEPS] + [low_rank.warm_steps(4096, 4)] * (NUM_ITER - 1)
-    passes = 1 + sum(2 * step + 1 for step in steps)  # the first one multiplies the random start
-    blocks = sum(2 * step + 1 for step in steps)  # that are orthonormalised
-    pairs = sum(step * (step + 1) // 2 for step in steps)  # of a new block and one it is made orthogonal to
-    spaces = [step + 1 for step in steps]  # in blocks
+    passes = 1 + sum(2 * step + 1 for step in steps)  # The first one multiplies the random start.
+    blocks = sum(2 * step + 1 for step in steps)  # Blocks that are orthonormalised.
+    pairs = sum(step * (step + 1) // 2 for step in steps)  # Pairs of a new block and one that it is made orthogonal to.
+    spaces = [step + 1 for step in steps]  # Their sizes in blocks.
 
-    # float32 weights; bfloat16 residuals; half a byte a code and 2 / 64 a scale
+    # Float32 weights, bfloat16 residuals, half a byte per code and 2 / 64 bytes of scale per weight.
     rows = [
         _streamed("quantize, residual", NUM_ITER * (4 + 2 + 2 + 0.5 + 2 / 64) * weights),
         _streamed("low-rank term", (NUM_ITER - 1) * 2 * weights, (NUM_ITER - 1) * 2 * RANK * weights, "bfloat16"),
         _streamed("products with the residual", passes * 2 * weights, passes * 2 * width * weights, "bfloat16"),
-        # A round: Gram matrix and product with R^-1, 2 s w^2 each; a pair: two passes of two products.
+        # Each round takes a Gram matrix and a product with R^-1, 2 s w^2 each; each pair two passes of two products.
         _streamed(
             "orthonormal blocks",
             blocks * 2 * 16 * short * width + pairs * 2 * 8 * short * width,
@@ -111,13 +113,13 @@ def _streamed(part: str, size: float, flops: float = 0.0, dtype: str = "float32"
 
 
 def batches(at_most: float) -> int:
-    """Calls of the driver: as many matrices at a time as a quarter of the memory holds."""
+    """How often the driver is called, with as many matrices at a time as a quarter of the memory holds."""
     sizes = {s: min(at_most, MEMORY / 4 // (engine._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
     return sum(math.ceil(count * LAYERS / sizes[shape]) for shape, count in LLAMA_LAYER.items())
 
 
 def eigh_seconds(batches: int, *, looped: bool) -> float:
-    """At each call the published time of 64 matrices, of which a batch has at most 65; or one after another."""
+    """The published time of 64 matrices for each call, whose batch has at most 65, or for matrices one by one."""
     cold, warm, last = (EIGH_SECONDS[which][looped] for which in ("cold", "warm", "last"))
     calls = LAYERS * sum(LLAMA_LAYER.values()) / 64 if looped else batches
     return calls * (cold + (NUM_ITER - 1) * warm + last)
@@ -140,7 +142,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         aliases = [result.alias_info for result in operator._schema.returns]
-        if not any(alias is not None and not alias.is_write for alias in aliases):  # a view costs next to nothing
+        if not any(alias is not None and not alias.is_write for alias in aliases):  # A view costs next to nothing.
             self.calls[operator.name()] += 1
         return operator(*args, **(kwargs or {}))
 

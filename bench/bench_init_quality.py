@@ -17,13 +17,15 @@ from loftq_kernels.initializers.options import ORDERS
 
 FORMATS, RANKS, KINDS = ("nf4", "nf2", "int2", "uniform2"), (8, 16, 64), ("gaussian", "outliers", "low rank + noise")
 SHAPES = ((1024, 1024), (1000, 1300), (2048, 2048), (4096, 4096), (4096, 11008))
-LIMIT = 1.002  # of the exact solver's final error
+LIMIT = 1.002  # Relative to the exact solver's final error.
 
 
 def run(output: Path, *, quick: bool) -> None:
-    """Every case, T = 1 and T = 5. The exact solver takes minutes a case on the large shapes, hours in all: rows are
-    written as they come, and its errors are taken from the file where an earlier run has left them; those are not known
-    yet come last."""
+    """Every case, T = 1 and T = 5.
+
+    The exact solver takes minutes per case on the large shapes, hours in all. So rows are written as they come, its
+    errors are read from the file if an earlier run has left them, and cases without known errors come last.
+    """
     path = output / ("init_quality_quick.json" if quick else "init_quality.json")
     rows = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
     done: list[dict] = []
@@ -36,8 +38,11 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def cases(quick: bool) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
-    """What to run and the weight for it: small shapes first; of the large ones first one kind of weights for each
-    format and rank, so that a run that is cut short has seen all of each."""
+    """What to run and the weight for it, small shapes first.
+
+    Large shapes first take one kind of weights for each format and rank, so that a run that is cut short has seen every
+    kind, format and rank.
+    """
     for shape in ((512, 512),) if quick else SHAPES[:2]:
         for kind, name, rank, order in itertools.product(KINDS, FORMATS, RANKS, ORDERS):
             yield _case(shape, kind, name, rank, order), partial(matrix, kind, *shape)
@@ -110,7 +115,7 @@ def compare(case: dict, weight: Tensor, known: dict) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """How far the fast solver's errors lie above the exact ones, case by case."""
+    """Plot how far the fast solver's errors lie above the exact ones, case by case."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Host time of a decode call without Triton's own: what Python does for each of the hundreds of calls of a decode step.
+"""Host time of a decode call, without that of Triton: a decode step makes hundreds of such calls.
 
 It runs on any machine: the kernel is a stub and the tensors are on the host.
 """
@@ -55,7 +55,7 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def per_call(call: Callable[[], object], quick: bool) -> float:
-    """Microseconds per call: the least of several means, as everything else that runs on the machine only adds."""
+    """Microseconds per call: the least of several means, as other work on the machine can only add time."""
     calls, means = 200, []
     for _ in range(3 if quick else 15):
         started = time.perf_counter()

@@ -17,8 +17,8 @@ from bench import harness
 from loftq_kernels.cli import demo
 
 CANDIDATES = ("nf2", "nf4")
-BLOCKS = (1, 2)  # of the first-n rule, whose bits are the plans' budgets: 2.58 and 2.91
-TESTED, CALIBRATED = 60, 40  # sentences, the latter for each seed others
+BLOCKS = (1, 2)  # n of the first-n rule, whose bits are the budgets of the plans: 2.58 and 2.91.
+TESTED, CALIBRATED = 60, 40  # Sentences; each seed calibrates on others.
 
 
 def run(output: Path, *, quick: bool) -> None:
@@ -42,7 +42,7 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def collect(model: nn.Module, tokenizer, sentences: list[str]) -> lk.ActivationStatistics:
-    """Of the inputs of every linear layer over sentences."""
+    """Statistics of the inputs of every linear layer over sentences."""
     batches = [
         dict(tokenizer(sentences[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, len(sentences), 32)
     ]
@@ -59,7 +59,7 @@ def variants(model: nn.Module, cfg: lk.QuantConfig, calibration: lk.ActivationSt
         weights = {name: model.get_submodule(name).weight.numel() for name in calibration}
         budgets.append(
             sum(bits[name] * weights[name] for name in calibration) / sum(weights.values()) + 0.002
-        )  # code books
+        )  # The last term is for code books.
         yield f"first {n} of 6 blocks nf4", rule, None
     for what, statistics in (("weights", None), ("outputs", calibration)):
         relative = lk.plan_bits(model, budgets[0], CANDIDATES, cfg, statistics=statistics, progress=False)

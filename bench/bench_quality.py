@@ -28,7 +28,7 @@ from loftq_kernels.recipes import finetune, small_lm
 from loftq_kernels.storage import files
 
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
-QALORA_RANK, QALORA_GROUP = 4, 32  # width 128 has four groups of 32: no larger rank says more
+QALORA_RANK, QALORA_GROUP = 4, 32  # Width 128 has four groups of 32, so no larger rank is possible.
 MEMORY_SIZES = {"width": 768, "layers": 6, "heads": 8, "hidden": 2048}  # 43 M weights, 0.17 GB in float32
 MEMORY_MODES = ("teacher cached", "teacher and model")
 
@@ -41,7 +41,7 @@ class Sizes:
     pretrain_steps: int
     rilq_steps: int
     finetune_steps: int
-    batches: int  # of 8 x 128 tokens that RILQ sees, a fifth of them held out
+    batches: int  # Batches of 8 x 128 tokens for RILQ, a fifth of them held out.
     ranks: tuple[int, ...] = RANKS
     memory_sizes: tuple[tuple[str, int], ...] = tuple(MEMORY_SIZES.items())
 
@@ -97,8 +97,10 @@ def tuned(base: nn.Module, seed: int, sizes: Sizes) -> list[dict]:
 
 
 def rilq_config(sizes: Sizes, adapter: str) -> lk.RilqConfig:
-    """A model of a million weights takes a learning rate 20 times that of the paper's; and group means, which divide by
-    32, one larger still, for the same step in A moves the output less."""
+    """A model of a million weights takes a learning rate 20 times that of the paper.
+
+    Group means divide by 32, so the same step in A moves the output less: they take an even larger rate.
+    """
     lr = 2e-3 if adapter == "lora" else 1e-2
     return lk.RilqConfig(lr=lr, steps=sizes.rilq_steps, accumulate=1, validate_every=20, gradient_checkpointing=False)
 
@@ -181,7 +183,7 @@ def merged_speed(size: int = 2048) -> list[dict]:
 
 
 def memory(sizes: Sizes) -> dict[str, float]:
-    """Peak resident bytes of processes that run RILQ, less those of one that runs it on a model of hardly any size.
+    """Peak resident bytes of processes that run RILQ, less those of one that runs it on a tiny model.
 
     "teacher cached" caches the states in one process and tunes in another; its figure is the larger of the two.
     """
@@ -223,7 +225,7 @@ def measure(mode: str, folder: Path, sizes: dict[str, int]) -> int:
         model = lk.load_quantized(folder / "quantized", skeleton)
         teacher = folder / "states" if mode == "tune" else _dense(folder, sizes)
         lk.rilq_tune(model, teacher, batches, cfg, progress=False)
-    # Not ru_maxrss, which a process inherits from the one that started it.
+    # A process inherits ru_maxrss from the one that started it, so it is not used.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -281,7 +283,7 @@ def _claims(results: dict[str, Any]) -> dict[str, bool]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Perplexity over ranks, and over the steps of fine-tuning; a line is the mean over seeds, a dot one of them."""
+    """Perplexity over ranks, and over the steps of fine-tuning; lines are means over seeds, dots single seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

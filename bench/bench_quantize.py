@@ -25,7 +25,7 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 def _one(weight: torch.Tensor, name: str, search: bool) -> dict:
-    """Milliseconds; the columns of peers stay empty where they have no such format."""
+    """One row of milliseconds; the columns of peers stay empty where they lack the format."""
     packed = lk.quantize(weight, name, scale_search=search)
     variants = {
         "quantize": lambda: lk.quantize(weight, name, scale_search=search),

@@ -16,7 +16,7 @@ from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.configs import TABLE, Key, rows_of_table
 
 FORMATS = ("nf2", "int2", "int2_sym", "nf4", "int4", "int4_sym", "uniform4", "int8")
-TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # Of large tiles, which scale weights the same way in all formats.
+TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # For large tiles, which scale weights the same way in all formats.
 
 
 def run(output: Path, *, quick: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import harness
 
 EIGH_SIZES = (16, 32, 64, 80, 160, 240, 320, 400, 480)
-BLOCK_WIDTHS = (16, 40, 64, 80, 128)  # what the Cholesky kernel holds on every GPU from 99 KiB of shared memory on
+BLOCK_WIDTHS = (16, 40, 64, 80, 128)  # The Cholesky kernel holds these on GPUs with 99 KiB of shared memory or more.
 BLOCK_ROWS = 4096
 BATCHES = (1, 4, 16, 64, 256)
 
@@ -54,8 +54,10 @@ def eigh(batch: int, size: int, device: str) -> dict[str, float]:
 
 
 def orthonormal(batch: int, rows: int, width: int, device: str) -> dict[str, float]:
-    """Orthonormal columns of [batch, rows, width] float32: CholeskyQR2 with our R^-1, with ATen's as the initializer
-    has it (float64), and Householder QR. Then R^-1 alone."""
+    """Orthonormal columns of [batch, rows, width] float32, by three ways: then R^-1 alone.
+
+    The ways are CholeskyQR2 with our R^-1, with ATen's in float64 as in the initializer, and Householder QR.
+    """
     block = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0)).to(device)
     gram = block.mT @ block
     variants = {

@@ -86,7 +86,7 @@ def _library() -> dict[str, Callable]:
 
 @functools.cache
 def _buffer_type() -> int:
-    """The one that interleaves rows for the processor's widest registers, as llama.cpp takes where there is one."""
+    """The buffer type that llama.cpp prefers: it interleaves rows for the widest registers, where it can."""
     g = _library()
     registry = g["ggml_backend_cpu_reg"]()
     address = g["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_dev_get_extra_bufts")
@@ -95,7 +95,7 @@ def _buffer_type() -> int:
 
 
 class _Weight:
-    """A packed weight of random codes, and a graph y = x W^T, float32, for every number of rows of x met."""
+    """A packed weight of random codes, and a float32 graph y = x W^T for every number of rows of x so far."""
 
     def __init__(self, name: str, shape: tuple[int, int]):
         g = _library()
@@ -122,7 +122,7 @@ class _Weight:
         return g["ggml_get_data"](x), g["ggml_get_data"](y), graph, plan, work
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y of float32 x [M, K]; the memory is the graph's."""
+        """y of float32 x [M, K], in memory of the graph."""
         if len(x) not in self._graphs:
             self._graphs[len(x)] = self._graph(len(x))
         source, result, graph, plan, _ = self._graphs[len(x)]

@@ -21,10 +21,13 @@ from loftq_kernels.ops import extension
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant. They take turns, so that a slow minute of the machine hits all alike, in another
-    order each time: what ran before (how it left caches and threads) may cost the next one half of its time."""
+    """Median seconds of each variant.
+
+    Variants take turns, so that a slow minute of the machine hits all alike, and their order changes: what ran before
+    leaves caches and threads in a state that may cost the next variant half of its time.
+    """
     for run in variants.values():
-        run()  # first calls load libraries, allocate and compile
+        run()  # First calls load libraries, allocate and compile.
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     shuffle = random.Random(0).shuffle
     order = list(variants.items())
@@ -43,13 +46,13 @@ def copies(nbytes: int, rotated: int) -> range:
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
-    """Bytes a second that this process reads from memory with all threads: a sum over a buffer beyond the caches."""
+    """Bytes per second that this process reads from memory with all threads: a sum over a buffer beyond the caches."""
     buffer = torch.ones(megabytes << 18, dtype=torch.int32)
     return buffer.nbytes / interleaved({"sum": lambda: buffer.view(torch.int64).sum()}, repeats)["sum"]
 
 
 def machine() -> dict[str, Any]:
-    """What a figure must be read with: processor, threads, versions, kernels, time and command."""
+    """Processor, threads, versions, kernels, time and command, which a reader of the figures needs."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -81,7 +84,7 @@ def _processor() -> str:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """The results with the machine's description, in place of the file at once: a run may be cut while it writes."""
+    """Write the results and the machine's description. The file is replaced at once, as a run may be cut any time."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

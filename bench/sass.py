@@ -77,8 +77,8 @@ class Case:
     out_features: int = 4096
     in_features: int = 4096
     rank: int = 16
-    extras: bool = False  # all that is optional: adapters (chosen by row, where a launcher can), bias, splits of K
-    adapter_dtype: torch.dtype | None = None  # None: that of x
+    extras: bool = False  # All options: adapters (chosen by row, where a launcher can), bias, splits of K.
+    adapter_dtype: torch.dtype | None = None  # None: the dtype of x.
 
     def weights_per_thread(self) -> float | None:
         """Weights that a thread decodes per iteration of the main loop, or None for a kernel without such a loop."""
@@ -212,8 +212,10 @@ def _tensor_instructions(opcodes: Counter) -> int:
 
 
 def main_loop(instructions: list[str], loops: list[tuple[int, int]]) -> Counter:
-    """Opcodes of the longest innermost loop, of those that multiply if any does. Loops that wait, which may be within
-    it, and the adapters' loops are shorter."""
+    """Opcodes of the longest innermost loop, among loops with tensor-core instructions if there are any.
+
+    Loops that wait, which may be within it, and the loops of adapters are shorter.
+    """
     counts = {loop: Counter(opcode(line) for line in instructions[loop[0] : loop[1] + 1]) for loop in loops}
     counts = {loop: count for loop, count in counts.items() if _tensor_instructions(count)} or counts
     innermost = [

@@ -1,4 +1,4 @@
-"""Runs of the tests that need a GPU, where device time is short: what comes first, and what a run that is cut leaves.
+"""Runs of the tests that need a GPU, where device time is short: their order, and the report of a run that is cut.
 
 Each kernel's smallest case runs before any grid; the grids then take turns, each in a mixed order, so that the cases
 which the time leaves out are spread over all of them. A report on disk says before each case what was found so far.
@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-# Files in order of risk: what everything else stands on first. Other files come after these.
+# Files in order of risk, first those that all others depend on. Other files come after these.
 RISK = ("test_quantize", "test_ops", "test_triton_kernels", "test_triton_linear", "test_gpu", "test_small_matrix")
-PATHS = {"decode", "prefill", "chunked", "fused"}  # each is a kernel of its own, where a case names one
-CASE_SECONDS = 90  # after which a case counts as hanging, and its process ends
+PATHS = {"decode", "prefill", "chunked", "fused"}  # Each is a kernel of its own; a case may name one.
+CASE_SECONDS = 90  # A case that takes longer counts as hanging, and its process ends.
 
 
 class Case(NamedTuple):
@@ -119,7 +119,7 @@ class GpuSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """True, which says that the case is dealt with, once nothing more is to run."""
+        """Return True, which tells pytest to skip the case, once nothing more is to run."""
         reason = self.lost or ("the time was up" if self.clock() >= self.end else None)
         if reason is not None:
             self.not_run[item.nodeid] = reason

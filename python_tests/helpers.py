@@ -73,7 +73,7 @@ def minilm_weights() -> dict[str, Tensor]:
 
 @functools.cache
 def minilm_inits(format: str, rank: int, svd: str = "fast", backend: str | None = None) -> dict[str, lk.AdapterInit]:
-    """LoftQ (T = 5) of every linear layer of MiniLM; computed once a test run for each choice of options."""
+    """LoftQ (T = 5) of every linear layer of MiniLM; computed once per test run and choice of options."""
     by_shape: dict[torch.Size, list[str]] = {}
     for name, weight in minilm_weights().items():
         by_shape.setdefault(weight.shape, []).append(name)

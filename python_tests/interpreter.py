@@ -63,7 +63,7 @@ def repair() -> None:
 def inline_asm(
     asm: str, constraints: str, values: list[np.ndarray], types: list[np.dtype], pack: int, registers: ptx.Registers
 ) -> list[np.ndarray]:
-    """`tl.inline_asm_elementwise`: an array of each of types, in the shape of values. registers: of the whole program.
+    """`tl.inline_asm_elementwise`: one array per type, in the shape of values. registers: those of the whole program.
 
     The asm gets `pack` elements of each value at a time, in as many 32-bit registers as they fill, and yields as many
     of each type: 4 elements are one register of bytes, two of 16-bit floats or four of float32. On a device Triton

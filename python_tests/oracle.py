@@ -1,7 +1,7 @@
 """What the package should compute, written a second time: slowly, one group and one code at a time, from the documents.
 
-Sources: the storage contract (docstring of `loftq_kernels.packing`), the rules of csrc/include/loftq/quantize.h, the
-formulas of QLoRA, LoftQ and PEFT. Nothing here uses the package's own code.
+Sources: the storage contract (docstring of `loftq_kernels.storage.packing`), the rules of
+csrc/include/loftq/quantize.h, the formulas of QLoRA, LoftQ and PEFT. Nothing here uses the package's own code.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def codebook(format: str) -> np.ndarray:
 
 def decode_code(row: np.ndarray, column: int, bits: int) -> int:
     """The code of one column of a packed row: byte j of tile t, field i holds column 64 t + j + i * (64 / P)."""
-    bytes_a_tile = 64 * bits // 8  # 64 / P as well: P = 8 / bits codes to a byte
+    bytes_per_tile = 64 * bits // 8  # 64 / P as well: P = 8 / bits codes per byte
     tile, within = divmod(column, 64)
-    field, byte = divmod(within, bytes_a_tile)
-    return (int(row[tile * bytes_a_tile + byte]) >> (field * bits)) & (2**bits - 1)
+    field, byte = divmod(within, bytes_per_tile)
+    return (int(row[tile * bytes_per_tile + byte]) >> (field * bits)) & (2**bits - 1)
 
 
 def decode_codes(codes: Tensor, columns: int, bits: int) -> np.ndarray:

@@ -70,7 +70,7 @@ def of_gram(gram: torch.Tensor) -> lk.InputStatistics:
 class TestBudget:
     @pytest.mark.parametrize("budget", [2.25, 2.5, 3.0, 3.5, 4.2])
     def test_is_used_up(self, budget):
-        """To 0.01 bits a weight, and never exceeded."""
+        """To 0.01 bits per weight, and never exceeded."""
         plan = solve_plan(minilm_plan(), budget)
         assert budget - 0.01 <= plan.average_bits <= budget + 1e-6
 
@@ -365,7 +365,7 @@ class TestFile:
         assert lk.BitPlan.load(file) == plan
         values = json.loads(file.read_text())
         assert values["average_bits"] == pytest.approx(plan.average_bits, abs=1e-6)
-        assert len(file.read_text().splitlines()) < 20  # one a layer
+        assert len(file.read_text().splitlines()) < 20  # One per layer.
 
     def test_applied_from_the_file(self, plan, file, tmp_path):
         """With its choices, and the model of mixed formats loads again."""

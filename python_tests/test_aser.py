@@ -13,7 +13,7 @@ from loftq_kernels.initializers.drivers import low_rank
 
 
 def eight_bits(x: Tensor) -> Tensor:
-    """Symmetric 8-bit integers, one scale a token."""
+    """Symmetric 8-bit integers, one scale per token."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return (x / scale).round() * scale
 

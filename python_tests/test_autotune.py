@@ -56,7 +56,7 @@ def test_candidates(key, group_size):
 
 
 def test_search():
-    """Fastest first; what fails or measures nothing is left out, but a broken device is told."""
+    """Fastest first; configurations that fail or measure nothing are left out, but a broken device raises."""
 
     def time(run):
         return run()
@@ -107,7 +107,7 @@ def test_rows_to_paste(device):
 
 
 def test_nothing_works(device):
-    """Nor is it tried again."""
+    """A search without a valid configuration is not repeated."""
     tried = []
 
     def run(config):

@@ -16,7 +16,7 @@ import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 
 SMALL = {"rank": 4, "num_iter": 2}
-# Each option alone, then together; an even kernel with "same" pads one more on one side; depthwise has one row a group.
+# Each option alone, then together; an even kernel with "same" pads one more on one side; depthwise: one row per group.
 GEOMETRIES_2D = [
     {"kernel_size": 3},
     {"kernel_size": 1},

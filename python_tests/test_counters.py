@@ -1,4 +1,4 @@
-"""What launches count with, as far as no device is needed."""
+"""The counters of launches, as far as they can be tested without a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loftq_kernels.triton_kernels import counters  # noqa: E402
 
 
 def test_outside_pools():
-    """On a thread of its own, whose failures are the caller's."""
+    """The function runs on a thread of its own, and its failures reach the caller."""
     assert counters.outside_pools(threading.get_ident) != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
         counters.outside_pools(lambda: 1 // 0)
@@ -25,11 +25,11 @@ def test_a_streams_counters_are_its_own_and_grow():
     assert first.data_ptr() != other.data_ptr() and arena.take(1, 5) is first
     grown = arena.take(1, 10_000)
     assert grown.numel() >= 10_000 and not grown.any()
-    assert any(kept is first for kept in arena.kept)  # launches of the stream may still count in it
+    assert any(kept is first for kept in arena.kept)  # Launches of the stream may still count in it.
 
 
 def test_captured_launches_never_share():
-    """Each its own for good, also beyond what was made ahead."""
+    """Each captured launch keeps counters of its own, also beyond those that were made ahead."""
     arena = counters._Arena(torch.device("cpu"))
     taken = [arena.take_captured(count) for count in (7, 33, arena.AHEAD, 5)]
     assert [t.numel() for t in taken] == [32, 64, arena.AHEAD, 32]

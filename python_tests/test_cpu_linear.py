@@ -553,12 +553,12 @@ class TestGil:
             assert self.most_turns(turns, lambda: layer.multiply(x, transposed)) > 30
 
     def test_is_not_released_by_python(self, turns):
-        """The control: what no kernel lets go of, nobody takes."""
+        """The control: while Python code runs, the other thread gets no turns."""
         assert self.most_turns(turns, lambda: sum(range(1_000_000))) <= 30
 
     @staticmethod
     def most_turns(turns, work) -> int:
-        """Of the other thread while `work` runs; of several attempts, as the machine may have no core for it."""
+        """The most turns of the other thread while `work` runs, of several attempts, as no core may be free for it."""
         taken = 0
         for _ in range(20):
             before = turns()

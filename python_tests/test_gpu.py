@@ -39,7 +39,7 @@ def test_real_shapes(dtype, format, rows):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_waits_for_nothing(rows):
-    """After a first call, which reads the code book."""
+    """No call waits for the device after the first one, which reads the code book."""
     packed, lora, x = layer_and_input(rows)
     stacked = [t.unsqueeze(0) for t in lora]
     ids = torch.zeros(rows, dtype=torch.int64, device="cuda")

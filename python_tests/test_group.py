@@ -68,7 +68,7 @@ def test_layers_of_weights_alone():
 
 @torch.no_grad()
 def test_sees_parameters_that_were_replaced():
-    """Also by ones that got the ids and the memory of those before them, as two swaps in a row can bring about."""
+    """New parameters may have the ids and the memory of earlier ones, as after two swaps in a row."""
     layers, x = make_layers(), gaussian(3, 130)
     group = lk.QuantLoRALinearGroup(layers)
     for seed in range(20):

@@ -265,7 +265,7 @@ class TestBatch:
             assert a.errors == pytest.approx(b.errors, rel=1e-5)
 
     def test_scales_that_overflow_on_the_way(self, monkeypatch):
-        """A matrix of which a later iterate's scales do not fit stays at its best, and its neighbour does not know."""
+        """A matrix whose scales stop fitting in a later iterate stays at its best; its neighbour is not affected."""
         weights = [gaussian(128, 128) * 20, gaussian(128, 128, seed=1).clamp(-1, 1) * 65500]
         alone = [lk.loftq_init(weight, "nf2", 8, 5) for weight in weights]
         monkeypatch.setattr(engine, "chunk_size", lambda *_: 2)
@@ -465,7 +465,7 @@ class TestBadInput:
 
 @pytest.mark.parametrize("svd", SOLVERS)
 def test_interrupt(svd):
-    """Ctrl-C ends it between alternations, of which these would take minutes; what comes after works."""
+    """Ctrl-C ends it between alternations, which would take minutes in all; a call after that works."""
     weight = gaussian(192, 160)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

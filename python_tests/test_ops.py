@@ -161,7 +161,7 @@ def budget_case(packed, x, lora_A, lora_B, bias, scaling=0.5, backend=None):
 
 
 def assert_within_budget(case, dtype):
-    """The largest of a few dozen errors says little about a sum in another order: it may lie one rounding further."""
+    """With an allowance of one rounding: the largest of a few dozen errors depends on the order of the sums."""
     ours, plain, largest = case
     assert ours <= 1.2 * plain + (8 + largest) * torch.finfo(dtype).eps, f"error {ours:.3g}, plain torch {plain:.3g}"
 
@@ -331,7 +331,7 @@ def test_extension_serves_cpu_tensors():
 
 @pytest.mark.skipif(extension._C is None, reason="the reference takes any: the extension is not built")
 def test_float64_scales_are_refused():
-    """The wrappers round them; the kernels' sums are of narrower ones."""
+    """The wrappers round float64 scales, and the kernels, which sum narrower ones, refuse them."""
     packed, x = lk.quantize(gaussian(7, 130), "int4"), gaussian(3, 130)
     stored = packed.codes, packed.scale.double(), packed.offset.double(), packed.codebook
     ops = torch.ops.loftq_kernels

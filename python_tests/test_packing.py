@@ -23,17 +23,17 @@ def random_codes(rows: int, columns: int, bits: int) -> torch.Tensor:
 def test_each_column_has_its_own_place(bits, op):
     """A single code set in a row of zeros changes exactly the bits that the contract names."""
     pack = packing.pack_codes if op == "python" else torch.ops.loftq_kernels.pack_codes
-    fields, bytes_a_tile = 8 // bits, 64 * bits // 8
+    fields, bytes_per_tile = 8 // bits, 64 * bits // 8
     codes = torch.zeros(130, 130, dtype=torch.uint8)
     codes.fill_diagonal_(2**bits - 1)
     packed = pack(codes, bits)
-    expected = torch.zeros(130, 3 * bytes_a_tile, dtype=torch.uint8)
+    expected = torch.zeros(130, 3 * bytes_per_tile, dtype=torch.uint8)
     for tile in range(3):
-        for byte in range(bytes_a_tile):
+        for byte in range(bytes_per_tile):
             for field in range(fields):
                 column = 64 * tile + byte + field * (64 // fields)
                 if column < 130:
-                    expected[column, tile * bytes_a_tile + byte] = (2**bits - 1) << (field * bits)
+                    expected[column, tile * bytes_per_tile + byte] = (2**bits - 1) << (field * bits)
     assert torch.equal(packed, expected)
 
 

@@ -42,12 +42,12 @@ def test_float32_has_no_large_tiles():
 
 
 def test_few_rows_are_fused_and_many_are_not():
-    """Chunks cost their bytes whatever the rows are, decoding in the product a share of it."""
+    """Chunks cost the same bytes for any number of rows; decoding within the product costs a share of it."""
     for device in (H200, A100):
         assert choose_linear(32, 4096, 4096, 4, device, half=True) == "prefill"
         assert choose_linear(8192, 4096, 4096, 4, device, half=True) == "chunked"
     assert choose_grad_input(256, 4096, 4096, 4, H200, half=True) == "fused"
-    assert choose_grad_input(2048, 4096, 4096, 4, A100, half=True) == "chunked"  # decodes everything several times
+    assert choose_grad_input(2048, 4096, 4096, 4, A100, half=True) == "chunked"  # Fused, it decodes several times.
 
 
 def test_small_weights_are_fused():

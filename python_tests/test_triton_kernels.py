@@ -167,8 +167,9 @@ def packed_and_exact(format: str, group_size: int, n: int, k: int) -> tuple[lk.P
 def check_asm(asm, path, format, dtype, group_size, one_sign, shape, device):
     """||error|| of ours at most 1.2 times that of plain torch at the same dtype; path: a forward one, or "grad_input".
 
-    By norms, for a largest error is that of an output's rounding. Without any allowance, for plain torch rounds its
-    output as well, which is most of its error: one rounding more would hide a table twice as wrong as rounded weights.
+    Errors are compared by norms, because the largest error is that of rounding one output. There is no allowance:
+    plain torch rounds its output as well, which is most of its error, and an allowance of one more rounding would hide
+    a table twice as wrong as rounded weights.
     """
     rows, n, k = shape
     packed, weight = packed_and_exact(format, group_size, n, k)

@@ -60,7 +60,7 @@ CASES: dict[str, dict] = {
         format="int8", M=10, N=33, K=330, rank=17, adapters=3, dtype="bfloat16", adapter_dtypes=("float32", "float16")
     ),
 }
-# Programs in an order that no device has shown: who needs x A^T makes it.
+# Programs run in an order that no device has shown: those that run first have to compute x A^T.
 REVERSED = {
     "reversed adapter": dict(format="int2", M=3, N=70, K=1100, rank=40, bias=True),
     "reversed adapters and splits": dict(format="nf2", M=18, N=70, K=1100, rank=20, adapters=3, splits=2),
@@ -68,7 +68,7 @@ REVERSED = {
 
 
 def within_budget(result: dict[str, float], case: dict) -> bool:
-    """No worse than plain torch; in float32, codes that are corrected by sums of x leave some of its last bits."""
+    """At most 1.2 times plain torch's error, plus an allowance: correcting codes by sums of x costs a few last bits."""
     allowance = 1e-6 if case.get("dtype", "float32") == "float32" else 1e-5
     return result["error"] <= 1.2 * result["plain"] + allowance
 

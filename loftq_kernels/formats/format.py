@@ -13,7 +13,7 @@ from loftq_kernels.formats import codebooks
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a weight: w ~ codebook[code] * scale + offset, one scale (and offset) a group.
+    """A way to store a weight: w ~ codebook[code] * scale + offset, one scale (and offset) per group.
 
     ``scale_rule`` is one of "absmax": max|w| / codebook[-1]; "minmax": (max - min) / (2^bits - 1), with an offset;
     "mean_std": mean + 2.5 std.
@@ -21,7 +21,7 @@ class Format:
 
     name: str
     bits: int
-    family: str  # of code books: "normal_float", "integers" or "uniform"
+    family: str  # The family of its code book: "normal_float", "integers" or "uniform".
     scale_rule: str
 
     @property

@@ -24,8 +24,8 @@ def qlora_linear(
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A.T) @ lora_B.T + bias
 
     With ``adapter_ids`` each row of x has an adapter of its own: lora_A is [S, r, K], lora_B [S, N, r], and row m takes
-    those of index adapter_ids[m], or none where that is -1. Adapters of lower rank are padded with zeros. On a GPU, and
-    with more than 16 rows, Inf or NaN in an adapter may also reach rows of others that are multiplied beside its own.
+    adapter number adapter_ids[m], or none where that is -1. Pad adapters of lower rank with zeros. On a GPU, with more
+    than 16 rows, Inf or NaN in one adapter may also reach rows of other adapters that are multiplied beside its own.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; under autocast it is cast as for `nn.Linear`.
@@ -40,8 +40,8 @@ def qlora_linear(
     Also under `torch.func` and in forward mode. A derivative with respect to parts of the weight raises RuntimeError.
     With adapter_ids it is for inference only, and raises RuntimeError where a gradient or tangent would be needed.
     Raises TypeError for dtypes that are not floating point, ValueError for shapes or devices that do not agree or, on a
-    CPU, for ids out of range; on a GPU, which would have to be waited for, the rows with such ids become NaN,
-    also where S or r is 0.
+    CPU, for ids out of range. On a GPU a check of ids would have to wait for the device, so the rows with such ids
+    become NaN instead, even where S or r is 0.
     """
     if adapter_ids is not None:
         return _linear_multi(x, packed, lora_A, lora_B, adapter_ids, scaling, bias, backend)
@@ -78,7 +78,7 @@ def _linear_multi(
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     kernels = kernels_of(backend, x.device)
-    if packed.scale.dtype == torch.float64:  # as `_wide_linear`
+    if packed.scale.dtype == torch.float64:  # The same choice as in `_wide_linear`.
         kernels = reference if x.dtype == torch.float64 else kernels
         scale, offset = (functional.narrow(t, x.dtype) for t in (packed.scale, packed.offset))
         weight = packed.codes, scale, offset, packed.codebook, packed.group_size

@@ -23,10 +23,10 @@ class PackedTensor:
     Attributes:
         codes: uint8 [N, K_pad * bits / 8], laid out as in `loftq_kernels.storage.packing`.
         scale: [N, G], float16, bfloat16 or float32; G groups of ``group_size`` columns (the last may be partial).
-        offset: [N, G] of the dtype of scale. Affine formats have one; of others only weights into which an adapter was
-            merged, otherwise None. Merging a float64 adapter makes both float64, which no kernel reads: it is slow.
+        offset: [N, G] in the dtype of scale, for affine formats and for weights into which an adapter was merged;
+            otherwise None. Merging a float64 adapter makes both float64. No kernel reads those: products are slow.
         codebook: float32 [2^bits].
-        shape, group_size, format: (N, K), columns a group (-1: the row) and the `Format`.
+        shape, group_size, format: (N, K), columns per group (-1: the row) and the `Format`.
 
     It copies with `copy.deepcopy`, pickles, moves with `to`, and saves with `save`. Its tensors are not to be edited.
     """
@@ -49,8 +49,8 @@ class PackedTensor:
         self.shape = torch.Size((codes.shape[0], in_features))
         self.group_size = group_size
         if not torch.compiler.is_compiling():
-            # What `torch._dynamo.mark_static_address` does, of which the import takes seconds: as it does with a
-            # module's buffers, torch.compile(mode="reduce-overhead") is not to copy the weight at every call.
+            # This is what `torch._dynamo.mark_static_address` does, without its import, which takes seconds. It keeps
+            # torch.compile(mode="reduce-overhead") from copying the weight at every call.
             for tensor in self.tensors().values():
                 tensor._dynamo_static_input_type = "unguarded"
 
@@ -69,7 +69,7 @@ class PackedTensor:
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Bits per code."""
         return self.format.bits
 
     @property
@@ -139,7 +139,7 @@ class PackedTensor:
         """Write a safetensors file; an existing one stays as it was if that fails."""
         metadata = {"format": self.format.name, "in_features": self.shape[1], "group_size": self.group_size}
         if self.offset is not None and not self.format.affine:
-            metadata["merged"] = True  # told apart from a file that claims another format
+            metadata["merged"] = True  # It tells this file from one that claims another format.
         files.save_tensors(path, self.tensors(), {_METADATA_KEY: json.dumps(metadata)})
 
     @classmethod
@@ -187,7 +187,7 @@ def quantize(
         format: one of `format_names()`.
         group_size: 32, 64, 128, 256 or -1 (the whole row): columns that share a scale.
         scale_dtype: float16, bfloat16 or float32. Codes are chosen against the scale as stored.
-        scale_search: try 25 scales a group and keep the one of least squared error, instead of the format's rule.
+        scale_search: try 25 scales per group and keep the one of least squared error, instead of the format's rule.
         backend: one of `available_backends()`; None lets the device of weight choose.
         name: what error messages call the weight.
 
@@ -215,7 +215,7 @@ def empty_packed(
 ) -> PackedTensor:
     """A packed weight of zeros [out_features, in_features], to be filled by a checkpoint; works on the meta device.
 
-    ``offset``: with one, also in a format that has none, as after merging an adapter; scale_dtype may then be float64.
+    ``offset``: have offsets even in a format without, as after merging an adapter; scale_dtype may then be float64.
     """
     fmt = get_format(format)
     group_size = packing.check_group_size(group_size)

@@ -45,9 +45,9 @@ def aser_init(
     as it is, the two cancel, and `qlora_linear` needs neither.
 
     Args:
-        rank: of the adapter; the most it may have with ``rank_energy``.
+        rank: of the adapter; with ``rank_energy`` its upper limit.
         rank_energy: in (0, 1]: take the least r with sum_{j <= r} D_jj >= rank_energy * sum_j D_jj instead.
-        outlier_channels: at most this many, and at most rank / 2: the low-rank term has to carry them. 0: none.
+        outlier_channels: at most so many, and at most rank / 2, as the low-rank term has to carry them. 0: none.
         Others: as for `eora_init`.
 
     Returns an `AdapterInit` with ``weighted_error`` and ``smoothing``. Raises as `eora_init`.
@@ -128,14 +128,14 @@ def aser_init_batch(
 
 
 def outlier_channels_of(weight: Tensor, statistics: InputStatistics, count: int) -> Tensor:
-    """ASER's: the ``count`` columns with the largest mean|x_k| * mean|w_k| (fewer where that is zero), int64."""
+    """Int64 indices of the ``count`` columns with the largest mean|x_k| * mean|w_k|, without those where it is zero."""
     strength = statistics.abs_mean.to(weight.device).double() * weight.double().abs().mean(0)
     values, channels = strength.topk(min(count, len(strength)))
     return channels[values > 0]
 
 
 def smoothing_vector(statistics: InputStatistics, channels: Tensor) -> Tensor:
-    """ASER's m [K], float32: mean|x_k| over the least of it among the outlier channels; 1 for all other channels."""
+    """ASER's m [K], float32: mean|x_k| divided by its minimum over the outlier channels; 1 for all other channels."""
     size = statistics.abs_mean.to(channels.device)
     smoothing = torch.ones_like(size, dtype=torch.float32)
     if len(channels):

@@ -30,9 +30,9 @@ class Method:
         name: what ``init=`` calls it.
         runs: kind of adapter -> function of (weights, cfg, statistics=, device=, progress=, names=) that returns an
             `AdapterInit` for each of the same-shape weights.
-        needs_statistics, takes_statistics: whether it cannot do without `InputStatistics` of the layers' inputs, or
-            makes use of them; for ordinary adapters alone.
-        options: of `METHOD_OPTIONS`, those that it honours (with an ordinary adapter).
+        needs_statistics, takes_statistics: whether the method requires `InputStatistics` of the layers' inputs, and
+            whether it uses them when they are given; for ordinary adapters only.
+        options: the fields of `METHOD_OPTIONS` that the method uses (with an ordinary adapter).
     """
 
     name: str
@@ -71,15 +71,15 @@ class LayerConfig:
         format, group_size, scale_dtype, scale_search: as for `quantize`.
         rank: of the adapter; None for no adapter (round to nearest).
         lora_alpha: None means scaling 1; otherwise scaling = lora_alpha / rank, or / sqrt(rank) with ``use_rslora``.
-        adapter: "lora", or "qalora" for one of group means, which merges exactly (`QuantLoRALinear.merge_adapter`); for
-            linear layers alone, others are skipped with the reason.
-        adapter_dtype: of lora_A and lora_B; None for that of the layer, but float32 in float16 and bfloat16 layers, as
-            PEFT has it: steps of 1e-5 are lost in the 8 bits of a bfloat16's mantissa.
-        init: one of `initializer_names()`; of them "loftq" and "qlora" know adapter="qalora", without statistics.
-        num_iter, svd, order: as for `loftq_init`; order="svd_first" for init="loftq" with adapter="lora" alone.
-        seed: of everything random; each layer draws from a seed made of this one and its name.
-        rank_energy, outlier_channels: as for `aser_init`; with rank_energy, for init="aser" alone, ``rank`` is the most
-            that a layer may have, and scaling is still that of ``rank``.
+        adapter: "lora", or "qalora" for one of group means, which merges exactly (`QuantLoRALinear.merge_adapter`).
+            Only linear layers can have the latter: others are skipped, with the reason.
+        adapter_dtype: of lora_A and lora_B. None means the dtype of the layer, but float32 in float16 and bfloat16
+            layers, as in PEFT: the 8 significant bits of a bfloat16 would lose training steps of 1e-5.
+        init: one of `initializer_names()`. Only "loftq" and "qlora" support adapter="qalora", without statistics.
+        num_iter, svd, order: as for `loftq_init`; order="svd_first" only with init="loftq" and adapter="lora".
+        seed: of everything random; the seed of each layer is made from this one and the layer's name.
+        rank_energy, outlier_channels: as for `aser_init`. rank_energy is only for init="aser": ``rank`` is then the
+            largest rank that a layer may have, and scaling is still computed from ``rank``.
 
     Raises ValueError or TypeError, with the value, for fields out of range.
     """
@@ -143,7 +143,7 @@ class LayerConfig:
 
     @property
     def method(self) -> Method:
-        """That of ``init``."""
+        """The method that ``init`` names."""
         return _METHODS[self.init]
 
     @property
@@ -152,12 +152,12 @@ class LayerConfig:
 
     @property
     def has_qalora(self) -> bool:
-        """Whether layers get an adapter of group means: with rank None they get none of any kind."""
+        """Whether layers get an adapter of group means. With rank None they get no adapter."""
         return self.adapter == "qalora" and self.rank is not None
 
     @property
     def takes_statistics(self) -> bool:
-        """Whether a layer with this config is initialized otherwise when there are statistics of its input."""
+        """Whether a layer with this config is initialized differently when its input has statistics."""
         return self.rank is not None and self.adapter == "lora" and self.method.takes_statistics
 
     @property
@@ -170,7 +170,7 @@ class LayerConfig:
         return default_adapter_dtype(dtype) if self.adapter_dtype is None else self.adapter_dtype
 
     def changed(self, changes: Mapping[str, Any]) -> LayerConfig:
-        """This config with some fields changed. Options of another method than the new one go back to "not used"."""
+        """This config with some fields changed. Options that the new method does not use are reset."""
         draft = {**{f.name: getattr(self, f.name) for f in layer_fields()}, **changes}
         method = _METHODS.get(draft["init"])
         for name, unused in METHOD_OPTIONS.items():
@@ -184,7 +184,7 @@ class LayerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerConfig:
-        """What `to_dict` gave, perhaps with fields left out. Raises ValueError for unknown ones."""
+        """The config that `to_dict` described; fields may be left out. Raises ValueError for unknown ones."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
@@ -197,7 +197,7 @@ def layer_fields() -> tuple[dataclasses.Field, ...]:
 
 
 def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """PEFT's: float32 for adapters of float16 and bfloat16 layers, the layer's own dtype for others."""
+    """PEFT's default: float32 for adapters of float16 and bfloat16 layers, the layer's own dtype for others."""
     return torch.promote_types(dtype, torch.float32)
 
 

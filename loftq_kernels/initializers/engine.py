@@ -16,8 +16,9 @@ from loftq_kernels.ops import checks
 from loftq_kernels.ops.backends import select_backend
 from loftq_kernels.ops.values import check_finite, check_finite_scales, kernel_dtype
 
-SMALLEST = 2.0**-116  # of a weight: below it the scales of 8-bit integers, 1/255 of the range, lose digits in float32
-_WORKSPACE_COPIES = 8  # of a matrix in float32: what the exact solver holds at most beside a square weight
+# Below this magnitude of a weight the scales of 8-bit integers, 1/255 of the range, lose digits in float32.
+SMALLEST = 2.0**-116
+_WORKSPACE_COPIES = 8  # The exact solver holds at most so many float32 copies of a square weight.
 
 
 def run_batch(
@@ -32,10 +33,10 @@ def run_batch(
     packed: Sequence[PackedTensor] | None = None,
     left_out: Sequence[Tensor] | None = None,
 ) -> list[AdapterInit]:
-    """Checked weights, as many at a time as fit, through the driver that options and statistics ask for.
+    """Run checked weights, as many at a time as fit, through the driver that options and statistics select.
 
-    ``packed`` are weights that are quantized already, for an adapter on top of them; ``left_out`` are columns of each
-    weight, int64, that Q does without and the adapter holds whole. Both need statistics.
+    ``packed`` holds weights that are quantized already and only get an adapter. ``left_out`` holds, for each weight,
+    int64 indices of the columns that Q leaves out and the adapter holds whole. Both need statistics.
     """
     source = weights[0].device
     target = source if device is None else torch.device(device)
@@ -56,7 +57,7 @@ def run_batch(
             raise ValueError(f"{len(statistics)} statistics for {len(weights)} weights")
         for own, name in zip(statistics, names, strict=True):
             check_statistics(own, name, columns)
-        chunk = max(1, chunk_size(max(rows, columns), columns, target) // 2)  # all in float64, Gram factors beside
+        chunk = max(1, chunk_size(max(rows, columns), columns, target) // 2)  # All is float64, plus Gram factors.
     cache = weighted.FactorCache()
     results: list[AdapterInit] = []
     for first in range(0, len(weights), chunk):
@@ -75,16 +76,21 @@ def run_batch(
 
 
 def chunk_size(rows: int, columns: int, device: torch.device) -> int:
-    """Matrices that go through the driver together. A CPU gains nothing from a batch: one matrix at a time keeps memory
-    low, progress fine and Ctrl-C prompt. On a GPU their working set stays below `workspace_bytes`."""
+    """How many matrices go through the driver together.
+
+    A CPU gains nothing from a batch: one matrix at a time keeps memory low, progress fine-grained and Ctrl-C prompt.
+    On a GPU the working set of the batch stays below `workspace_bytes`.
+    """
     if device.type == "cpu":
         return 1
     return max(1, workspace_bytes(device) // (_WORKSPACE_COPIES * 4 * rows * columns))
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """A quarter of a GPU's memory: batched eigh takes hardly longer for tens of matrices than for one. Not of what is
-    free at the moment, so that the same call is cut up the same way each time."""
+    """A quarter of a GPU's memory: batched eigh takes hardly longer for tens of matrices than for one.
+
+    All memory counts, not what is free at the moment, so that the same call is always divided in the same way.
+    """
     return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 1 << 33
 
 
@@ -102,8 +108,8 @@ def _run(
     for name, weight in zip(names, weights, strict=True):
         check_magnitude(weight, name, options.scale_dtype)
     use_compiled = _select_driver(backend, weights[0].device)
-    # Neither autocast nor inference mode of the caller reaches in: products run in the dtypes chosen here (float32 ones
-    # as precisely as torch.set_float32_matmul_precision says), and the results can be trained.
+    # The caller's autocast and inference mode must not apply here: products run in the dtypes that the driver chooses
+    # (float32 ones as precisely as torch.set_float32_matmul_precision says), and the results can be trained.
     with torch.autocast(weights[0].device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         if calibration is not None:
             inits = weighted.run(weights, options, calibration, backend="cpu" if use_compiled else "reference")
@@ -135,7 +141,7 @@ def check_magnitude(weight: Tensor, name: str, scale_dtype: torch.dtype) -> None
 
 
 def check_batch(weights: list[Tensor], names: list[str], rank: int) -> int:
-    """rank as an int. Raises ValueError or TypeError unless the weights are matrices that can go together."""
+    """Return rank as an int. Raises ValueError or TypeError unless the weights are matrices that can go together."""
     if len(names) != len(weights):
         raise ValueError(f"{len(names)} names for {len(weights)} weights")
     for name, weight in zip(names, weights, strict=True):

@@ -43,8 +43,8 @@ def eora_init(
     Args:
         weight: [N, K], floating point.
         statistics: of the layer's input, K channels (`collect_activations`, `InputStatistics.from_inputs`).
-        packed: Q [N, K], quantized already by whatever method; it is kept as it is, and ``format``, ``group_size``,
-            ``scale_dtype`` and ``scale_search`` are not looked at. None: round to nearest as they say.
+        packed: Q [N, K], quantized already by any method. It is kept as it is, and ``format``, ``group_size``,
+            ``scale_dtype`` and ``scale_search`` are ignored. None: round to nearest as those arguments say.
         rank, scaling, svd, seed, device, backend: as for `loftq_init`; svd="auto" is "exact" here.
 
     Returns an `AdapterInit` with ``weighted_error``. Raises as `loftq_init`, and ValueError for statistics of another

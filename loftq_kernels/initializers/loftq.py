@@ -52,8 +52,8 @@ def loftq_init(
         seed: of the random start of "fast", -2^63 .. 2^64 - 1. The same seed gives the same bits on the same machine
             with the same number of threads; another number of threads adds up in another order, which may round
             some codes the other way.
-        statistics: of the layer's input. Then SVD_r minimises, and the best iterate is that of, the error of the
-            layer's output ||X (W - Q - s B A)^T||_F, in float64; "auto" is "exact".
+        statistics: of the layer's input. With them SVD_r minimises the error of the layer's output,
+            ||X (W - Q - s B A)^T||_F, in float64; the best iterate is the one of least such error; "auto" is "exact".
         device: where to compute; the result is on the device of weight.
         backend: "reference" forces the driver in plain torch; None takes the compiled one where there is one.
 
@@ -98,7 +98,7 @@ def loftq_init_batch(
 ) -> list[AdapterInit]:
     """`loftq_init` for same-shape matrices: a sequence of [N, K] or one [B, N, K]. Results do not depend on batching.
 
-    ``statistics`` has one entry a matrix; matrices with the same input should stand together and have the same entry.
+    ``statistics`` has one entry per matrix; matrices with the same input should stand together and have the same entry.
     ``progress(n)`` is called whenever n more matrices are done. Raises as `loftq_init`, with the matrix's entry in
     ``names`` (default "weights[i]"), and ValueError for mixed shapes, dtypes or devices. An empty batch gives an empty
     list.

@@ -50,9 +50,9 @@ def one_by_one(
     progress: Callable[[int], None] | None,
     names: Sequence[str] | None,
 ) -> list[AdapterInit]:
-    """method(weight, seed=, name=, ...) of each weight; data-free, so that statistics are not looked at.
+    """Call method(weight, seed=, name=, ...) for each weight. It needs no data, so statistics are ignored.
 
-    A matrix's seed is made of ``cfg.seed`` and its name; a single weight without a name gets ``cfg.seed`` itself.
+    The seed of a matrix is made from ``cfg.seed`` and its name; a single weight without a name gets ``cfg.seed``.
     """
     results = []
     for i, weight in enumerate(weights):

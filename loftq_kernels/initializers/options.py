@@ -1,4 +1,4 @@
-"""What the drivers are told, once an initializer has checked it, and the checks that initializers share."""
+"""The arguments of the drivers, which an initializer has checked, and the checks that initializers share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SVD_MODES = ("auto", "exact", "fast")
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """The arguments of `loftq_init`, and what "auto" means for these weights: ``mode`` "exact" or "fast".
+    """The arguments of `loftq_init`, with svd="auto" resolved for these weights: ``mode`` is "exact" or "fast".
 
-    rank_energy: as for `aser_init`; for the weighted driver alone.
+    ``rank_energy`` is as for `aser_init`; only the weighted driver uses it.
     """
 
     format: Format
@@ -50,7 +50,7 @@ class SolverOptions:
 
 
 def check_scaling(scaling: Any) -> float:
-    """Its root divides float32 factors."""
+    """Return scaling as a float. Raises ValueError outside 1e-30 .. 1e30: its root divides float32 factors."""
     plain = arguments.plain_number(scaling)
     if plain is None or not 1e-30 <= plain <= 1e30:
         raise ValueError(f"scaling={scaling!r} must be a number in 1e-30 .. 1e30")
@@ -60,13 +60,13 @@ def check_scaling(scaling: Any) -> float:
 def check_schedule(num_iter: Any, order: str, svd: str, seed: Any) -> tuple[int, int]:
     """(num_iter, seed) as ints. Raises ValueError for values out of range, TypeError for a seed that is no integer."""
     num_iter = arguments.whole_number("num_iter", num_iter, 1, 2**31 - 1)
-    seed = arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)  # what torch.Generator takes
+    seed = arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)  # The range of torch.Generator.
     arguments.choice("order", order, ORDERS)
     arguments.choice("svd", svd, SVD_MODES)
     return num_iter, seed
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of the matrix of that name: other matrices have other ones, whatever they are batched with."""
+    """The seed of the matrix of that name. Each matrix has its own seed, which does not depend on the batch."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -25,8 +25,8 @@ QALORA_STARTS = ("loftq", "qlora")
 def expand_groups(lora_A: Tensor, in_features: int, group_size: int) -> Tensor:
     """lora_A [r, G] of the group means as the matrix [r, in_features] that multiplies x itself: x P^T with P[k] = 1/g.
 
-    The mean of a group is its sum over ``group_size`` (in_features for -1), also where the last group is partial: x is
-    padded with zeros. That is `nn.AvgPool1d(group_size)` of the authors' code and of PEFT. Differentiable.
+    The mean of a group is its sum divided by ``group_size`` (in_features for -1), even in a partial last group, for x
+    is padded with zeros. That is `nn.AvgPool1d(group_size)` of the authors' code and of PEFT. Differentiable.
     """
     width = packing.group_width(in_features, group_size)
     return (lora_A / width).repeat_interleave(width, dim=1)[:, :in_features]
@@ -53,7 +53,7 @@ def qalora_init(
         Q_t = quantize(W - D_{t-1});    D_t = the matrix of rank r, constant in each group, nearest to W - Q_t;  D_0 = 0
 
     and returns the best iterate. With E the residual's group means and n the groups' widths, D_t sqrt(n) is the
-    truncated SVD of E sqrt(n). Affine formats follow a shift of a group, so theirs hardly changes after the first.
+    truncated SVD of E sqrt(n). Affine formats follow a shift of a group, so later iterates hardly improve.
 
     Arguments as for `loftq_init`; rank is 1 .. min(N, G). Returns an `AdapterInit` with adapter="qalora".
     Raises as `loftq_init`.
@@ -107,14 +107,14 @@ def _group_factors(residual: Tensor, rank: int, group_size: int, scaling: float)
     width = packing.group_width(columns, group_size)
     grouped = pad(residual.double(), (0, -columns % width)).unflatten(1, (-1, width))
     ones = torch.ones(1, columns, dtype=torch.float64, device=residual.device)
-    root = pad(ones, (0, -columns % width)).view(-1, width).sum(1).sqrt()  # of the columns a group has
+    root = pad(ones, (0, -columns % width)).view(-1, width).sum(1).sqrt()  # The root of the columns per group.
     u, sigma, vh = torch.linalg.svd(grouped.sum(2) / root, full_matrices=False)
     half = (sigma[:rank] * (width / scaling)).sqrt()
     return (half[:, None] * vh[:rank] / root).float(), (u[:, :rank] * half).float()
 
 
 def run(weights: Sequence[Tensor], cfg: LayerConfig, **options) -> list[AdapterInit]:
-    """`qalora_init` of each weight as a `LayerConfig` says; data-free in both its starts."""
+    """`qalora_init` of each weight as a `LayerConfig` says. Neither of its starts uses data."""
 
     def one(weight: Tensor, **own) -> AdapterInit:
         return qalora_init(weight, cfg.format, cfg.rank, cfg.num_iter, init=cfg.init, **own)

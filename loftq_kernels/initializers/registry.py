@@ -1,4 +1,4 @@
-"""All methods, and the one way to run them: same-shape weights and a `LayerConfig` in, an `AdapterInit` each out."""
+"""All methods and how to run them: same-shape weights and a `LayerConfig` in, one `AdapterInit` per weight out."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def initialize(
 ) -> list[AdapterInit]:
     """Quantize same-shape weights and choose their adapters as cfg says; ``rank=None`` rounds to nearest without one.
 
-    ``statistics``, one for each weight, are what init "eora" and "aser" need (ValueError without) and "loftq" takes,
-    unless the adapter is "qalora", whose starts are data-free; ``device`` is where to compute, ``progress(n)`` is told
-    of n more matrices done. ``names`` appear in errors, and what is random in a matrix's start follows from its name.
+    ``statistics`` has one entry per weight: init "eora" and "aser" need them (ValueError without), "loftq" uses them
+    if they are given, and adapter="qalora" ignores them. ``device`` is where to compute; ``progress(n)`` is called when
+    n more matrices are done. ``names`` appear in errors, and the seed of each matrix is made from its name.
     """
     if statistics is None and cfg.needs_statistics:
         raise ValueError(f"init={cfg.init!r} needs statistics of the layer's input: see collect_activations")

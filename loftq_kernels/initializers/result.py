@@ -16,7 +16,7 @@ ADAPTERS = ("lora", "qalora")
 class AdapterInit:
     """A quantized weight and the adapter that goes with it: W ~ Q + scaling * lora_B @ lora_A.
 
-    With adapter "qalora" lora_A is [r, G] and stands for `qalora.expand_groups` of it.
+    With adapter "qalora", lora_A is [r, G], and `qalora.expand_groups` of it takes its place in the equation.
 
     Attributes:
         packed: Q, [N, K].
@@ -28,9 +28,9 @@ class AdapterInit:
         weighted_error: ||X (W - Q - scaling B A)^T||_F / ||X W^T||_F over the calibration tokens X [n, K], the relative
             error of the layer's output; None without statistics.
         weighted_errors: the same after every alternation.
-        smoothing: float32 [K], ASER's m: what activations are to be divided by, and columns of the weight multiplied
-            by, before activations are quantized; 1 but for outlier channels. None for other methods. The returned
-            Q, A and B are those of the unsmoothed x: without quantized activations there is nothing to do.
+        smoothing: float32 [K], ASER's m. Whoever quantizes activations first divides them by m, and multiplies the
+            columns of the weight by it; m is 1 except for outlier channels. The returned Q, A and B are for x as it
+            is: without quantized activations there is nothing to do. None for other methods.
         adapter: "lora", or "qalora" for one of group means.
     """
 

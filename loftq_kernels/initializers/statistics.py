@@ -15,7 +15,7 @@ class InputStatistics:
     """Sums over the n tokens x_t [K] that entered a layer, divided by n.
 
     Attributes:
-        gram: S = sum_t x_t x_t^T / n, [K, K]; float32 from a calibration run, float64 is taken as well.
+        gram: S = sum_t x_t x_t^T / n, [K, K]; float32 from a calibration run; float64 is accepted as well.
         mean: sum_t x_t / n, [K].
         abs_mean: sum_t |x_t| / n, [K].
         abs_max: max_t |x_t|, [K].

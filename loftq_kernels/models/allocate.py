@@ -34,9 +34,10 @@ from loftq_kernels.progress import tqdm
 
 DEFAULT_CANDIDATES = ("nf2", "nf4", "int8")
 _NEEDS_SCIPY = "plans are solved by SciPy: pip install 'loftq_kernels[plan]'"
-_MIP_GAP = 1e-4  # of the total error, HiGHS' default. At 1e-6 it took three times as long, and wrote to standard output
-_AT_LIMIT = 1  # SciPy's status
-_SECONDS = 60.0  # then the best plan found so far is taken; 700 layers under nine candidates took 1.5 s
+# Relative to the total error; HiGHS' default. At 1e-6 it took three times as long, and wrote to standard output.
+_MIP_GAP = 1e-4
+_AT_LIMIT = 1  # SciPy's status when a limit ended the search.
+_SECONDS = 60.0  # Then the best plan so far is taken. 700 layers under nine candidates took 1.5 s.
 
 
 class UnsolvedError(RuntimeError):
@@ -67,9 +68,9 @@ def plan_bits(
             they do not set is as in cfg.
         cfg: everything else: initializer, patterns, layer_types. Its overrides choose layers to leave dense and fields
             that candidates cannot set.
-        statistics: by layer name, from `collect_activations`; the initializer that cfg names gets them, too, where it
-            takes them. Convolutions and embeddings, which calibration does not observe, are initialized without and
-            count by the error of their weights, which only relative errors can be added to.
+        statistics: by layer name, from `collect_activations`; the initializer that cfg names also gets them, if it
+            takes any. Convolutions and embeddings, which calibration does not observe, are initialized without
+            statistics and count by the error of their weights, which can be added to relative errors only.
         count: "codes", "packed" or "total", see `BitPlan`; candidates of different ranks need "total".
         relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.
             docs/mixed_precision.md compares the two: relative errors gave the better models.
@@ -81,7 +82,7 @@ def plan_bits(
     that lack a layer or do not fit it, and a model with no layer to quantize; RuntimeError when the solver fails. Warns
     when its time is over, and the best plan so far is returned.
     """
-    _milp()  # before hours of work
+    _milp()  # Fail before hours of work.
     cfg = cfg or QuantConfig()
     named = _named_candidates(candidates, cfg)
     if count != "total" and len({values["rank"] for values in named.values()}) > 1:
@@ -115,7 +116,7 @@ def _dense_bytes(model: nn.Module, layers: Mapping[str, PlannedLayer]) -> dict[s
 
 
 def _that_fit(candidates: list[Candidate], rank: int | None, skipped: dict[str, str]) -> list[Candidate]:
-    """The layers that can have the rank: a plan names ranks, and does not limit them layer by layer."""
+    """The layers that can have the rank. A plan names exact ranks: they are not limited layer by layer."""
     for candidate in candidates:
         if rank is not None and candidate.cfg.rank != rank:
             skipped[candidate.name] = f"rank={rank} exceeds what its shape {tuple(candidate.weight.shape)} can have"
@@ -174,8 +175,8 @@ def _check_feasible(plan: BitPlan, rows, bits, weights: int) -> None:
 
 
 def _run_milp(errors, one_each, bits, budget: float):
-    """Indices of the options chosen. bits are scaled so that a layer's are near its bits a weight: HiGHS' tolerances
-    are absolute."""
+    """Indices of the options chosen. ``bits`` are scaled so that a layer's are near its bits per weight, because
+    HiGHS' tolerances are absolute."""
     from scipy.optimize import Bounds, LinearConstraint
 
     largest = errors.max()
@@ -265,7 +266,7 @@ def _measure(
 
 
 def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: Candidate) -> Tensor | None:
-    """What the errors of a layer's outputs are measured with; None for those of its weight."""
+    """The Gram matrix that measures the errors of a layer's outputs; None to measure those of its weight."""
     name = candidate.name
     if statistics is None:
         return None

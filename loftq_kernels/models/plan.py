@@ -99,7 +99,7 @@ class BitPlan:
         overrides: dict[str, Mapping[str, Any] | None] = {}
         for name, layer in self.layers.items():
             own = next((changes for pattern, changes in cfg.overrides.items() if matches(name, pattern)), {})
-            # A layer left dense stays so: whoever says it by hand means it.
+            # A layer that an override leaves dense stays dense.
             overrides[_pattern(name)] = None if own is None else {**own, **settings(self.candidates[layer.choice])}
         return dataclasses.replace(cfg, overrides={**overrides, **cfg.overrides})
 
@@ -122,7 +122,7 @@ class BitPlan:
             _VERSION_KEY: PLAN_VERSION,
             "budget": self.budget,
             "count": self.count,
-            "average_bits": round(self.average_bits, 6),  # for the reader: computed anew when the file is loaded
+            "average_bits": round(self.average_bits, 6),  # For the reader; it is computed anew when the file is loaded.
         }
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         layers = {name: dataclasses.asdict(layer) for name, layer in self.layers.items()}

@@ -15,8 +15,9 @@ from loftq_kernels.ops.functional import autocast
 class _QuantLoRAConv(QuantLoRAModule):
     """y = conv(x, Q) + scaling * conv1x1(conv(x, A), B) + bias.
 
-    The adapter stays two convolutions in inference, too: added to the decoded kernel it saved up to a third on maps of
-    28 x 28 pixels and more, and cost as much again on small ones; the sums are those of training this way.
+    The adapter is two convolutions in inference, too. Adding it to the decoded kernel instead saved up to a third on
+    maps of 28 x 28 pixels and more, and cost as much again on small ones. This way inference also rounds as training
+    does.
     """
 
     dense_copy = "merged_conv"
@@ -55,7 +56,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         adapter_dtype: torch.dtype | None = None,
     ):
         _check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        dense = self._dense_class(  # checks and completes its arguments; on the meta device it allocates nothing
+        dense = self._dense_class(  # It checks and completes the arguments; the meta device allocates nothing.
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
         )
         super().__init__(
@@ -99,7 +100,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         cls, init: AdapterInit, conv: nn.Module, *, adapter_dtype: torch.dtype | None = None
     ) -> _QuantLoRAConv:
         """A layer that holds what an initializer returned for ``conv.weight.flatten(1)``; the rest is as in conv."""
-        with torch.inference_mode(False):  # parameters made under inference mode could never be trained
+        with torch.inference_mode(False):  # Parameters made in inference mode could never be trained.
             geometry = {name: getattr(conv, name) for name in cls.geometry_names}
             options = cls._init_options(init, conv.weight.dtype, adapter_dtype)
             layer = cls(**geometry, bias=conv.bias is not None, **options)
@@ -127,7 +128,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         return y if batched else y.squeeze(0)
 
     def _adapter(self, x: Tensor) -> Tensor:
-        """B A x as two convolutions: k x k with r outputs a group, which share A, and 1 x 1."""
+        """B A x as two convolutions: k x k with r outputs per group, which share A, and 1 x 1."""
         g, zeros, ones = self._geometry, [0] * len(self.kernel_size), [1] * len(self.kernel_size)
         lora_A = self.lora_A.to(x.dtype).view(-1, *self._kernel).repeat(g.groups, *ones, 1)
         lora_B = self.lora_B.to(x.dtype).view(self.out_channels, -1, *ones)
@@ -177,10 +178,10 @@ class QuantLoRAConv2d(_QuantLoRAConv):
     """y = conv(x, Q) + scaling * conv1x1(conv(x, A), B) + bias, a drop-in for `nn.Conv2d`.
 
     The kernel is stored as the matrix [c_out, c_in / groups * k * k] of its flattened filters: Q packed,
-    lora_A [rank, c_in / groups * k * k], lora_B [c_out, rank]. The pair is a k x k convolution with ``rank`` outputs a
-    group, of the same stride, padding and dilation, and a 1 x 1 convolution. Source: LoftQ (Li et al., 2024), appendix.
-    Each call decodes the dense kernel and drops it after use, in the backward as well. Moves, state_dict and training
-    are as for `QuantLoRALinear`.
+    lora_A [rank, c_in / groups * k * k], lora_B [c_out, rank]. The pair is a k x k convolution with ``rank``
+    outputs per group, of the same stride, padding and dilation, and a 1 x 1 convolution. Source: LoftQ (Li et al.,
+    2024), appendix. Each call decodes the dense kernel and drops it after use, in the backward as well. Moves,
+    state_dict and training are as for `QuantLoRALinear`.
 
     Args:
         in_channels .. padding_mode, device, dtype: as for `nn.Conv2d`; dtype is that of the bias.
@@ -196,20 +197,23 @@ class QuantLoRAConv2d(_QuantLoRAConv):
 
 
 def _check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups) -> None:
-    """What PyTorch leaves to the first call, or to a division by zero."""
+    """Raise for what PyTorch reports only at the first call, or as a division by zero."""
     least = {"in_channels": 1, "out_channels": 1, "groups": 1, "kernel_size": 1, "stride": 1, "dilation": 1}
     values = (in_channels, out_channels, groups, kernel_size, stride, dilation)
     for (name, minimum), value in zip([*least.items(), ("padding", 0)], [*values, padding], strict=True):
         if name == "padding" and isinstance(value, str):
-            continue  # nn.Conv2d knows the names
+            continue  # nn.Conv2d itself checks the names.
         for number in value if isinstance(value, tuple | list) else (value,):
             if type(number) is not int or number < minimum:
                 raise ValueError(f"{name}={value!r} must hold integers >= {minimum}")
 
 
 def _split_padding(dense: nn.Conv1d | nn.Conv2d) -> tuple[list[int], tuple[int, ...]]:
-    """(what `functional.pad` adds before, what the convolution itself adds). It knows zeros, as many on either side;
-    "same" with an even kernel needs one more on the right."""
+    """(padding for `functional.pad` before the convolution, padding for the convolution itself).
+
+    The convolution itself pads with zeros only, equally on both sides; "same" with an even kernel needs one more on
+    the right.
+    """
     pads = list(dense._reversed_padding_repeated_twice)  # last dimension first, as functional.pad takes it
     left, right = pads[0::2][::-1], pads[1::2][::-1]
     if dense.padding_mode == "zeros" and left == right:

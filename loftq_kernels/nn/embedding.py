@@ -10,7 +10,7 @@ from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import dequantize_tensors
 
-_INDEX_DTYPES = (torch.int64, torch.int32)  # those of nn.Embedding
+_INDEX_DTYPES = (torch.int64, torch.int32)  # What nn.Embedding accepts.
 
 
 class QuantLoRAEmbedding(QuantLoRAModule):
@@ -21,13 +21,13 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     belongs to the rows.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, device, dtype: as for `nn.Embedding`. The padding row is Q's alone:
-            its row of lora_B is zero and gets no gradient.
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as for `nn.Embedding`. The padding row has
+            no adapter: its row of lora_B is zero and gets no gradient.
         max_norm: must be None: it rescales rows in place, which a packed row cannot be.
         format, group_size, scale_dtype, rank, lora_alpha, use_rslora, adapter_dtype: as for `QuantLoRALinear`.
 
-    Shapes: indices [...] int64 or int32 -> [..., embedding_dim], in ``dtype``, which
-    `.to(dtype)` changes. Parameters lora_A [rank, embedding_dim], lora_B [num_embeddings, rank].
+    Shapes: indices [...] int64 or int32 -> [..., embedding_dim], in ``dtype``, which `.to(dtype)` changes.
+    Parameters lora_A [rank, embedding_dim], lora_B [num_embeddings, rank].
     Raises ValueError or TypeError for arguments out of range and IndexError for an index outside the table.
     """
 
@@ -102,7 +102,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         adapter_dtype: torch.dtype | None = None,
     ) -> QuantLoRAEmbedding:
         """A layer that holds what an initializer returned for the table."""
-        with torch.inference_mode(False):  # parameters made under inference mode could never be trained
+        with torch.inference_mode(False):  # Parameters made in inference mode could never be trained.
             layer = cls(*init.packed.shape, padding_idx, **cls._init_options(init, dtype, adapter_dtype))
             layer._fill(init, None)
             if layer.padding_idx is not None and layer.lora_B is not None:
@@ -147,7 +147,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
 
 
 def unsupported(embedding: nn.Embedding) -> str | None:
-    """What of an embedding's options a quantized one cannot honour, with the reason."""
+    """The option of an embedding that a quantized one cannot honour, with the reason; None if there is none."""
     if embedding.max_norm is not None:
         return f"max_norm={embedding.max_norm}, which rescales rows in place; a quantized table is constant"
     if embedding.scale_grad_by_freq:
@@ -158,7 +158,7 @@ def unsupported(embedding: nn.Embedding) -> str | None:
 
 
 def _padding_row(padding_idx: int | None, num_embeddings: int) -> int | None:
-    """As nn.Embedding: negative ones count from the end."""
+    """padding_idx as nn.Embedding reads it: a negative one counts from the end."""
     if padding_idx is None:
         return None
     if type(padding_idx) is not int or not -num_embeddings <= padding_idx < num_embeddings:

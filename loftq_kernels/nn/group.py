@@ -20,23 +20,23 @@ def _capturing(tensor: Tensor) -> bool:
 
 
 def _state_of(parameter: Tensor | None) -> tuple[int, int]:
-    """What changes with a parameter's values."""
+    """(version, address) of a parameter, by which changes of its values are noticed."""
     return (0, 0) if parameter is None else (parameter._version, parameter.data_ptr())
 
 
 class QuantLoRALinearGroup:
     """(y_0, y_1, ...) with y_i = layers[i](x), as one product with the weights on top of each other.
 
-    One call instead of one a layer, x read once, and all adapters' x @ lora_A.T computed at once. The packed weights
-    move into common tensors, of which the layers' own become views: nothing is held twice, and the layers work,
-    save and load as before. Layers that are moved or loaded anew are gathered again at the next call. What a call
-    without gradients adds is a copy of the adapters, in which each lora_B fills a block of its own, scaling included.
-    It is made anew when an adapter, bias or scaling has changed, with two exceptions:
+    There is one call instead of one per layer, x is read once, and all adapters' x @ lora_A.T are computed at once. The
+    packed weights move into common tensors, and the layers' own tensors become views of them: nothing is held twice,
+    and the layers work, save and load as before. Layers that are moved or loaded anew are gathered again at the next
+    call. A call without gradients also keeps a copy of the adapters, in which each lora_B fills a block of its own,
+    scaling included. The copy is made anew when an adapter, bias or scaling has changed, with two exceptions:
 
-    * A write to ``parameter.data`` (``p.data.copy_(...)``), or by the replay of a CUDA graph, leaves no trace that
-      PyTorch keeps: call `invalidate` after.
-    * A CUDA graph that is captured after a call reads the copy of that call, for good. It never sees a later change,
-      `invalidate` or not: capture it anew.
+    * PyTorch does not record writes to ``parameter.data`` (``p.data.copy_(...)``) or by the replay of a CUDA graph:
+      call `invalidate` after them.
+    * A CUDA graph that is captured after a call always reads the copy of that call. It never sees a later change, even
+      after `invalidate`: capture it anew.
 
     The group is no module: it holds the layers of a model, whose names in checkpoints stay as they are.
 
@@ -46,7 +46,7 @@ class QuantLoRALinearGroup:
     Args:
         layers: `QuantLoRALinear`s of one in_features, format, group_size, scale dtype and device, all with offsets or
             none; ranks, scalings, biases and kinds of adapter may differ. Merging the adapters (`merge_adapter`) of
-            some alone may make layers differ: the next call then says in what.
+            only some layers may make them differ: the next call then raises, and says in what.
 
     Shapes: x [..., in_features] -> a tuple of [..., layers[i].out_features], views of one tensor. Differentiable as the
     layers are. Raises TypeError for other modules, ValueError for layers that do not fit together.
@@ -66,7 +66,7 @@ class QuantLoRALinearGroup:
         self._stack()
 
     def invalidate(self) -> None:
-        """Forget the copy of adapters and biases: after writes to their ``.data``, which nothing else tells of."""
+        """Forget the copy of adapters and biases. Call it after writes to their ``.data``, which leave no trace."""
         self._cached = None
 
     def _check(self) -> None:
@@ -117,7 +117,7 @@ class QuantLoRALinearGroup:
         """The stacked weight [sum of out_features, in_features]; shares its memory with the layers."""
         now = (layer._parameters[name] for layer in self.layers for name in _STACKED)
         if any(own is not view for own, view in zip(now, self._views, strict=True)):
-            self._stack()  # a layer was moved, or loaded with assign=True
+            self._stack()  # A layer was moved, or loaded with assign=True.
         return self._packed
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -139,8 +139,10 @@ class QuantLoRALinearGroup:
         return y.split(self.out_features, -1)
 
     def _adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Stacked lora_A [sum of ranks, K], block-diagonal lora_B with the scalings, stacked bias; remembered until a
-        layer's own change, except where gradients flow through them or a compiler traces."""
+        """Stacked lora_A [sum of ranks, K], block-diagonal lora_B with the scalings, stacked bias.
+
+        They are kept until a layer's own change, except when gradients flow through them or a compiler traces.
+        """
         of_layers = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B, layer.bias)]
         own = [p for p in of_layers if p is not None]
         traced = torch.compiler.is_compiling() or any(p.is_inference() for p in own)
@@ -150,14 +152,14 @@ class QuantLoRALinearGroup:
         if self._cached is not None and self._is_current(self._cached[0], of_layers):
             stacked = self._cached[1]
             if capturing and not any(stacked is kept for kept in self._in_graphs):
-                self._in_graphs.append(stacked)  # the graph reads this memory, and nobody tells when the graph ends
+                self._in_graphs.append(stacked)  # The graph reads this memory, and its end is never reported.
             return stacked
         with torch.inference_mode(False), torch.no_grad():
             stacked = self._stacked_adapters_and_bias()
-        if not capturing:  # what a graph computes has no values before the graph runs
+        if not capturing:  # Results inside a graph have no values before it runs.
             if own and own[0].is_cuda:
-                torch.cuda.current_stream(own[0].device).synchronize()  # other streams will read it
-            # The parameters themselves, not their ids and addresses, which those that replace them may be given.
+                torch.cuda.current_stream(own[0].device).synchronize()  # Other streams will read the copy.
+            # Keep the parameters themselves: their replacements may get the same ids and addresses.
             of_parameters = [(p, *_state_of(p)) for p in of_layers]
             self._cached = [*of_parameters, *self._settings()], stacked
         return stacked
@@ -166,7 +168,7 @@ class QuantLoRALinearGroup:
         return [(layer.scaling, layer.adapter_enabled) for layer in self.layers]
 
     def _is_current(self, made_of: list, of_layers: list[Tensor | None]) -> bool:
-        """Whether a copy made of these parameters, as they were, and settings is of the layers as they are."""
+        """Whether a copy that was made of these parameters and settings still agrees with the layers."""
         if made_of[len(of_layers) :] != self._settings():
             return False
         return all(

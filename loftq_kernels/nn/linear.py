@@ -30,7 +30,7 @@ class QuantLoRALinear(QuantLoRAModule):
         format, group_size, scale_dtype: as for `quantize`.
         rank: 1 .. min(in_features, out_features), or None for no adapter; for "qalora" 1 .. min(G, out_features).
         adapter: "lora" or "qalora".
-        offset: have offsets in any format, as a layer has that an adapter was merged into.
+        offset: have offsets in any format, as after merging an adapter.
         lora_alpha, use_rslora: scaling = lora_alpha / rank (/ sqrt(rank) with use_rslora); None means scaling 1.
 
     Shapes: x [..., in_features] -> [..., out_features], in the dtype of x. Parameters lora_A [rank, in_features],
@@ -103,7 +103,7 @@ class QuantLoRALinear(QuantLoRAModule):
         adapter_dtype: torch.dtype | None = None,
     ) -> QuantLoRALinear:
         """A layer that holds what an initializer returned; ``bias`` [out_features] is copied."""
-        with torch.inference_mode(False):  # parameters made under inference mode could never be trained
+        with torch.inference_mode(False):  # Parameters made in inference mode could never be trained.
             out_features, in_features = init.packed.shape
             layer = cls(in_features, out_features, bias is not None, **cls._init_options(init, dtype, adapter_dtype))
             layer._fill(init, bias)

@@ -42,9 +42,9 @@ def select_backend(backend: str | None, device: torch.device) -> str | None:
 
 
 def kernels_of(backend: str | None, device: torch.device) -> ModuleType | torch._ops._OpNamespace:
-    """Where the op functions are taken from: the dispatcher, or the reference module when that is forced."""
+    """Where the op functions come from: the dispatcher, or a backend's module when that backend is forced."""
     selected = None if backend is None else select_backend(backend, device)
     if selected == "reference":
         return reference
-    # CUDA tensors come to Triton through the dispatcher, where derivatives are; interpreted it is for tests alone.
+    # CUDA tensors reach Triton through the dispatcher, which has the derivatives; only tests interpret Triton.
     return triton_backend if selected == "triton" and device.type == "cpu" else torch.ops.loftq_kernels

@@ -11,7 +11,7 @@ from loftq_kernels.storage import packing
 
 SCALE_DTYPES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCALE_DTYPES = tuple(SCALE_DTYPES_BY_NAME.values())
-# What scale and offset may be stored in: float64 is what merging a float64 adapter makes, `quantize` never does.
+# The dtypes of stored scales and offsets. Float64 comes from merging a float64 adapter, never from `quantize`.
 DTYPES_BY_NAME = STORED_DTYPES_BY_NAME = {**SCALE_DTYPES_BY_NAME, "float64": torch.float64}
 STORED_DTYPES = tuple(STORED_DTYPES_BY_NAME.values())
 
@@ -24,7 +24,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """A dense weight that can be quantized: a floating-point matrix with values."""
+    """Check a dense weight that is to be quantized: a floating-point matrix with values."""
     check_floating(name, weight)
     if weight.dtype.itemsize < 2:
         raise TypeError(f"{name} is {weight.dtype}: quantize from a wider type")
@@ -69,7 +69,7 @@ def check_scale_options(scale_dtype: torch.dtype, scale_search: bool) -> None:
 
 
 def check_low_rank(weight: Tensor, low_rank: Tensor) -> None:
-    """What `quantize_residual_` overwrites: contiguous, of the shape and device of weight."""
+    """Check the tensor that `quantize_residual_` overwrites: contiguous, with the shape and device of weight."""
     if low_rank.shape != weight.shape or low_rank.dtype not in SCALE_DTYPES or not low_rank.is_contiguous():
         raise ValueError(
             f"low_rank must be contiguous {tuple(weight.shape)} of {SCALE_DTYPES}, got {low_rank.dtype} "
@@ -180,7 +180,7 @@ def check_qlora_linear_multi(
     bias: Tensor | None,
     in_features: int | None = None,
 ) -> None:
-    """Everything but the values of adapter_ids, which on a GPU would have to be waited for: see `check_adapter_ids`."""
+    """Check everything but the values of adapter_ids: to read them is to wait for a GPU. See `check_adapter_ids`."""
     check_floating("x", x)
     if in_features is None:
         in_features = x.shape[-1] if x.dim() else 0
@@ -207,7 +207,7 @@ def check_qlora_linear_multi(
 
 
 def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
-    """Each id names an adapter, or none by -1. Reads the values: for tensors in host memory."""
+    """Raise ValueError unless each id is that of an adapter, or -1 for none. Reads values, so use it in host memory."""
     if adapter_ids.numel() == 0:
         return
     low, high = (int(extreme) for extreme in adapter_ids.aminmax())
@@ -217,9 +217,9 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
 
 
 def check_rank(rank: int, out_features: int, in_features: int, inner: str = "in_features") -> int:
-    """rank as an int. Raises TypeError or ValueError unless it is one of 1 .. the smaller side.
+    """Return rank as an int. Raises TypeError or ValueError unless it lies in 1 .. the smaller side.
 
-    ``inner`` is what messages call in_features: the columns of lora_A.
+    ``inner`` is the name of in_features (the columns of lora_A) in messages.
     """
     rank = arguments.whole_number("rank", rank, note=" (None means no adapter)", error=TypeError)
     if not 1 <= rank <= min(out_features, in_features):
@@ -231,7 +231,7 @@ def check_rank(rank: int, out_features: int, in_features: int, inner: str = "in_
 
 
 def check_matrices(name: str, matrices: Tensor, *, square: bool) -> None:
-    """A batch for the ops on small matrices: [B, m, n] with m >= n, or [B, n, n], in float32 or float64."""
+    """Check a batch for the ops on small matrices: [B, m, n] with m >= n, or [B, n, n], in float32 or float64."""
     if matrices.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {matrices.dtype}")
     expected = "[B, n, n]" if square else "[B, m, n] with m >= n"

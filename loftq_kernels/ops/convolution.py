@@ -21,7 +21,7 @@ from loftq_kernels.ops.functional import autocast, dequantize_tensors
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """What `torch.convolution` is told beside its tensors, and the kernel's shape [c_in / groups, *k]."""
+    """The arguments of `torch.convolution` other than tensors, and the kernel's shape [c_in / groups, *k]."""
 
     kernel: tuple[int, ...]
     group_size: int
@@ -65,7 +65,7 @@ def _dense(packed: tuple[Tensor | None, ...], geometry: ConvGeometry, dtype: tor
 
 
 def _differentiate_input(ctx, inputs, output) -> None:
-    """What both functions keep: the packed kernel and the geometry. Both are linear in their first argument."""
+    """Save the packed kernel and the geometry. Both functions are linear in their first argument and need no more."""
     first, *packed, geometry = inputs[:6]
     ctx.save_for_backward(*packed)
     ctx.save_for_forward(*packed)
@@ -113,14 +113,14 @@ class _PackedConv(torch.autograd.Function):
 
 
 class _PackedConvGradInput(torch.autograd.Function):
-    """dL/dx, linear in dL/dy: its own derivative is the convolution. Makes second derivatives work."""
+    """dL/dx as a function of dL/dy. It is linear and its derivative is the convolution, so second derivatives work."""
 
     @staticmethod
     def forward(grad_y: Tensor, codes, scale, offset, codebook, geometry: ConvGeometry, shape: torch.Size) -> Tensor:
         g = geometry
         kernel = _dense((codes, scale, offset, codebook), g, grad_y.dtype)
         zeros = [0] * len(g.stride)
-        x = grad_y.new_empty(1).expand(shape)  # its shape alone is read
+        x = grad_y.new_empty(1).expand(shape)  # Only its shape is read.
         return torch.ops.aten.convolution_backward(
             grad_y, x, kernel, None, g.stride, g.padding, g.dilation, False, zeros, g.groups, [True, False, False]
         )[0]

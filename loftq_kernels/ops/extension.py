@@ -17,9 +17,9 @@ _warned: set[str] = set()
 
 
 def warn_slow(device_type: str, reason: str | None = None) -> None:
-    """Say, once per device type, that the plain-torch reference serves where compiled kernels could.
+    """Warn, once per device type, that the slow plain-torch reference computes the result.
 
-    On CPUs that is so when the extension is missing; on other devices whenever an op has no kernel of its own.
+    On CPUs that happens when the extension is missing; on other devices when an op has no kernel for them.
     """
     if device_type in _warned or device_type == "meta" or (device_type == "cpu" and _C is not None):
         return

@@ -10,7 +10,8 @@ from loftq_kernels.ops.backends import kernels_of
 from loftq_kernels.ops.constant import Constant
 from loftq_kernels.ops.values import check_scales, kernel_dtype
 
-_PLAIN_TYPES = frozenset((type(None), Tensor, torch.nn.Parameter, Constant))  # of arguments that are no tensor subclass
+# An argument of any other type may be a tensor subclass that wants to see the op.
+_PLAIN_TYPES = frozenset((type(None), Tensor, torch.nn.Parameter, Constant))
 
 
 def quantize_tensors(
@@ -34,7 +35,7 @@ def quantize_tensors(
     if backend == "triton":
         raise ValueError("backend='triton' has kernels for products and dequantize; quantize has none there")
     weight = kernel_dtype(weight.detach(), name)
-    with torch.inference_mode(False):  # what is made under inference mode could not be saved for a backward
+    with torch.inference_mode(False):  # A backward cannot save tensors made in inference mode.
         codes, scale, offset = kernels_of(backend, weight.device).quantize(
             weight, codebook, group_size, scale_rule, scale_dtype, scale_search
         )
@@ -58,8 +59,11 @@ def linear_tensors(
     in_features: int,
     backend: str | None = None,
 ) -> Tensor:
-    """`qlora_linear` on the stored tensors. A decode step calls it hundreds of times: the kernels check what keeps them
-    from wild memory, and only when they refuse do the checks of this package look for the reason."""
+    """`qlora_linear` on the stored tensors.
+
+    A decode step calls it hundreds of times. So the kernels check only what protects memory, and the full checks run
+    after a kernel has refused, to find the reason.
+    """
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
     if scale.dtype == torch.float64:
         return _wide_linear(x, *args, scaling, bias, in_features=in_features, backend=backend)
@@ -93,7 +97,7 @@ def _wide_linear(
     in_features: int,
     backend: str | None,
 ) -> Tensor:
-    """Float64 scales and offsets, which the kernels do not read: plain torch for float64 x, rounded for any other."""
+    """The product with float64 scales, which no kernel reads: plain torch for float64 x, rounded scales for other x."""
     adapter = lora_A, lora_B, scaling, bias
     checks.check_qlora_linear(x, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, bias)
     if x.dtype == torch.float64:
@@ -105,13 +109,16 @@ def _wide_linear(
 
 
 def narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Float64 scales or offsets as x of dtype is multiplied by them."""
+    """Float64 scales or offsets, rounded to float32 unless x, of the given dtype, is float64."""
     return stored if stored is None or dtype == torch.float64 else stored.float()
 
 
 def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the dispatcher would do nothing but call the Triton backend, in tens of microseconds: CUDA tensors of no
-    subclass, no gradient or tangent wanted, no mode (fake tensors, tracing, functorch) that wants to see the op."""
+    """Whether the dispatcher would only call the Triton backend, which takes it tens of microseconds.
+
+    That is so for plain CUDA tensors when no gradient or tangent is wanted, and no mode (fake tensors, tracing,
+    functorch) has to see the op.
+    """
     if type(x) is not Tensor or not x.is_cuda:
         return False
     if not _PLAIN_TYPES.issuperset((type(codes), type(lora_A), type(lora_B), type(bias))):
@@ -120,7 +127,7 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
         return False
     return (
         "qlora_linear" in triton_backend.registered
-        and not autograd.forward_mode()  # which is true under any dispatch mode
+        and not autograd.forward_mode()  # It is also true under any dispatch mode.
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
@@ -149,7 +156,7 @@ def dequantize_tensors(
     checks.check_packed(codes, scale, offset, codebook, in_features, group_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dequantize to dtype={dtype}: a floating-point dtype is needed")
-    if scale.dtype == torch.float64:  # which the kernels do not read
+    if scale.dtype == torch.float64:  # The kernels do not read float64 scales.
         wide = reference.dequantize(codes, scale, offset, codebook, in_features, group_size, torch.float64)
         return wide.to(dtype)
     return kernels_of(backend, codes.device).dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)

@@ -1,4 +1,4 @@
-"""The plain-torch backend: what every other backend is compared with. For any device, differentiable by autograd."""
+"""The plain-torch backend, with which all others are compared. It runs on any device; autograd differentiates it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _scale_and_offset(
 
 
 def _sum_columns(values: Tensor) -> Tensor:
-    """Float64 [..., g] -> [..., 1], added in the order all backends keep to: 32 interleaved partial sums, folded."""
+    """Float64 [..., g] -> sums [..., 1] in the order that all backends use: 32 interleaved partial sums, folded."""
     blocks = pad(values, (0, -values.shape[-1] % 32)).unflatten(-1, (-1, 32))
     partial = blocks[..., 0, :]
     for i in range(1, blocks.shape[-2]):
@@ -103,7 +103,7 @@ def _sum_columns(values: Tensor) -> Tensor:
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    return 1.0 / scale.clamp(min=SMALLEST_NORMAL)  # a zero scale decodes to the offset whatever the code
+    return 1.0 / scale.clamp(min=SMALLEST_NORMAL)  # A zero scale decodes every code to the offset.
 
 
 def _shift(grouped: Tensor, offset: Tensor | None) -> Tensor:
@@ -223,8 +223,11 @@ def qlora_linear_multi(
 
 
 def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, scaling: float) -> Tensor:
-    """y with each row's adapter added, one adapter that occurs after the other; y itself is not changed. Rows with ids
-    of no adapter other than -1 become NaN, as by the kernels, which cannot wait to see an id and raise."""
+    """Return y plus each row's adapter, computed adapter by adapter; y itself does not change.
+
+    Rows whose id is neither -1 nor that of an adapter become NaN, as in the GPU kernels: to raise an error those would
+    have to wait for the ids.
+    """
     y, leading = y.reshape(-1, y.shape[-1]).clone(), y.shape[:-1]
     x, ids = x.reshape(-1, x.shape[-1]), adapter_ids.reshape(-1)
     for adapter in ids.unique().tolist():

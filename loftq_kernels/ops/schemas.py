@@ -31,7 +31,8 @@ def _define(name: str, signature: str, default: Callable) -> Callable:
     def register(fake: Callable) -> Callable:
         def serve_by_reference(*args):
             extension.warn_slow(next(arg for arg in args if isinstance(arg, Tensor)).device.type)
-            fake(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))  # its checks
+            # The fake kernel runs the checks.
+            fake(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
             return default(*args)
 
         torch.library.impl(qualified, "CompositeExplicitAutograd", serve_by_reference)
@@ -85,7 +86,7 @@ def _unpack_codes_fake(packed, bits, in_features):
 
 
 def _dequantize(*args) -> Tensor:
-    """The kernel of the tensors' device, for the matmul ops that have none of their own."""
+    """Dequantize by the kernel of the tensors' device, for matmul ops without a kernel of their own."""
     return torch.ops.loftq_kernels.dequantize(*args)
 
 
@@ -114,7 +115,7 @@ def _qlora_linear_grad_input_fake(
 def _qlora_linear_multi(
     x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias
 ) -> Tensor:
-    """The base product by the kernel of the tensors' device, the adapters by plain torch."""
+    """Compute the base product by the kernel of the tensors' device, and the adapters in plain torch."""
     checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     base = torch.ops.loftq_kernels.qlora_linear(x, codes, scale, offset, codebook, group_size, None, None, 0.0, bias)
     return reference.add_adapters(base, x, lora_A, lora_B, adapter_ids, scaling)

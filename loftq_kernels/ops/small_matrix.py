@@ -1,17 +1,17 @@
-"""The plain-torch backend of the ops on batches of small matrices; csrc/include/loftq/small_matrix.h states them."""
+"""The plain-torch backend of the ops on batches of small matrices; csrc/include/loftq/small_matrix.h defines them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SHIFTS = 8  # the last one, 4 * 16^7 * epsilon, is above 1 even for a float64 Gram matrix
+SHIFTS = 8  # The last shift, 4 * 16^7 * epsilon, is above 1 even for a float64 Gram matrix.
 
 
 def jacobi_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a [B, n, n], symmetric positive semi-definite -> values [B, n], descending, vectors [B, n, n], info [B] int32.
 
-    info: 0, or -1 for NaN or Inf in a matrix, whose results are NaN (1 where a device's kernel did not converge).
+    info is 0; -1 for a matrix with NaN or Inf, whose results are NaN; 1 where a device's kernel did not converge.
     """
     finite, clean = _finite(a)
     values, vectors = torch.linalg.eigh(clean)
@@ -22,7 +22,7 @@ def jacobi_eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def jacobi_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a [B, m, n], m >= n -> u [B, m, n], values [B, n], descending, v [B, n, n], info [B] as of `jacobi_eigh`.
 
-    a = u diag(values) v^T; a column of u is zero where its value is.
+    a = u diag(values) v^T; a column of u is zero where its singular value is zero.
     """
     finite, clean = _finite(a)
     u, values, vh = torch.linalg.svd(clean, full_matrices=False)
@@ -32,7 +32,7 @@ def jacobi_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def cholesky_inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """gram [B, b, b], of which the lower triangle is read -> R^-1 [B, b, b] float32, upper triangular, and info [B].
+    """gram [B, b, b] (only the lower triangle is read) -> R^-1 [B, b, b] float32, upper triangular, and info [B].
 
     gram = R^T R, in float64 on columns scaled to norm 1; while a pivot is at most epsilon, shift * diag(gram) is added,
     shift = 4 epsilon, 64 epsilon, ... info: 0; the number of shifts (at least 1 where a diagonal entry is not

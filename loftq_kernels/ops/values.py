@@ -12,7 +12,7 @@ from loftq_kernels.storage import packing
 
 
 def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
-    """weight, in float32 where it is of a type (float64) that the quantize kernels do not read."""
+    """weight itself, or in float32 if it has a dtype (float64) that the quantize kernels do not read."""
     if weight.dtype in checks.SCALE_DTYPES:
         return weight
     narrow = weight.float()
@@ -23,10 +23,10 @@ def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
 
 
 def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) -> float:
-    """max|weight|; raises ValueError with the place of the first NaN or Inf in weight [N, K], where there is one."""
+    """Return max|weight|. Raises ValueError with the place of the first NaN or Inf in weight [N, K]."""
     if weight.numel() == 0:
         return 0.0
-    low, high = (extreme.item() for extreme in weight.aminmax())  # allocates nothing of the weight's size
+    low, high = (extreme.item() for extreme in weight.aminmax())  # It allocates nothing of the weight's size.
     if math.isfinite(low) and math.isfinite(high):
         return max(-low, high)
     row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
@@ -34,16 +34,16 @@ def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) ->
 
 
 def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str = "weight") -> None:
-    """Raise for what only the values tell: NaN or Inf in weight, or scales beyond the range of their dtype.
+    """Raise ValueError for faults that only values show: NaN or Inf in weight, scales beyond the range of their dtype.
 
-    Looks at the small scale tensor first; the weight is read again only to explain a failure or a zero scale.
+    Reads the small scale tensor first, and the weight again only to explain a failure or a zero scale.
     """
     check_finite_scales(weight, scale, offset, name)
     _check_zero_scales(weight, scale, offset, group_size, name)
 
 
 def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, name: str = "weight") -> None:
-    """Raise where a scale or offset of weight, or of weight less a low-rank term, is not finite."""
+    """Raise ValueError where a scale or offset of weight, or of weight less a low-rank term, is not finite."""
     finite = torch.isfinite(scale)
     if offset is not None:
         finite = finite & torch.isfinite(offset)

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention, sil
 
 BYTES = 256  # the vocabulary
 CONTEXT = 128
-_CODE_BYTES = 1_500_000  # of the standard library's sources, a third of them
-_HELD_OUT = 0.1  # of a text, its end
-_WINDOWS = 96  # of held-out text that perplexity is measured on
+_CODE_BYTES = 1_500_000  # Bytes of the standard library's sources, a third of them.
+_HELD_OUT = 0.1  # The share of a text that is held out, at its end.
+_WINDOWS = 96  # Windows of held-out text in a measurement of perplexity.
 
 
 class SmallLM(nn.Module):
@@ -76,7 +76,7 @@ def english() -> tuple[Tensor, Tensor]:
 
 
 def code() -> tuple[Tensor, Tensor]:
-    """The same of the standard library's sources: other text, with much that English has not."""
+    """The same for the standard library's sources: another text, with much that English lacks."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return _split(b"\n".join(file.read_bytes() for file in files)[:_CODE_BYTES])
 
@@ -130,7 +130,7 @@ def _cosine(steps: int, warmup: int) -> Callable[[int], float]:
 
 
 def pretrained(steps: int, seed: int, progress: Callable[[int], None] | None = None, **sizes: int) -> SmallLM:
-    """A model trained from scratch on `english`; ``progress`` is told of each step."""
+    """A model trained from scratch on `english`; ``progress`` is called with the number of each step."""
     torch.manual_seed(seed)
     model = SmallLM(**sizes)
     for step, _ in train(model, english()[0], steps=steps, lr=3e-3, batch=16, seed=seed):

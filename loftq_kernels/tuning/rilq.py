@@ -2,8 +2,8 @@
 
     L = weight * mean (h_student - h_teacher)^2  +  (1 - weight) * cross-entropy of the next token
 
-with h the hidden states after the last norm. At 2 bits a layer's own error says little of the model's: through this
-loss each adapter makes up for what the others leave, which is why small ranks suffice.
+with h the hidden states after the last norm. At 2 bits the error of one layer says little about that of the
+model. Through this loss each adapter also corrects errors of other layers, so small ranks suffice.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def rilq_tune(
 ) -> RilqResult:
     """Tune all adapters of a quantized model, in place, towards the teacher's final hidden states (see the module).
 
-    Gradients run through the packed weights: nothing dense is built. Dropout is off. In the end, also when that is an
+    Gradients run through the packed weights: nothing dense is built. Dropout is off. At the end, even after an
     exception, the model holds the adapters of least loss on held-out batches; the initial ones are among them.
 
     Args:
-        model: with adapters from any start (LoftQ, EoRA, zero), of either kind; frozen but for them while this runs.
+        model: has adapters of either kind, from any start (LoftQ, EoRA, zero). All else is frozen during the call.
         teacher: the full-precision model; or a function that loads it, called only if its states are not in ``cache``
             yet and dropped before tuning; or the folder that `cache_teacher` wrote, with which the teacher need never
             be in memory together with the model.
@@ -56,14 +56,14 @@ def rilq_tune(
             (-100: ignored), or whatever ``hidden`` takes.
         cfg: default `RilqConfig()`.
         validation: held-out batches; None holds out the last of ``batches``.
-        hidden: function of (model, batch) that returns final hidden states or (those, logits), for teacher and model
-            alike; None knows transformers models and models that return them themselves.
-        cache: folder for the teacher's states. Without one a model as teacher computes them anew each time, and those
-            of a function go into a temporary folder.
-        state_dir: folder for what resuming takes, saved at each validation. A call with the same arguments goes on
-            from there and ends with the same bits (``cfg.steps`` may be larger). A finished run is returned at once.
-            The model must hold the adapters that the run began with, or those that it was left with.
-        progress: True shows a bar on standard error; a function is told of each update.
+        hidden: function of (model, batch) that returns final hidden states, or (hidden states, logits), used for
+            teacher and model. None serves transformers models, and models that return these themselves.
+        cache: folder for the teacher's states. Without it, a teacher that is a model computes its states anew each
+            time, and the states of a teacher that a function loads go into a temporary folder.
+        state_dir: folder for the state that resuming needs, saved at each validation. A call with the same arguments
+            goes on from there and ends with the same bits (``cfg.steps`` may be larger). A finished run is returned at
+            once. The model must hold the adapters that the run began with, or those that an earlier call left in it.
+        progress: True shows a bar on standard error; a function is called with the `RilqPoint` of each update.
         plot: where to write the loss curves as a PNG.
 
     Raises ValueError for empty data, a model without adapters or with all of them disabled, weight < 1 with a
@@ -84,7 +84,7 @@ def rilq_tune(
         _check_causal(model)
     with contextlib.ExitStack() as stack:
         source = _teacher(teacher, train + held_out, hidden, cache, stack)
-        del teacher  # so that no name here keeps a loaded model alive
+        del teacher  # No name here may keep a loaded model alive.
         tuner = Tuner(model, adapters, source, train, held_out, cfg, hidden, state_dir)
         stack.enter_context(_only(adapters, model))
         if cfg.gradient_checkpointing:
@@ -146,7 +146,7 @@ def _teacher(
 
 @contextlib.contextmanager
 def _only(adapters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Gradients for the adapters alone and no dropout, for a while."""
+    """Within this context only the adapters get gradients, and dropout is off."""
     learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     chosen = {id(parameter) for parameter in adapters.values()}
@@ -166,8 +166,10 @@ def _only(adapters: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[No
 
 @contextlib.contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Recompute the model's blocks in the backward. Not by transformers' own switch, which works in training mode only:
-    that would turn dropout on."""
+    """Recompute the model's blocks in the backward.
+
+    transformers' own switch works in training mode only, which would turn dropout on, so it is not used.
+    """
     # A block with a forward of its own, somebody else's, must stay as it is.
     blocks = [block for block in checkpointed_blocks(model) if "forward" not in block.__dict__]
 
@@ -181,7 +183,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
     try:
         for block in blocks:
-            block.forward = recomputed(block.forward)  # an attribute of the instance, which hides the method
+            block.forward = recomputed(block.forward)  # This attribute of the instance hides the method.
         yield
     finally:
         for block in blocks:

@@ -1,4 +1,4 @@
-"""What resuming `rilq_tune` takes, in a folder: a JSON file and the safetensors file that it names.
+"""The state that resuming `rilq_tune` needs, in a folder: a JSON file and the safetensors file that it names.
 
 The JSON is replaced last, so that a reader finds either the state before a save or the one after it.
 """
@@ -33,8 +33,8 @@ class RilqPoint(NamedTuple):
 class RilqProgress:
     """How far a run is; ``waiting`` counts the validations since the best one.
 
-    ``end`` is the validation of a last update between two regular ones. It stands beside the others, for a run that
-    goes on has no such point. ``held`` are hashes of the adapters that a model of this run may hold between two calls:
+    ``end`` is the validation of a last update between two regular ones. It is kept apart, because a run that goes on
+    has no such point. ``held`` are hashes of the adapters that a model of this run may hold between two calls:
     the initial ones and each best.
     """
 

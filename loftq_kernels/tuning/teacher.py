@@ -24,7 +24,7 @@ Hidden = Callable[[nn.Module, Batch], Tensor | States]
 
 _INDEX = "teacher.json"
 _VERSION_KEY, _VERSION = "loftq_teacher_version", 1
-_SAMPLES = 64  # values of a tensor that enter its fingerprint: a model of gigabytes is told apart in seconds
+_SAMPLES = 64  # Values per tensor in a fingerprint: few, so that it takes seconds for a model of gigabytes.
 
 
 def check_batches(batches: Iterable[Batch], what: str = "batches") -> list[Batch]:
@@ -58,7 +58,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def batch_key(batch: Batch) -> str:
-    """SHA-256 of names, shapes, dtypes and values: what cached states are found by."""
+    """SHA-256 of names, shapes, dtypes and values: the key of the batch's cached states."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(batch).items()):
         _add(digest, name, tensor, tensor)
@@ -66,7 +66,7 @@ def batch_key(batch: Batch) -> str:
 
 
 def fingerprint(model: nn.Module, exclude: Iterable[Tensor] = ()) -> str:
-    """SHA-256 of the names, shapes, dtypes and 64 values of each parameter and buffer: what tells models apart."""
+    """SHA-256 of the names, shapes, dtypes and 64 values of each parameter and buffer, to tell models apart."""
     model, left_out = unwrapped(model), {id(tensor) for tensor in exclude}
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
@@ -85,8 +85,8 @@ def _add(digest: Any, name: str, tensor: Tensor, values: Tensor) -> None:
 def final_states(model: nn.Module, batch: Batch, hidden: Hidden | None = None) -> States:
     """(hidden states after the last norm, logits or None) of a batch, by ``hidden(model, batch)`` if that is given.
 
-    A transformers model is called with the batch (a tensor becomes ``input_ids``) and its inner model's
-    ``last_hidden_state`` is kept on the way, so that the states of the layers below are not. Any other model is called
+    A transformers model is called with the batch (a tensor becomes ``input_ids``) and only its inner
+    model's ``last_hidden_state`` is kept, not the states of the layers below. Any other model is called
     with the tensor, or the mapping's entries except ``labels`` as keywords, and returns the states or (states, logits).
     """
     if hidden is not None:
@@ -112,13 +112,13 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _transformers_states(model: nn.Module, batch: Batch) -> States:
     inner = [model.base_model]
-    if hasattr(model, "get_decoder"):  # OPT's head calls the decoder, not the base model
+    if hasattr(model, "get_decoder"):  # OPT's head calls the decoder, not the base model.
         inner.append(model.get_decoder())
     caught: list[Tensor] = []
 
     def keep(module, arguments, output) -> None:
         state = getattr(output, "last_hidden_state", None)
-        if state is None and module is not model:  # what the whole model returns otherwise begins with loss or logits
+        if state is None and module is not model:  # A whole model's tuple begins with loss or logits.
             state = output[0] if type(output) is tuple and output else output
         if isinstance(state, Tensor):
             caught.append(state)
@@ -147,7 +147,7 @@ def cache_teacher(
     hidden: Hidden | None = None,
     progress: bool = True,
 ) -> None:
-    """Write the teacher's final hidden states of every batch into the folder path, one safetensors file a batch.
+    """Write the teacher's final hidden states of every batch into the folder path, one safetensors file per batch.
 
     Files are named by the content of their batch; those that are there already are kept, so that an interrupted call
     goes on. A function that loads the teacher is called only if states are missing, and the model dropped afterwards.
@@ -168,7 +168,7 @@ def cache_teacher(
         metadata = {"batch": batch_key(batch), "teacher": source.key}
         files.save_tensors(_file(path, batch), {"hidden": source.states(batch).cpu()}, metadata)
     del loaded, source, teacher
-    gc.collect()  # modules hold reference cycles: without this the teacher would stay for a while
+    gc.collect()  # Modules hold reference cycles, which would keep the teacher in memory for a while.
     TeacherCache(path, batches)
 
 

@@ -27,7 +27,7 @@ class RilqConfig:
 
     Attributes:
         weight: of the discrepancy, 0 .. 1; the cross-entropy gets the rest.
-        lr: of Adam, constant. Adapters whose factors are small, as of group means, stand a larger one.
+        lr: constant learning rate of Adam. Adapters with small factors, such as group means have, tolerate more.
         steps: updates at most.
         accumulate: batches per update.
         validate_every: updates from one validation to the next; state is saved then.
@@ -100,7 +100,7 @@ def discrepancy(states: Tensor, expected: Tensor, batch: Batch) -> Tensor:
     wide = torch.promote_types(states.dtype, torch.float32)
     squares = (states.to(wide) - expected.to(states.device, wide)).square()
     mask = None
-    if isinstance(batch, Mapping):  # of an encoder-decoder model the final states are the decoder's
+    if isinstance(batch, Mapping):  # The final states of an encoder-decoder model are its decoder's.
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     if mask is None or mask.shape != squares.shape[:-1]:
         return squares.mean()
@@ -126,7 +126,7 @@ def _labels(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask")
     if labels is None or "labels" in batch or mask is None or mask.shape != labels.shape:
         return labels
-    return labels.masked_fill(mask == 0, -100)  # what cross_entropy ignores
+    return labels.masked_fill(mask == 0, -100)  # cross_entropy ignores -100.
 
 
 def adapted_layers(model: nn.Module) -> dict[str, QuantLoRAModule]:
@@ -216,7 +216,7 @@ class Tuner:
         return self.done.train[-1]
 
     def _batch(self, position: int) -> Batch:
-        """Each epoch in an order of its own that follows from the seed, so that a resumed run needs no more than it."""
+        """The batch at a position. The order of each epoch follows from the seed, so resuming needs only the seed."""
         epoch, index = divmod(position, len(self.train))
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
         return self.train[int(torch.randperm(len(self.train), generator=generator)[index])]
@@ -230,7 +230,7 @@ class Tuner:
             if point.step % self.cfg.validate_every:
                 stored, stored_best = dataclasses.replace(self.done, end=point, held=done.held), self.best
             state.save(self.state_dir, self._settings(), stored, self._tensors(stored_best))
-        self.done, self.best = done, best  # after the save: if that fails the model is left as the older state knows it
+        self.done, self.best = done, best  # Not before the save, which may fail and leave the older state.
 
     def _judged(self, point: RilqPoint) -> tuple[RilqProgress, dict[str, Tensor]]:
         """Progress and best adapters after a validation of the masters."""
@@ -248,7 +248,7 @@ class Tuner:
         return batch_key({name: values[name].to(parameter.dtype) for name, parameter in self.adapters.items()})
 
     def _settings(self) -> dict:
-        """What a saved state belongs to. Not the number of updates, which may grow, nor what changes no result."""
+        """The settings that a saved state belongs to, without the number of updates and what changes no result."""
         free = ("steps", "gradient_checkpointing", "validation_share")
         layers = adapted_layers(self.model)
         settings = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
@@ -293,7 +293,7 @@ class Tuner:
                 }
         if done.end is not None and done.step >= self.cfg.steps:
             self.done, self.best = self._judged(done.end)
-        self.done.end = None  # of a run that goes on: one without a break would not have validated there
+        self.done.end = None  # A run without a break would not have validated there.
 
 
 def _mean(points: list[RilqPoint], step: int) -> RilqPoint:

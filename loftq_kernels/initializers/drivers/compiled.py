@@ -47,9 +47,12 @@ def run(weights: list[Tensor], options: SolverOptions) -> list[AdapterInit]:
 
 
 def _operand_dtype(device: torch.device, options: SolverOptions) -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it, float32 elsewhere: rounding a flat residual to it adds noise far below
-    its smallest singular value; for steep ones the driver falls back on the exact solver."""
-    if options.mode == "exact" or options.order == "svd_first":  # there the low-rank term is most of the weight
+    """Bfloat16 where the hardware multiplies it, float32 elsewhere.
+
+    Rounding a flat residual to bfloat16 adds noise far below the residual's smallest singular value. For steep
+    residuals the driver falls back on the exact solver.
+    """
+    if options.mode == "exact" or options.order == "svd_first":  # The low-rank term is then most of the weight.
         return torch.float32
     native = device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32

@@ -61,6 +61,6 @@ def weighted_low_rank(
 
 
 def resolve_mode(svd: str) -> str:
-    """ "auto" is exact: most time goes into E F and the errors, so that "fast" saves but 40% at 2048x2048, rank 64."""
+    """ "auto" is exact: most time goes into E F and the errors, so "fast" saves only 40% at 2048x2048, rank 64."""
     arguments.choice("svd", svd, SVD_MODES)
     return "exact" if svd == "auto" else svd

@@ -8,19 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COLD_STEPS = 4  # captures 99% of the optimal energy of a flat spectrum; 2 steps capture 95%
+COLD_STEPS = 4  # They capture 99% of the optimal energy of a flat spectrum; 2 steps capture 95%.
 
 
 def warm_steps(short_side: int, bits: int) -> int:
-    """Krylov steps from the second alternation on, when the previous basis is already close: one is enough at 4 bits
-    and more. At 2 bits an alternation changes more: one step leaves LoftQ's final error at rank 64 up to 0.23% above
-    the exact solver's (4096x4096, int2), two 0.17%. So at 512 columns, where two cost nothing: 0.30% with one."""
+    """Krylov steps from the second alternation on, when the previous basis is already close.
+
+    One is enough at 4 bits or more. At 2 bits an alternation changes more: one step leaves LoftQ's final error at rank
+    64 up to 0.23% above the exact solver's (4096x4096, int2), two steps 0.17%. Below 1024 columns two cost nothing, and
+    are always taken: at 512 columns one step leaves 0.30%.
+    """
     return 2 if short_side < 1024 or bits < 4 else 1
 
 
 def block_width(rank: int) -> int:
-    """Columns of a Krylov block. At rank 8 and 16 a surplus of 8 leaves LoftQ's final error up to 0.44% above the exact
-    solver's on low-rank matrices with noise, this one 0.11%; at rank 64 it takes 0.22% to 0.07%."""
+    """Columns of a Krylov block.
+
+    On low-rank matrices with noise, a surplus of 8 columns leaves LoftQ's final error at rank 8 and 16 up to 0.44%
+    above the exact solver's; this surplus leaves 0.11%. At rank 64 it lowers 0.22% to 0.07%.
+    """
     return rank + max(16, 40 - rank)
 
 
@@ -72,7 +78,7 @@ def _block_krylov(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Te
     basis, images = block, matrix @ block
     for _ in range(steps):
         block = matrix.mT @ images[..., -block.shape[-1] :]
-        for _ in range(2):  # twice is enough (Kahan): one pass leaves rounding errors of the size of what it removed
+        for _ in range(2):  # Twice is enough (Kahan): one pass leaves rounding errors as large as what it removed.
             block = _orthonormal(block - basis @ (basis.mT @ block))
         basis = torch.cat([basis, block], -1)
         images = torch.cat([images, matrix @ block], -1)
@@ -104,7 +110,7 @@ def dominant_left_space(matrix: Tensor, rank: int, *, mode: str, seed: int) -> T
     if matrix.shape[-2] <= matrix.shape[-1]:
         return dominant_space(matrix.mT, rank, mode=mode, start=None, seed=seed)[0][..., :rank]
     image = dominant_space(matrix, rank, mode=mode, start=None, seed=seed)[1][..., :rank]
-    return _orthonormal(image)  # columns are orthogonal, or nearly for "fast"; this gives them length 1
+    return _orthonormal(image)  # The columns are orthogonal (nearly, for "fast"); this gives them length 1.
 
 
 def singular_values(matrix: Tensor) -> Tensor:

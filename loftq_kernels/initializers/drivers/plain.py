@@ -1,4 +1,4 @@
-"""LoftQ's alternation in plain torch: the reference of the compiled driver (csrc/loftq), and what serves without it."""
+"""LoftQ's alternation in plain torch: the reference of the compiled driver (csrc/loftq), and its substitute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loftq_kernels.ops.reference import quantize_residual_
 def run(weights: list[Tensor], options: SolverOptions) -> list[AdapterInit]:
     """Same-shape weights [N, K] on one device through num_iter alternations.
 
-    A matrix of which a scale does not fit its dtype stays at its best iterate; if there is none, that scale shows as
+    A matrix with a scale that does not fit its dtype stays at its best iterate; if there is none, that scale is
     non-finite in the result.
     """
     results, sound = _alternate(weights, options)
@@ -37,12 +37,12 @@ def _alternate(weights: list[Tensor], options: SolverOptions) -> tuple[list[Adap
     return alternation.results(), alternation.sound
 
 
-STEEP = 0.05  # of the norm: what may be left before a matrix counts as steep
-MOST_FLAW = 1e-3  # of orthonormality
+STEEP = 0.05  # A matrix with less than this share of its norm left counts as steep.
+MOST_FLAW = 1e-3  # The largest deviation from orthonormality that is accepted.
 
 
 class Alternation:
-    """LoftQ's state for a batch of matrices; keeps one float32 residual a matrix.
+    """LoftQ's state for a batch of matrices; keeps one float32 residual per matrix.
 
     The low-rank term of a matrix E is held as V, an orthonormal basis on its shorter side, and E V. Then
     ||E - E V V^T||^2 = ||E||^2 - ||E V||^2, so an adapter never makes the error worse than none.
@@ -61,17 +61,17 @@ class Alternation:
         ]
         self.residual = torch.zeros(
             shape, dtype=torch.float32, device=weights[0].device
-        )  # also holds the low-rank term
+        )  # It also holds the low-rank term.
         self.packed: list[PackedTensor | None] = [None] * len(weights)
         self.basis: Tensor | None = None  # [B, short, >= r], the last right space
         self.image: Tensor | None = None  # [B, long, r], E V for the first r directions
         self.errors: list[list[float]] = [[] for _ in weights]
         self.sound = [True] * len(weights)  # see `_is_sound`
-        self.frozen = [False] * len(weights)  # done: scales of a later iterate did not fit their dtype
+        self.frozen = [False] * len(weights)  # True once scales of an iterate did not fit their dtype.
         self.best: list[tuple[PackedTensor, Tensor, Tensor] | None] = [None] * len(weights)
 
     def step(self) -> bool:
-        """One alternation, see `loftq_init`; False when nothing is left to go on with."""
+        """Run one alternation (see `loftq_init`). Returns False when all matrices are frozen."""
         if self.options.order == "quantize_first":
             if self.image is not None:
                 self._write_low_rank()
@@ -101,7 +101,7 @@ class Alternation:
         return self.image.double().square().sum((1, 2)).tolist()
 
     def _note_steep_weights(self) -> None:
-        """Where hardly anything of W is left beside its low-rank part, that part needs an exact solver's digits."""
+        """Mark weights of which the low-rank part leaves hardly anything: that part needs an exact solver's digits."""
         for i, captured in enumerate(self._captured_energy()):
             if captured >= (1 - STEEP**2) * self.norms[i] ** 2 > 0:
                 self.sound[i] = False
@@ -127,7 +127,7 @@ class Alternation:
         return norms
 
     def _freeze(self, i: int) -> None:
-        """Scales of this matrix did not fit their dtype: it stays at its best iterate, its neighbours go on."""
+        """Stop a matrix whose scales did not fit their dtype: it stays at its best iterate, and the others go on."""
         if self.best[i] is None:
             self.best[i] = (self.packed[i], None, None)
             self.errors[i].append(math.inf)
@@ -150,7 +150,7 @@ class Alternation:
             return
         gram = self.basis.mT @ self.basis
         flaws = (gram * (gram - torch.eye(gram.shape[-1], device=gram.device))).abs().amax((1, 2)).tolist()
-        for i, flaw in enumerate(flaws):  # columns may be zero; rounding leaves some 1e-6
+        for i, flaw in enumerate(flaws):  # Zero columns are allowed; rounding leaves about 1e-6.
             self.sound[i] = self.sound[i] and flaw < MOST_FLAW
 
     def _write_low_rank(self) -> None:

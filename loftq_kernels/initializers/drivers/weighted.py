@@ -39,7 +39,7 @@ class FactorCache:
 
     def get(self, gram: Tensor, device: torch.device, name: str) -> Tensor:
         if gram is not self._gram:
-            self._factor = None  # so that there are never two
+            self._factor = None  # Drop the old factor first, so that two never exist at once.
             self._factor = gram_factor(gram.to(device), f"gram of {name}")
             self._gram = gram
         return self._factor
@@ -59,10 +59,10 @@ class Calibration:
 def run(
     weights: list[Tensor], options: SolverOptions, calibration: Calibration, *, backend: str | None
 ) -> list[AdapterInit]:
-    """LoftQ's alternation, both steps' errors weighted, for same-shape weights on one device.
+    """LoftQ's alternation with weighted errors, for same-shape weights on one device.
 
-    A matrix of which a scale does not fit its dtype stays at its best iterate, as in `loftq_reference.run`; if there is
-    none, that scale shows as non-finite in the result.
+    A matrix with a scale that does not fit its dtype stays at its best iterate, as in `plain.run`; if there is none,
+    that scale is non-finite in the result.
     """
     statistics, device = calibration.statistics, weights[0].device
     pairs = zip(statistics, calibration.names, strict=True)
@@ -92,13 +92,13 @@ class WeightedAlternation:
     ):
         self.options = options
         self.weight = torch.stack([weight.double() for weight in weights])  # [B, N, K]
-        self.factors = factors  # B of [K, K], some of them the same tensor
+        self.factors = factors  # B matrices [K, K]; some may be the same tensor.
         self.codebook = options.format.codebook(weights[0].device)
         self.quantize_op = reference.quantize if backend == "reference" else torch.ops.loftq_kernels.quantize
         self.norms = _norms(self.weight)
         self.weighted_norms = _norms(self.times_factor(self.weight))
         self.left_out: list[Tensor | None] = [None] * len(weights)
-        self.frozen = [False] * len(weights)  # done: scales of a later iterate did not fit their dtype
+        self.frozen = [False] * len(weights)  # True once scales of an iterate did not fit their dtype.
         self.packed: list[PackedTensor] = []
         self.residual = self.weight  # [B, N, K], W - Q
         self.left: Tensor | None = None  # [B, N, r], U
@@ -112,7 +112,7 @@ class WeightedAlternation:
         return torch.stack([matrix @ factor for matrix, factor in zip(matrices, self.factors, strict=True)])
 
     def step(self) -> bool:
-        """One alternation; False when nothing is left to go on with."""
+        """Run one alternation. Returns False when all matrices are frozen."""
         if self.options.order == "quantize_first":
             if not self._quantize():
                 return False
@@ -126,7 +126,7 @@ class WeightedAlternation:
         return True
 
     def approximate(self) -> None:
-        """The low-rank term of the residual, and the errors that it leaves."""
+        """Compute the low-rank term of the residual, and the errors that it leaves."""
         weighted = self.times_factor(self.residual)
         self._solve(weighted)
         weighted -= self.left @ (self.left.mT @ weighted)
@@ -141,7 +141,7 @@ class WeightedAlternation:
         self.residual = self.weight - torch.stack([p.dequantize(torch.float64) for p in packed])
 
     def _quantize(self) -> bool:
-        """Q and the residual; False when nothing is left to go on with."""
+        """Compute Q and the residual. Returns False when all matrices are frozen."""
         target = self.weight if self.left is None else self.weight - self.low_rank_term()
         packed = []
         for matrix, columns in zip(target.float(), self.left_out, strict=True):
@@ -153,11 +153,11 @@ class WeightedAlternation:
             if not all(torch.isfinite(t).all() for t in (own.scale, own.offset) if t is not None):
                 self._freeze(i)
             if self.frozen[i]:
-                self.residual[i] = 0  # its solver has nothing to do, and no NaN to meet
+                self.residual[i] = 0  # Its solver then has nothing to do and meets no NaN.
         return not all(self.frozen)
 
     def _freeze(self, i: int) -> None:
-        """Scales of this matrix did not fit their dtype: it stays at its best iterate, its neighbours go on."""
+        """Stop a matrix whose scales did not fit their dtype: it stays at its best iterate, and the others go on."""
         self.frozen[i] = True
         if self.best[i] is None:
             self.best[i] = (self.packed[i], None, None)
@@ -177,7 +177,7 @@ class WeightedAlternation:
         self.right = self.residual.mT @ self.left
 
     def _keep_best(self, remaining: Tensor, weighted: Tensor) -> None:
-        """remaining R and R F, [B, N, K]: the iterate with the least ||R F|| stays."""
+        """Keep the iterate with the least ||R F||, given R (remaining) and R F (weighted), both [B, N, K]."""
         for i, (plain, own) in enumerate(zip(_norms(remaining), _norms(weighted), strict=True)):
             if self.frozen[i]:
                 continue
