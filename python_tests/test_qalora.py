@@ -541,3 +541,41 @@ def test_adapters_by_row_over_merged_float64_offsets(dtype):
     for row, i in enumerate(ids.tolist()):
         own = (None, None) if i < 0 else (lora_A[i], lora_B[i])
         assert_close(y[row], oracle.qlora_linear(x[row : row + 1], layer.packed, *own)[0])
+
+
+class TestExpansion:
+    """Without gradients lora_A is expanded once, and again after any change, however it is made."""
+
+    def test_made_once(self, monkeypatch):
+        layer, x, calls = make_layer(), gaussian(3, 130), []
+        over_columns = type(layer).over_columns
+        monkeypatch.setattr(type(layer), "over_columns", lambda own, a: calls.append(1) or over_columns(own, a))
+        with torch.no_grad():
+            first = layer(x)
+            assert torch.equal(layer(x), first) and len(calls) == 1
+        layer(x).sum().backward()  # differentiates through an expansion of its own
+        assert len(calls) == 2 and layer.lora_A.grad is not None
+
+    @pytest.mark.parametrize("how", ["in place", "data", "set data", "assigned", "loaded", "optimizer", "inference"])
+    def test_forgotten_when_it_changes(self, how):
+        layer, other, x = make_layer(), make_layer(seed=3), gaussian(3, 130)
+        with torch.no_grad():
+            layer(x)
+            if how == "in place":
+                layer.lora_A.mul_(2)
+            elif how == "data":
+                layer.lora_A.data.mul_(2)
+            elif how == "set data":
+                layer.lora_A.data = other.lora_A.data.clone()
+            elif how == "assigned":
+                layer.lora_A = torch.nn.Parameter(other.lora_A.clone())
+            elif how == "loaded":
+                layer.load_state_dict({**layer.state_dict(), "lora_A": other.lora_A.detach()})
+            elif how == "optimizer":
+                layer.lora_A.grad = torch.ones_like(layer.lora_A)
+                torch.optim.SGD([layer.lora_A], 0.1).step()
+        if how == "inference":
+            with torch.inference_mode():
+                layer.lora_A.add_(1)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer.merged_linear()(x), rtol=1e-4, atol=1e-4)
