@@ -38,17 +38,6 @@ def python(*snippets: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_time():
-    """Less than 0.3 s of processor time on top of `import torch`: the best of several."""
-    code = """
-        import time, torch
-        started = time.process_time()
-        import loftq_kernels
-        print(time.process_time() - started)
-    """
-    assert min(float(python(code)) for _ in range(3)) < 0.3
-
-
 @pytest.mark.parametrize("extension", [True, False], ids=["as installed", "without extension"])
 def test_loads_nothing_heavy(extension):
     code = """
