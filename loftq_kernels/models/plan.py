@@ -226,4 +226,4 @@ def _parse_layer(name: str, values: Any) -> PlannedLayer:
 
 
 def _is_error(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return arguments.plain_number(value) is not None and 0 <= value < math.inf

@@ -57,7 +57,12 @@ def check_bits(bits: int) -> None:
 
 def bits_of(codebook: Tensor) -> int:
     """Bits per code of a code book [2^bits]."""
-    return codebook.numel().bit_length() - 1
+    return code_bits(codebook.numel())
+
+
+def code_bits(entries: int) -> int:
+    """Bits per code of a code book with 2^bits entries."""
+    return entries.bit_length() - 1
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loftq_kernels.storage.packing import bits_of
 from loftq_kernels.triton_kernels.configs import cdiv
 from loftq_kernels.triton_kernels.dequantize import launch_dequantize
 
@@ -60,7 +61,7 @@ def chunked_grad_input(
 ) -> Tensor:
     """grad_x [M, K] = grad_y [M, N] @ W, one chunk of W's columns at a time, in a workspace of chunk_bytes."""
     out_features, in_features = codes.shape[0], grad_x.shape[1]
-    bits = codebook.numel().bit_length() - 1
+    bits = bits_of(codebook)
     starts = _chunks(in_features, out_features, grad_y.element_size(), chunk_bytes)
     workspace = grad_y.new_empty(out_features * min(starts.step, in_features))
     for start in starts:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loftq_kernels.storage.packing import code_bits
+
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 EXPONENT_BIAS = {torch.bfloat16: 127, torch.float16: 15}
 # Selectors of prmt. Of bytes l0 l1 l2 l3 and h0 h1 h2 h3 they take the pairs (h0 l0, h2 l2) and (h1 l1, h3 l3), or
@@ -58,7 +60,7 @@ def make_decoder(
     corrections. With sums=True the kernel has sums of x at hand anyhow, so that one constant for all fields may be part
     of `center`.
     """
-    bits = len(values).bit_length() - 1
+    bits = code_bits(len(values))
     if 1 << bits != len(values) or bits not in (2, 4, 8):
         raise ValueError(f"a code book has 4, 16 or 256 entries, not {len(values)}")
     asm = asm and (dtype in MANTISSA_BITS or (exact and dtype == torch.float32))

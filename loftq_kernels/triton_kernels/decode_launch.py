@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loftq_kernels.storage.packing import code_bits, num_groups
 from loftq_kernels.triton_kernels import autotune, configs
 from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
 from loftq_kernels.triton_kernels.configs import Config, cdiv
@@ -39,11 +40,11 @@ class Call(NamedTuple):
 
     @property
     def bits(self) -> int:
-        return len(self.entries).bit_length() - 1
+        return code_bits(len(self.entries))
 
     @property
     def groups(self) -> int:
-        return 1 if self.group_size < 0 else cdiv(self.columns, self.group_size)
+        return num_groups(self.columns, self.group_size)
 
 
 def call_of(

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loftq_kernels.storage.packing import bits_of
 from loftq_kernels.triton_kernels.configs import cdiv
 from loftq_kernels.triton_kernels.tiles import spread
 
@@ -71,7 +72,7 @@ def launch_dequantize(
     reference's bits. codes, scale and offset may be slices of rows, or of columns that start a tile and a group.
     """
     rows, columns = out.shape
-    bits = codebook.numel().bit_length() - 1
+    bits = bits_of(codebook)
     if out.numel() == 0:
         return out
     tiles = {2: 16, 4: 8, 8: 4}[bits]  # 256 bytes per row.
