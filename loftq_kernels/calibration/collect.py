@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.calibration.collector import Collector, Layer
+from loftq_kernels.calibration.provenance import Provenance
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.patterns import check_patterns
+from loftq_kernels.models.select import Context
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
@@ -65,31 +69,45 @@ def collect_activations(
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}")
     model = unwrapped(model)
     check_patterns(model, cfg)
-    collector = Collector(share_inputs, device)
-    layers = {name: module for name, module in named_modules(model) if _is_selected(name, module, cfg)}
+    encoder = _encoder(model)
+    layers = _selected(model, cfg, encoder)
     if not layers:
         raise ValueError(f"no linear layer to observe: include={cfg.include}, exclude={cfg.exclude}")
-    encoder = _encoder(model)
+    collector = Collector(layers.values(), share_inputs, device)
     target = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = len(batches) if isinstance(batches, Sized) else None
-    with _observing(model, layers, encoder, collector):
+    with _observing(model, layers, encoder, collector) as provenance:
         for number, batch in enumerate(
             tqdm(batches, desc="calibrate", unit="batch", total=total, disable=not progress)
         ):
             arguments, keywords = _arguments(_to_device(batch, target))
-            collector.start(number, keywords, _is_encoder_decoder(model, keywords), encoder is not None)
-            model(*arguments, **keywords)
+            named = _named_arguments(model, arguments, keywords)
+            collector.start(number, named, _is_encoder_decoder(model, named), encoder is not None)
+            with provenance:
+                model(*arguments, **keywords)
             collector.finish()
+            provenance.forget_dead()
     with torch.inference_mode(False), torch.no_grad():
         return collector.results()
 
 
-def _is_selected(name: str, module: nn.Module, cfg: QuantConfig) -> bool:
+def _selected(model: nn.Module, cfg: QuantConfig, encoder: nn.Module | None) -> dict[nn.Module, Layer]:
+    """The layers that cfg lets `quantize_model` quantize, and those that it has quantized already."""
+    context = Context(model, cfg)
+    encoding = set() if encoder is None else set(encoder.modules())
+    return {
+        module: Layer(name, module in encoding)
+        for name, module in named_modules(model)
+        if _is_observed(module, cfg) and context.reason_of_name(module, name, cfg.for_layer(name)) is None
+    }
+
+
+def _is_observed(module: nn.Module, cfg: QuantConfig) -> bool:
     """As `quantize_model`, which leaves subclasses of nn.Linear alone."""
     kind = kind_of(module)
-    if kind is None or not kind.observed or not (isinstance(module, QuantLoRAModule) or kind.why_not(module) is None):
+    if kind is None or not kind.observed or kind.layer_type not in cfg.layer_types:
         return False
-    return cfg.selects(name) and not cfg.saves(name) and cfg.for_layer(name) is not None
+    return isinstance(module, QuantLoRAModule) or kind.why_not(module) is None
 
 
 def _is_encoder_decoder(model: nn.Module, keywords: Mapping[str, Any]) -> bool:
@@ -100,7 +118,9 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     """As transformers' models tell it, which return themselves if they have none."""
     get_encoder = getattr(model, "get_encoder", None)
     encoder = get_encoder() if callable(get_encoder) else None
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+    if not isinstance(encoder, nn.Module) or encoder is model:
+        return None
+    return unwrapped(encoder)
 
 
 def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
@@ -113,6 +133,17 @@ def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, got {type(batch).__name__}")
 
 
+def _named_arguments(model: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by the names that the model's forward gives them: a mask may come by its position."""
+    if not arguments:
+        return keywords
+    try:
+        positional = inspect.signature(model.forward).bind_partial(*arguments).arguments
+    except (TypeError, ValueError):  # the model itself says what is wrong with its arguments
+        return keywords
+    return {**positional, **keywords}
+
+
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
@@ -123,23 +154,30 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Compiled parts of a model run as they were written: what was compiled before does not call hooks of today."""
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled, and the import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def _observing(
-    model: nn.Module, layers: Mapping[str, nn.Module], encoder: nn.Module | None, collector: Collector
-) -> Iterator[None]:
-    """Hooks on, eval mode, no gradients; all as before on the way out."""
+    model: nn.Module, layers: Mapping[nn.Module, Layer], encoder: nn.Module | None, collector: Collector
+) -> Iterator[Provenance]:
+    """Hooks on, eval mode, no gradients, nothing compiled; all as before on the way out."""
     training = [(module, module.training) for module in model.modules()]
     handles = []
-    encoding = set() if encoder is None else set(encoder.modules())
+    provenance = Provenance(model)
     try:
         if encoder is not None:
             handles.append(encoder.register_forward_hook(functools.partial(_keep_encoded, collector)))
-        for name, module in layers.items():
-            hook = functools.partial(_hook, collector, Layer(name, module in encoding))
+        for module, layer in layers.items():
+            hook = functools.partial(_hook, collector, provenance, layer)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         model.eval()
-        with torch.inference_mode(False), torch.no_grad():
-            yield
+        with _uncompiled(), torch.inference_mode(False), torch.no_grad():
+            yield provenance
     finally:
         for handle in handles:
             handle.remove()
@@ -147,11 +185,14 @@ def _observing(
             module.training = flag
 
 
-def _hook(collector: Collector, layer: Layer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _hook(
+    collector: Collector, provenance: Provenance, layer: Layer, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0:  # of anything else the layer itself complains
-        with torch.autocast(x.device.type, enabled=False):
-            collector.observe(layer, x)
+    with torch._C.DisableTorchFunction():  # provenance is of what the model computes
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0:  # the layer itself complains of other x
+            with torch.autocast(x.device.type, enabled=False):
+                collector.observe(layer, x, provenance.is_constant(x))
 
 
 def _keep_encoded(collector: Collector, module: nn.Module, args: tuple, output: Any) -> None:
