@@ -1103,9 +1103,7 @@ class TestFile:
             lk.ActivationStatistics.load(file)
         for text in ("{", "[]", "null"):
             save_file(load_file(file), file, {key: text})
-            with pytest.raises(
-                ValueError, match="hold activation statistics: (this is not JSON|version is None)"
-            ):
+            with pytest.raises(ValueError, match="hold activation statistics: (this is not JSON|version is None)"):
                 lk.ActivationStatistics.load(file)
 
     def metadata(self, file):
