@@ -448,10 +448,9 @@ class TestInputsWithoutTheBatch:
             return before
 
         model, batches = Positions(remember), [gaussian(3, 12, 8, seed=i) for i in range(3)]
-        first = model.kept.double()
         own = collect(model, batches)
         assert_sums(own["both"], torch.cat([x.view(-1, 8) for x in [*batches, batches[0][0, :10], batches[1][0, :10]]]))
-        assert_sums(own["only"], torch.cat([batches[0][0, :10], batches[1][0, :10]]).double()), first
+        assert_sums(own["only"], torch.cat([batches[0][0, :10], batches[1][0, :10]]))
 
     def test_positions_before_the_first_tokens(self):
         """Also where a layer has its first tokens in a later batch, and shared its positions until then."""
@@ -484,6 +483,14 @@ class TestInputsWithoutTheBatch:
         assert len(names) == 2 and own.unreached == ()
         for name in names:
             assert_sums(own[name], torch.cat([x.flatten(0, -2) for x in inputs_of(model, name, batches)]))
+
+    def test_offloaded(self):
+        """Weights that are put in place for each forward are constant, too."""
+        accelerate = pytest.importorskip("accelerate")
+        model = accelerate.cpu_offload(tiny_deberta(), "cpu", preload_module_classes=["DebertaV2Encoder"])
+        mask = (torch.arange(32) < 20).long()[None]
+        own = collect(model, [{"input_ids": torch.arange(32)[None], "attention_mask": mask}] * 2)
+        assert {statistics.tokens for statistics in own.values()} == {40}
 
     def test_nothing_is_held(self):
         model = Positions(lambda m, x: m.norm(m.table))
@@ -631,9 +638,12 @@ class TestUnreached:
         pytest.importorskip("scipy")
         cfg = dataclasses.replace(self.CFG, init=init)
         statistics = self.collected()
-        plan = lk.plan_bits(Mixture(False), 3.0, ["nf2", "nf4"], cfg, statistics=statistics, progress=False)
+        with pytest.warns(UserWarning, match="no calibration token reached 3 layers") as warned:
+            plan = lk.plan_bits(Mixture(False), 3.0, ["nf2", "nf4"], cfg, statistics=statistics, progress=False)
+        assert len(warned) == 1
         assert set(IDLE) < set(plan.layers) and len(plan.layers) == 12
-        lk.quantize_model(Mixture(False), cfg, plan=plan, statistics=statistics, progress=False)
+        with pytest.warns(UserWarning, match="no calibration token reached 3 layers"):
+            lk.quantize_model(Mixture(False), cfg, plan=plan, statistics=statistics, progress=False)
 
     def test_layers_that_are_never_called(self):
         own = collect(Attention(), [gaussian(40, 16)])
@@ -698,8 +708,7 @@ class TestMasks:
             x, mask = gaussian(3, length, 8, seed=length), torch.arange(length) < torch.tensor([[2], [length], [1]])
             batches.append({"x": x, "attention_mask": mask})
             kept.append(x[mask].repeat(2 if "heads" in layout else 1, 1))
-        if layout == "tokens first":
-            batches = batches[:2] + batches[2:]  # the last is square, and its layout that of the others
+        # The last is square: its layout is that of those before.
         assert_sums(collect(Padded(LAYOUTS[layout]), batches)["up"], torch.cat(kept))
 
     def test_all_that_is_added_is_zero(self):

@@ -74,7 +74,7 @@ def collect_activations(
     if not layers:
         raise ValueError(f"no linear layer to observe: include={cfg.include}, exclude={cfg.exclude}")
     collector = Collector(layers.values(), share_inputs, device)
-    target = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))  # offloaded ones are
     total = len(batches) if isinstance(batches, Sized) else None
     with _observing(model, layers, encoder, collector) as provenance:
         for number, batch in enumerate(

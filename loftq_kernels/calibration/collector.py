@@ -110,7 +110,7 @@ class Collector:
             return
         known = [keywords.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")]
         self.decoder_shape = next((own.shape[:2] for own in known if isinstance(own, Tensor)), torch.Size())
-        one_for_both = self.mask is not None and not self.mask.all() and self.mask.shape == self.decoder_shape
+        one_for_both = self.mask is not None and self.mask.shape == self.decoder_shape
         if one_for_both and not encoder_known:
             raise ValueError(
                 f"the attention_mask of batch {number} is the encoder's, but the decoder's inputs have its shape "
@@ -176,7 +176,7 @@ class Collector:
     def _counted(self, layer: Layer, x: Tensor) -> Tensor:
         """x [..., K] -> [n, K], without the tokens that the mask leaves out."""
         rows, mask = x.detach().reshape(-1, x.shape[-1]), self._mask_of(layer, x)
-        if mask is None or mask.all():
+        if mask is None:
             return rows
         shape = x.shape[:-1]
         axes = token_axes(shape, mask.shape, layer.tokens_first)

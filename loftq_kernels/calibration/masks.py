@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def token_mask(mask: Any, name: str) -> Tensor | None:
-    """bool [batch, tokens], False for padding; None for what is no mask of at least two dimensions.
+    """bool [batch, tokens], False for padding; None where there is none, or no mask of at least two dimensions.
 
     A mask [batch, tokens] holds 0 for padding, or is what attention adds to its scores: 0 for tokens and negative
     numbers for padding. In one [batch, ..., tokens] of more dimensions, such as [batch, 1, queries, tokens], padding is
@@ -19,7 +19,8 @@ def token_mask(mask: Any, name: str) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.numel() == 0:
         return None
     allowed = _allowed(mask, name)
-    return allowed if allowed.dim() == 2 else allowed.flatten(1, -2).any(1)
+    allowed = allowed if allowed.dim() == 2 else allowed.flatten(1, -2).any(1)
+    return None if allowed.all() else allowed
 
 
 def _allowed(mask: Tensor, name: str) -> Tensor:

@@ -30,6 +30,7 @@ _OPENED = frozenset(
         Tensor.storage,
     )
 )
+_WRITTEN = -1  # stands for the version of a tensor that may be written unseen: none has it
 _NUMBERS = (int, float, complex, bool, str, types.NoneType, types.EllipsisType)
 _PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -51,7 +52,12 @@ class Provenance(TorchFunctionMode):
 
     def is_constant(self, x: Tensor) -> bool:
         known = self._known.get(id(x))
-        return known is not None and known[0]() is x and known[1] == x._version
+        if known is not None and known[0]() is x:
+            return known[1] == x._version
+        if type(x) is nn.Parameter:  # offloaded weights come as new parameters at each forward
+            self._remember(x)
+            return id(x) in self._known
+        return False
 
     def forget_dead(self) -> None:
         """Called between batches, so that the table does not grow."""
@@ -73,7 +79,7 @@ class Provenance(TorchFunctionMode):
             if not self.is_constant(first):
                 return False  # nearly all calls end here
             if func in _OPENED:
-                del self._known[id(first)]
+                self._known[id(first)] = (weakref.ref(first), _WRITTEN)
                 return False
             if func in _AS_FIRST:
                 return True
