@@ -375,6 +375,14 @@ def through_data_pointer(kept, data):
     ctypes.memmove(kept.data_ptr(), data.contiguous().data_ptr(), kept.nbytes)
 
 
+def into_new_memory(model, x):
+    """As a compiled extension writes, of which torch is told nothing."""
+    new = model.kept.new_empty(10, 8)
+    with torch._C.DisableTorchFunction():
+        through_data_pointer(new, x[0, :10])
+    return new
+
+
 CONSTANT = {
     "parameter": lambda m, x: m.table,
     "buffer": lambda m, x: m.kept,
@@ -396,7 +404,7 @@ OF_THE_BATCH = {
     "through a pointer": filled(through_data_pointer),
     "other memory": filled(lambda kept, data: setattr(kept, "data", data.clone())),
     "from numbers": lambda m, x: torch.tensor(x[0, :10].tolist()),
-    "into new memory": lambda m, x: m.kept.new_empty(10, 8).copy_(x[0, :10]),
+    "into new memory": into_new_memory,
 }
 
 
@@ -484,6 +492,18 @@ class TestInputsWithoutTheBatch:
         for name in names:
             assert_sums(own[name], torch.cat([x.flatten(0, -2) for x in inputs_of(model, name, batches)]))
 
+    def test_masks_are_of_tokens(self):
+        """A layer that has nothing but positions has all of them, also where they have the mask's shape."""
+
+        class Masked(Positions):
+            def forward(self, x, attention_mask):
+                return super().forward(x)
+
+        model, x = Masked(lambda m, x: m.table[None]), gaussian(1, 10, 8)
+        own = collect(model, [{"x": x, "attention_mask": torch.arange(10)[None] < 6}])
+        assert_sums(own["both"], x[0, :6])
+        assert_sums(own["only"], model.table.detach())
+
     def test_offloaded(self):
         """Weights that are put in place for each forward are constant, too."""
         accelerate = pytest.importorskip("accelerate")
@@ -525,6 +545,17 @@ class TestWrappers:
         assert list(own) == list(expected) and own.unreached == ()
         for name in own:
             assert_same(own[name], expected[name])
+
+    def test_nothing_is_compiled_anew(self):
+        compiled = []
+        model = torch.compile(tiny_model(), backend=lambda graph, _: compiled.append(1) or graph.forward)
+        model(gaussian(2, 64))
+        before = len(compiled)
+        collect(model, [gaussian(200, 64), gaussian(100, 64)])
+        for layer in model._orig_mod.layers:
+            layer["up"] = torch.compile(layer["up"], backend=lambda graph, _: compiled.append(1) or graph.forward)
+        collect(model, [gaussian(200, 64), gaussian(100, 64)])
+        assert len(compiled) == before > 0
 
     def test_compiled_encoder(self):
         model = TestMask().encoder_decoder("t5")

@@ -45,22 +45,30 @@ def collect_activations(
         model: with nn.Linear, transformers' Conv1D or `QuantLoRALinear` layers; run in eval mode without gradients, and
             left as it was, hooks and training flags included, also after an error or Ctrl-C.
         batches: each a tensor (model(x)), a tuple or list (model(*batch)) or a mapping (model(**batch)); tensors are
-            moved to the model's device. A mapping's "attention_mask" [batch, tokens] says which tokens count (those
-            that are not 0), in layers whose input is [batch, tokens, K] or [batch * tokens, K]; others, such as a
-            pooler's, count whole, and masks of other dimensions are left to the model. In encoder-decoder models it is
-            the mask of the encoder's layers and of what the decoder is given of the encoder's output; the decoder's
-            own tokens count as "decoder_attention_mask" says, all without one.
+            moved to the model's device. The argument "attention_mask" says which tokens count. [batch, tokens] holds 0
+            for padding, or negative numbers if it is added to scores; in [batch, ..., queries, tokens] padding is what
+            no query attends to. It applies to inputs [batch, tokens, K] (perhaps with an axis of heads),
+            [tokens, batch, K] and [batch * tokens, K]; others, such as a pooler's, count whole, with a warning if
+            these are all. Where batch = tokens, [batch, tokens] is assumed unless the layer had a batch of
+            [tokens, batch] before. In encoder-decoder models it is the mask of the encoder's layers and of what the
+            decoder is given of the encoder's output; the decoder's own tokens count as "decoder_attention_mask" says,
+            all without one.
         cfg: which layers, by ``include``, ``exclude`` and ``overrides``; default `QuantConfig()`.
         progress: show a bar on standard error.
         device: where the sums are kept; default: where the inputs are.
         share_inputs: False treats every layer on its own, for models in which layers have a common input in one batch
             and different ones in the next.
 
-    Layers that no token reached (experts never chosen) have no entry. Warns of layers with fewer tokens than channels:
-    S is singular then, which the initializers here can do with, but it says nothing about most directions.
+    Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out, except
+    in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as experts
+    never chosen, have no entry: they are in `ActivationStatistics.unreached`, with a warning. Also warns of layers with
+    fewer tokens than channels: S is singular then, which the initializers here can do with, but it says nothing about
+    most directions.
+
     Raises ValueError when no layer is selected, for no batch or no token, for NaN, Inf or squares beyond float32 in a
     layer's input (naming layer and batch), for an encoder-decoder model whose encoder is not to be found
-    (``get_encoder()``) where a mask could be either's; TypeError for a batch of another kind.
+    (``get_encoder()``) where a mask could be either's, for a pattern that matches no layer, and for a mask with numbers of both signs; TypeError
+    for a batch of another kind.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
