@@ -59,16 +59,16 @@ def collect_activations(
         share_inputs: False treats every layer on its own, for models in which layers have a common input in one batch
             and different ones in the next.
 
-    Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out, except
-    in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as experts
+    Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out,
+    except in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as experts
     never chosen, have no entry: they are in `ActivationStatistics.unreached`, with a warning. Also warns of layers with
     fewer tokens than channels: S is singular then, which the initializers here can do with, but it says nothing about
     most directions.
 
     Raises ValueError when no layer is selected, for no batch or no token, for NaN, Inf or squares beyond float32 in a
     layer's input (naming layer and batch), for an encoder-decoder model whose encoder is not to be found
-    (``get_encoder()``) where a mask could be either's, for a pattern that matches no layer, and for a mask with numbers of both signs; TypeError
-    for a batch of another kind.
+    (``get_encoder()``) where a mask could be either's, for a pattern that matches no layer, for a mask with numbers of
+    both signs; TypeError for a batch of another kind.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
