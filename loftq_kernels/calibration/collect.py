@@ -60,10 +60,10 @@ def collect_activations(
             and different ones in the next.
 
     Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out,
-    except in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as experts
-    never chosen, have no entry: they are in `ActivationStatistics.unreached`, with a warning. Also warns of layers with
-    fewer tokens than channels: S is singular then, which the initializers here can do with, but it says nothing about
-    most directions.
+    except in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as
+    experts never chosen, have no entry: they are in `ActivationStatistics.unreached`, with a warning. Also warns of
+    layers with fewer tokens than channels: S is singular then, which the initializers here can do with, but it says
+    nothing about most directions.
 
     Raises ValueError when no layer is selected, for no batch or no token, for NaN, Inf or squares beyond float32 in a
     layer's input (naming layer and batch), for an encoder-decoder model whose encoder is not to be found
