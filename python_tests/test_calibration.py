@@ -24,11 +24,12 @@ from helpers import (
 from torch import Tensor, nn
 
 import loftq_kernels as lk
-from loftq_kernels.calibration import collector
+from loftq_kernels.calibration import collector, provenance
 from loftq_kernels.models import convert
 
+pytestmark = pytest.mark.filterwarnings("ignore:no token reached", "ignore:.*fewer tokens than channels")
 WHAT = ("gram", "mean", "abs_mean", "abs_max")
-ALL = lk.QuantConfig(exclude=())
+ALL = lk.QuantConfig()
 
 
 def collect(model, batches, cfg=ALL, **options) -> lk.ActivationStatistics:
@@ -40,6 +41,29 @@ def assert_same(mine: lk.InputStatistics, other: lk.InputStatistics, rtol: float
     for what in WHAT:
         a, b = (getattr(own, what).cpu().double() for own in (mine, other))
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item(), msg=what)
+
+
+def inputs_of(model: nn.Module, name: str, batches) -> list[Tensor]:
+    """Every input that a layer gets, call by call, in float64."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0].detach().double()), with_kwargs=True
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(*batch if isinstance(batch, tuple) else (batch,))
+    hook.remove()
+    return seen
+
+
+def assert_sums(mine: lk.InputStatistics, rows: Tensor) -> None:
+    """Against explicit sums over rows [n, K], in float64."""
+    rows = rows.double().reshape(-1, mine.channels)
+    assert mine.tokens == len(rows)
+    expected = (rows.T @ rows / len(rows), rows.mean(0), rows.abs().mean(0), rows.abs().amax(0))
+    for what, b in zip(WHAT, expected, strict=True):
+        a = getattr(mine, what).double()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item(), msg=what)
 
 
 def has_hooks(model: nn.Module) -> bool:
@@ -216,7 +240,6 @@ class TestSharedInputs:
 
 
 class TestMask:
-    @pytest.mark.filterwarnings("ignore:.*fewer tokens than channels")
     def test_masked_tokens_do_not_count(self):
         """BERT with padding gives what the unpadded sentences give; the pooler sees one token of each."""
         model = tiny_bert()
@@ -229,7 +252,7 @@ class TestMask:
             assert padded[name].tokens == (3 if name == "pooler.dense" else 20)
             assert_same(padded[name], single[name], rtol=1e-4)
 
-    def test_flattened_inputs_and_other_masks(self):
+    def test_flattened_inputs(self):
         class Flat(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -240,7 +263,6 @@ class TestMask:
 
         x, mask = gaussian(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
         assert collect(Flat(), [{"x": x, "attention_mask": mask}] * 2)["up"].tokens == 14
-        assert collect(Flat(), [{"x": x, "attention_mask": mask[:, None, None]}])["up"].tokens == 10
 
     def encoder_decoder(self, kind: str):
         from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
@@ -253,7 +275,6 @@ class TestMask:
         sizes = {f"{of}_{what}": n for of in ("encoder", "decoder") for what, n in zip(both, (1, 2, 96), strict=True)}
         return BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=64, **sizes)).eval()
 
-    @pytest.mark.filterwarnings("ignore:.*fewer tokens than channels")
     @pytest.mark.parametrize("length", [12, 9])
     @pytest.mark.parametrize("kind", ["t5", "bart"])
     def test_encoder_decoder(self, kind, length):
@@ -266,7 +287,7 @@ class TestMask:
         names = ("k", "v") if kind == "t5" else ("k_proj", "v_proj")
         crossed = "EncDecAttention" if kind == "t5" else "encoder_attn"
         for extra, decoded in (({}, 2 * length), ({"decoder_attention_mask": decoder_mask}, 7 + length)):
-            own = collect(model, [{**batch, **extra}] * 2)
+            own = collect(model, [{**batch, **extra}] * 2, lk.QuantConfig(quantize_head=True))
             for name in own:
                 encodes = ".encoder." in f".{name}" or (crossed in name and name.rpartition(".")[2] in names)
                 assert own[name].tokens == 2 * (17 if encodes else decoded), name
@@ -301,6 +322,509 @@ class TestMask:
                 return super().forward(x)
 
         assert collect(Masked(), [{"x": x, "attention_mask": mask}])["out"].tokens == 60
+
+
+def tiny_deberta():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    positions = {"relative_attention": True, "position_buckets": 16, "max_relative_positions": -1}
+    config = transformers.DebertaV2Config(
+        **sizes, **positions, vocab_size=50, share_att_key=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm"
+    )
+    return transformers.DebertaV2Model(config).eval()
+
+
+class Positions(nn.Module):
+    """One layer for the tokens and for what `positions` makes of a table; another for the latter alone."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.both, self.only = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table = nn.Parameter(gaussian(10, 8, seed=1))
+        self.register_buffer("kept", gaussian(10, 8, seed=2))
+        self.norm = nn.LayerNorm(8)
+        self.positions = positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.positions(self, x)
+        return self.both(x).sum() + self.both(positions).sum() + self.only(positions).sum()
+
+
+def filled(write):
+    """What a function writes into the buffer is the batch's."""
+
+    def positions(model, x):
+        write(model.kept, x[0, :10])
+        return model.kept
+
+    return positions
+
+
+def through_out(kept, data):
+    torch.mul(data, 1, out=kept)
+
+
+def through_numpy(kept, data):
+    kept.numpy()[:] = data.numpy()
+
+
+def through_data_pointer(kept, data):
+    import ctypes
+
+    ctypes.memmove(kept.data_ptr(), data.contiguous().data_ptr(), kept.nbytes)
+
+
+def into_new_memory(model, x):
+    """As a compiled extension writes, of which torch is told nothing."""
+    new = model.kept.new_empty(10, 8)
+    with torch._C.DisableTorchFunction():
+        through_data_pointer(new, x[0, :10])
+    return new
+
+
+CONSTANT = {
+    "parameter": lambda m, x: m.table,
+    "buffer": lambda m, x: m.kept,
+    "computed": lambda m, x: m.norm(m.table * 2)[None, :4].expand(3, -1, -1).to(x.dtype),
+    "several": lambda m, x: torch.cat([m.table, *m.kept.chunk(2)]).add_(m.kept[0]),
+    "shaped by the batch": lambda m, x: m.table[0].expand_as(x).to(x),
+    "arange": lambda m, x: torch.sin(torch.arange(10)[:, None] * m.kept),
+}
+OF_THE_BATCH = {
+    "computed": lambda m, x: m.table + x[0, :10],
+    "chosen": lambda m, x: m.table[x[0, :, 0].argsort() % 10],
+    "assigned": filled(lambda kept, data: kept.__setitem__(slice(None), data)),
+    "copied": filled(lambda kept, data: kept.copy_(data)),
+    "through a view": filled(lambda kept, data: kept[:10].view(-1).copy_(data.flatten())),
+    "through .data": filled(lambda kept, data: kept.data.copy_(data)),
+    "through detach": filled(lambda kept, data: kept.detach().copy_(data)),
+    "through out": filled(through_out),
+    "through numpy": filled(through_numpy),
+    "through a pointer": filled(through_data_pointer),
+    "other memory": filled(lambda kept, data: setattr(kept, "data", data.clone())),
+    "from numbers": lambda m, x: torch.tensor(x[0, :10].tolist()),
+    "into new memory": into_new_memory,
+}
+
+
+class TestInputsWithoutTheBatch:
+    """Inputs made of parameters and buffers alone are no tokens of a layer that has tokens."""
+
+    @pytest.mark.parametrize("share_inputs", [True, False])
+    def test_deberta(self, share_inputs):
+        """Query and key projections are also given the relative positions, here [1, 32, K], as are the tokens."""
+        model = tiny_deberta()
+        mask = (torch.arange(32) < 20).long()[None]
+        batches = [{"input_ids": torch.arange(32)[None] + i, "attention_mask": mask} for i in range(3)]
+        own = collect(model, batches, share_inputs=share_inputs)
+        for layer in range(2):
+            name = f"encoder.layer.{layer}.attention.self"
+            values = inputs_of(model, f"{name}.value_proj", batches)
+            expected = torch.cat([x[0, :20] for x in values])
+            assert len(inputs_of(model, f"{name}.key_proj", batches)) == 6
+            for which in ("query_proj", "key_proj", "value_proj"):
+                assert_sums(own[f"{name}.{which}"], expected)
+        lk.quantize_model(model, lk.QuantConfig(rank=4), progress=False)
+        quantized = collect(model, batches, share_inputs=share_inputs)
+        assert {statistics.tokens for statistics in quantized.values()} == {60}
+
+    @pytest.mark.parametrize("share_inputs", [True, False])
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+    @pytest.mark.parametrize("kind", CONSTANT)
+    def test_constant(self, kind, mode, share_inputs):
+        model, batches = Positions(CONSTANT[kind]), [gaussian(3, 12, 8, seed=i) for i in range(2)]
+        with mode():
+            own = collect(model, batches, share_inputs=share_inputs)
+        assert_sums(own["both"], torch.cat(batches))
+        assert_sums(own["only"], torch.cat(inputs_of(model, "only", batches)))
+
+    @pytest.mark.parametrize("kind", OF_THE_BATCH)
+    def test_of_the_batch(self, kind):
+        """What is computed or written from the batch counts, and what may be."""
+        model, batches = Positions(OF_THE_BATCH[kind]), [gaussian(3, 12, 8, seed=i) for i in range(2)]
+        own = collect(model, batches, share_inputs=False)
+        assert_sums(own["both"], torch.cat([x.reshape(-1, 8) for x in inputs_of(model, "both", batches)]))
+        assert_sums(own["only"], torch.cat(inputs_of(model, "only", batches)))
+
+    def test_written_in_an_earlier_batch(self):
+        """A memory of the batch before is data, though a buffer."""
+
+        def remember(model, x):
+            before = model.kept + 0
+            model.kept.copy_(x[0, :10])
+            return before
+
+        model, batches = Positions(remember), [gaussian(3, 12, 8, seed=i) for i in range(3)]
+        own = collect(model, batches)
+        assert_sums(own["both"], torch.cat([x.view(-1, 8) for x in [*batches, batches[0][0, :10], batches[1][0, :10]]]))
+        assert_sums(own["only"], torch.cat([batches[0][0, :10], batches[1][0, :10]]))
+
+    def test_positions_before_the_first_tokens(self):
+        """Also where a layer has its first tokens in a later batch, and shared its positions until then."""
+
+        class Late(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+                self.table = nn.Parameter(gaussian(10, 8))
+
+            def forward(self, x, late: bool):
+                y = self.q(self.table) + self.k(self.table) + self.v(self.table)
+                return self.k(x).sum() + y.sum() if late else y
+
+        x, model = gaussian(30, 8), Late()
+        own = collect(model, [(x, False), (x, True), (x, False)])
+        assert_sums(own["k"], x)
+        for name in ("q", "v"):
+            assert_sums(own[name], torch.cat([model.table.detach()] * 3))
+        assert own["q"] is own["v"]
+
+    def test_swin_keeps_its_position_mlp(self):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
+        torch.manual_seed(0)
+        model = transformers.Swinv2Model(transformers.Swinv2Config(**sizes)).eval()
+        batches = [{"pixel_values": gaussian(2, 3, 16, 16, seed=i)} for i in range(2)]
+        own = collect(model, batches)
+        names = [name for name in own if "continuous_position_bias_mlp" in name]
+        assert len(names) == 2 and own.unreached == ()
+        for name in names:
+            assert_sums(own[name], torch.cat([x.flatten(0, -2) for x in inputs_of(model, name, batches)]))
+
+    def test_masks_are_of_tokens(self):
+        """A layer that has nothing but positions has all of them, also where they have the mask's shape."""
+
+        class Masked(Positions):
+            def forward(self, x, attention_mask):
+                return super().forward(x)
+
+        model, x = Masked(lambda m, x: m.table[None]), gaussian(1, 10, 8)
+        own = collect(model, [{"x": x, "attention_mask": torch.arange(10)[None] < 6}])
+        assert_sums(own["both"], x[0, :6])
+        assert_sums(own["only"], model.table.detach())
+
+    def test_offloaded(self):
+        """Weights that are put in place for each forward are constant, too."""
+        accelerate = pytest.importorskip("accelerate")
+        model = accelerate.cpu_offload(tiny_deberta(), "cpu", preload_module_classes=["DebertaV2Encoder"])
+        mask = (torch.arange(32) < 20).long()[None]
+        own = collect(model, [{"input_ids": torch.arange(32)[None], "attention_mask": mask}] * 2)
+        assert {statistics.tokens for statistics in own.values()} == {40}
+
+    def test_nothing_is_held(self):
+        model = Positions(lambda m, x: m.norm(m.table))
+        own = provenance.Provenance(model)
+        for _ in range(50):
+            with own, torch.no_grad():
+                model(gaussian(3, 12, 8))
+            own.forget_dead()
+        assert len(own._known) == len([*model.parameters(), *model.buffers()])
+
+
+class TestWrappers:
+    """Models inside wrappers, compiled and called before, have their own names and every layer observed."""
+
+    def wrapped(self, model, kind: str):
+        model = model.eval()
+        if kind == "blocks":
+            for layer in model.layers:
+                for name in ("up", "down"):
+                    layer[name] = torch.compile(layer[name], backend="eager")
+        elif kind == "method":
+            model.compile(backend="eager")
+        else:
+            model = torch.compile(model, backend="eager")
+        model(gaussian(2, 64))
+        return nn.DataParallel(model) if kind == "twice" else model
+
+    @pytest.mark.parametrize("kind", ["whole", "blocks", "method", "twice"])
+    def test_compiled_and_called(self, kind):
+        own = collect(self.wrapped(tiny_model(), kind), [gaussian(200, 64)])
+        expected = collect(tiny_model(), [gaussian(200, 64)])
+        assert list(own) == list(expected) and own.unreached == ()
+        for name in own:
+            assert_same(own[name], expected[name])
+
+    def test_nothing_is_compiled_anew(self):
+        compiled = []
+        model = torch.compile(tiny_model(), backend=lambda graph, _: compiled.append(1) or graph.forward)
+        model(gaussian(2, 64))
+        before = len(compiled)
+        collect(model, [gaussian(200, 64), gaussian(100, 64)])
+        for layer in model._orig_mod.layers:
+            layer["up"] = torch.compile(layer["up"], backend=lambda graph, _: compiled.append(1) or graph.forward)
+        collect(model, [gaussian(200, 64), gaussian(100, 64)])
+        assert len(compiled) == before > 0
+
+    def test_compiled_encoder(self):
+        model = TestMask().encoder_decoder("t5")
+        tokens, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+        mask[1, 5:] = 0
+        batch = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens + 3}
+        expected = {name: own.tokens for name, own in collect(model, [batch]).items()}
+        model.encoder = torch.compile(model.encoder, backend="eager")
+        assert {name: own.tokens for name, own in collect(model, [batch]).items()} == expected
+
+    def test_flex_attention(self):
+        model = tiny_bert()
+        expected = collect(model, [TOKENS])
+        model.set_attn_implementation("flex_attention")
+        for name, own in collect(model, [TOKENS]).items():
+            assert_same(own, expected[name], rtol=1e-4)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Mixture(nn.Module):
+    """Mixtral's layer as it was before its experts became one tensor: all experts are called, some with no token."""
+
+    def __init__(self, skips: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(64, 4, bias=False)
+        self.gate.weight.data[3] = -self.gate.weight.data[:3].mean(0)  # some tokens choose it: see `forward`
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        self.skips = skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        chosen = self.gate(flat)[:, :3].topk(2).indices  # expert 3 is never chosen
+        y = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (tokens,) = (chosen == number).any(1).nonzero(as_tuple=True)
+            if len(tokens) or not self.skips:
+                y.index_add_(0, tokens, expert(flat[tokens]))
+        return y.view_as(x)
+
+
+IDLE = ("experts.3.w1", "experts.3.w2", "experts.3.w3")
+
+
+class TestUnreached:
+    CFG = lk.QuantConfig("nf2", rank=8, include="experts.*")
+
+    def collected(self, skips: bool = False):
+        return collect(Mixture(skips), [gaussian(5, 40, 64, seed=i) for i in range(2)], self.CFG)
+
+    @pytest.mark.parametrize("skips", [False, True])
+    def test_named_once(self, skips):
+        """Whether an expert without tokens is called or not."""
+        with pytest.warns(UserWarning, match="no token reached 3 of 12 layers.*experts.3.w1") as warned:
+            own = self.collected(skips)
+        assert len(warned) == 1 and own.unreached == IDLE and len(own) == 9
+        x = gaussian(5, 40, 64), gaussian(5, 40, 64, seed=1)
+        assert_sums(own["experts.0.w1"], torch.cat(inputs_of(Mixture(skips), "experts.0.w1", x)))
+
+    def test_file(self, tmp_path):
+        own = self.collected()
+        own.save(tmp_path / "file")
+        assert lk.ActivationStatistics.load(tmp_path / "file").unreached == IDLE
+
+    def test_file_from_before(self, tmp_path):
+        """One without the field."""
+        self.collected().save(tmp_path / "file")
+        ((key, text),) = TestFile().metadata(tmp_path / "file").items()
+        described = json.loads(text)
+        del described["unreached"]
+        save_file(load_file(tmp_path / "file"), tmp_path / "file", {key: json.dumps(described)})
+        own = lk.ActivationStatistics.load(tmp_path / "file")
+        assert own.unreached == () and len(own) == 9
+        with pytest.raises(ValueError, match="lack layer 'experts.3.w1'"):
+            lk.quantize_model(
+                Mixture(False), dataclasses.replace(self.CFG, init="eora"), statistics=own, progress=False
+            )
+
+    @pytest.mark.parametrize("init", ["eora", "aser", "loftq"])
+    def test_quantized_without_data(self, init, tmp_path):
+        """They get LoftQ without data; the others what they would get alone."""
+        self.collected().save(tmp_path / "file")
+        statistics = lk.ActivationStatistics.load(tmp_path / "file")
+        model, cfg = Mixture(False), dataclasses.replace(self.CFG, init=init)
+        with pytest.warns(UserWarning, match="no calibration token reached 3 layers.*experts.3.w1") as warned:
+            report = lk.quantize_model(model, cfg, statistics=statistics, progress=False)
+        assert len(warned) == 1 and len(report.layers) == 12
+        reached, idle = Mixture(False), Mixture(False)
+        lk.quantize_model(
+            reached, dataclasses.replace(cfg, exclude="experts.3.*"), statistics=statistics, progress=False
+        )
+        lk.quantize_model(
+            idle, dataclasses.replace(cfg, include="experts.3.*", init="loftq"), statistics=None, progress=False
+        )
+        for layer in report.layers:
+            alone = (idle if layer.name in IDLE else reached).get_submodule(layer.name)
+            x = gaussian(5, alone.in_features)
+            torch.testing.assert_close(model.get_submodule(layer.name)(x), alone(x), msg=layer.name)
+            assert (layer.weighted_error is None) == (layer.name in IDLE)
+
+    @pytest.mark.parametrize("init", ["eora", "loftq"])
+    def test_planned(self, init):
+        pytest.importorskip("scipy")
+        cfg = dataclasses.replace(self.CFG, init=init)
+        statistics = self.collected()
+        with pytest.warns(UserWarning, match="no calibration token reached 3 layers") as warned:
+            plan = lk.plan_bits(Mixture(False), 3.0, ["nf2", "nf4"], cfg, statistics=statistics, progress=False)
+        assert len(warned) == 1
+        assert set(IDLE) < set(plan.layers) and len(plan.layers) == 12
+        with pytest.warns(UserWarning, match="no calibration token reached 3 layers"):
+            lk.quantize_model(Mixture(False), cfg, plan=plan, statistics=statistics, progress=False)
+
+    def test_layers_that_are_never_called(self):
+        own = collect(Attention(), [gaussian(40, 16)])
+        assert own.unreached == ("expert",)
+
+
+class Padded(nn.Module):
+    """A layer of tokens in any layout, which is given a mask that only calibration reads."""
+
+    def __init__(self, layout=lambda x: x):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.layout = layout
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.up(self.layout(x))
+
+
+def added(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+
+LEFT, RIGHT = torch.arange(5) >= torch.tensor([[3], [0], [1]]), torch.arange(5) < torch.tensor([[2], [5], [4]])
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+MASKS = {
+    "bool": lambda mask: mask,
+    "int32": lambda mask: mask.int(),
+    "uint8": lambda mask: mask.byte(),
+    "float16": lambda mask: mask.half(),
+    "segments": lambda mask: mask.long() * 3,
+    "added": added,
+    "added half": lambda mask: torch.where(mask, 0.0, -torch.inf).half(),
+    "of keys": lambda mask: mask[:, None, None],
+    "of keys, added": lambda mask: added(mask[:, None, None]),
+    "of pairs": lambda mask: mask[:, None] & mask[..., None],
+    "causal": lambda mask: added(mask[:, None, None] & CAUSAL),
+}
+LAYOUTS = {
+    "batch first": lambda x: x,
+    "tokens first": lambda x: x.transpose(0, 1),
+    "flat": lambda x: x.flatten(0, 1),
+    "heads": lambda x: x[:, :, None].expand(-1, -1, 2, -1),
+    "heads first": lambda x: x[:, None].expand(-1, 2, -1, -1),
+}
+
+
+class TestMasks:
+    """Of every form, against explicit sums over the tokens."""
+
+    @pytest.mark.parametrize("side", [LEFT, RIGHT], ids=["left", "right"])
+    @pytest.mark.parametrize("form", MASKS)
+    def test_forms(self, form, side):
+        x = gaussian(3, 5, 8)
+        batches = [{"x": x, "attention_mask": MASKS[form](side)}] * 2
+        assert_sums(collect(Padded(), batches)["up"], torch.cat([x[side]] * 2))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts(self, layout):
+        """Also batches of different lengths."""
+        batches, kept = [], []
+        for length in (5, 9, 3):
+            x, mask = gaussian(3, length, 8, seed=length), torch.arange(length) < torch.tensor([[2], [length], [1]])
+            batches.append({"x": x, "attention_mask": mask})
+            kept.append(x[mask].repeat(2 if "heads" in layout else 1, 1))
+        # The last is square: its layout is that of those before.
+        assert_sums(collect(Padded(LAYOUTS[layout]), batches)["up"], torch.cat(kept))
+
+    def test_all_that_is_added_is_zero(self):
+        """As of a batch without padding, or with nothing but padding where integers say so."""
+        x = gaussian(3, 5, 8)
+        assert collect(Padded(), [{"x": x, "attention_mask": torch.zeros(3, 5)}])["up"].tokens == 15
+        batches = [{"x": x, "attention_mask": mask.long().expand(3, 5)} for mask in (torch.zeros(1), torch.ones(1))]
+        assert_sums(collect(Padded(), batches)["up"], x)
+
+    @pytest.mark.parametrize("kind", [tuple, list])
+    def test_by_position(self, kind):
+        x = gaussian(3, 5, 8)
+        assert_sums(collect(Padded(), [kind((x, RIGHT))])["up"], x[RIGHT])
+
+    def test_of_a_tokenizer(self):
+        """A BatchEncoding is a mapping, though no dict; and left padding counts as right padding."""
+        transformers = pytest.importorskip("transformers")
+        model, mask = tiny_bert(), torch.arange(12) >= torch.tensor([[4], [0]])
+        batch = transformers.BatchEncoding({"input_ids": TOKENS, "attention_mask": mask.long()})
+        own = collect(model, [batch])
+        seen = inputs_of(model, "encoder.layer.1.output.dense", [dict(batch)])[0]
+        assert_sums(own["encoder.layer.1.output.dense"], seen[mask])
+
+    def test_tokens_removed_by_the_model(self):
+        """Padding that never reaches a layer is not cut a second time."""
+
+        class Unpadded(Padded):
+            def forward(self, x, attention_mask):
+                return self.up(x[attention_mask])
+
+        x = gaussian(3, 5, 8)
+        with pytest.warns(UserWarning, match=r"attention mask of shape \(3, 5\) fits the input of no selected layer"):
+            own = collect(Unpadded(), [{"x": x, "attention_mask": RIGHT}])
+        assert_sums(own["up"], x[RIGHT])
+
+    def test_tokens_first_of_transformers(self):
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=2, d_inner=48)
+        model, mask = transformers.XLNetModel(config).eval(), torch.ones(2, 12, dtype=torch.long)
+        mask[0, 7:] = 0
+        own = collect(model, [{"input_ids": TOKENS, "attention_mask": mask}])
+        assert own and {statistics.tokens for statistics in own.values()} == {19}
+
+    def test_both_signs(self):
+        mask = torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.0]]).expand(3, 5)
+        with pytest.raises(ValueError, match="attention_mask of batch 0 holds numbers from -1 to 1"):
+            collect(Padded(), [{"x": gaussian(3, 5, 8), "attention_mask": mask}])
+
+
+class TestWhichLayersAndCalls:
+    def test_input_by_keyword(self):
+        class Keyword(Padded):
+            def forward(self, x):
+                return self.up(input=x)
+
+        x = gaussian(30, 8)
+        assert_sums(collect(Keyword(), [x])["up"], x)
+
+    def test_an_optional_layer(self):
+        """A layer of which a subclass takes None passes by."""
+        model = Padded()
+        model.up.forward = lambda x: x if x is None else nn.functional.linear(x, model.up.weight)
+        model.layout = lambda x: None if len(x) == 0 else x
+        assert_sums(collect(model, [gaussian(0, 8), gaussian(30, 8)])["up"], gaussian(30, 8))
+
+    def test_one_module_under_two_names(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        model.append(model[0])
+        own, x = collect(model, [gaussian(30, 8)]), gaussian(30, 8)
+        assert list(own) == ["0"]
+        with torch.no_grad():
+            assert_sums(own["0"], torch.cat([x, torch.tanh(model[0](x))]))
+
+    def test_modules_to_save_and_heads(self):
+        cfg = lk.QuantConfig(modules_to_save=("head",))
+        assert "head" not in collect(tiny_model(), [gaussian(200, 64)], cfg)
+        assert "lm_head" in collect(tiny_gpt2(), [TOKENS], lk.QuantConfig(quantize_head=True))
+
+    def test_adapters_of_peft(self):
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=4, target_modules=["query"]))
+        own = collect(model, [TOKENS])
+        assert not any("lora" in name for name in [*own, *own.unreached])
+        assert own["base_model.model.encoder.layer.0.attention.self.query.base_layer"].tokens == 24
 
 
 class TestModelIsLeftAsItWas:
@@ -429,7 +953,11 @@ class TestBadData:
 
     def test_no_layer(self):
         with pytest.raises(ValueError, match="no linear layer to observe"):
-            collect(tiny_model(), [gaussian(9, 64)], lk.QuantConfig(include="nothing"))
+            collect(tiny_model(), [gaussian(9, 64)], lk.QuantConfig(exclude=("layers.*", "head")))
+        with pytest.raises(ValueError, match="no linear layer to observe"):
+            collect(tiny_model(), [gaussian(9, 64)], lk.QuantConfig(layer_types=("embedding",)))
+        with pytest.raises(ValueError, match="'haed' matches no module of the model; near: 'head'"):
+            collect(tiny_model(), [gaussian(9, 64)], lk.QuantConfig(exclude=("haed",)))
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +1054,7 @@ class TestQuantizeModel:
                 raise KeyboardInterrupt
             return initialize(*args, **kwargs)
 
-        monkeypatch.setattr(lk.convert, "initialize", interrupt)
+        monkeypatch.setattr(convert, "initialize", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lk.quantize_model(model, cfg, statistics=own, progress=False)
         kinds = {type(m) for m in model.modules()}
@@ -595,7 +1123,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"version": 2}, "version 1"),
+            ({"version": 2}, "version is 2"),
             ({"layers": []}, "layers"),
             ({"layers": {}}, "layers"),
             ({"layers": {"q": 2}}, "layer 'q' has statistics 2 of 2"),
@@ -615,7 +1143,7 @@ class TestFile:
             lk.ActivationStatistics.load(file)
         for text in ("{", "[]", "null"):
             save_file(load_file(file), file, {key: text})
-            with pytest.raises(ValueError, match="its header"):
+            with pytest.raises(ValueError, match="hold activation statistics: (this is not JSON|version is None)"):
                 lk.ActivationStatistics.load(file)
 
     def metadata(self, file):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.calibration.collector import Collector, Layer
+from loftq_kernels.calibration.provenance import Provenance
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.patterns import check_patterns
+from loftq_kernels.models.select import Context
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
@@ -41,22 +45,30 @@ def collect_activations(
         model: with nn.Linear, transformers' Conv1D or `QuantLoRALinear` layers; run in eval mode without gradients, and
             left as it was, hooks and training flags included, also after an error or Ctrl-C.
         batches: each a tensor (model(x)), a tuple or list (model(*batch)) or a mapping (model(**batch)); tensors are
-            moved to the model's device. A mapping's "attention_mask" [batch, tokens] says which tokens count (those
-            that are not 0), in layers whose input is [batch, tokens, K] or [batch * tokens, K]; others, such as a
-            pooler's, count whole, and masks of other dimensions are left to the model. In encoder-decoder models it is
-            the mask of the encoder's layers and of what the decoder is given of the encoder's output; the decoder's
-            own tokens count as "decoder_attention_mask" says, all without one.
+            moved to the model's device. The argument "attention_mask" says which tokens count. [batch, tokens] holds 0
+            for padding, or negative numbers if it is added to scores; in [batch, ..., queries, tokens] padding is what
+            no query attends to. It applies to inputs [batch, tokens, K] (perhaps with an axis of heads),
+            [tokens, batch, K] and [batch * tokens, K]; others, such as a pooler's, count whole, with a warning if
+            these are all. Where batch = tokens, [batch, tokens] is assumed unless the layer had a batch of
+            [tokens, batch] before. In encoder-decoder models it is the mask of the encoder's layers and of what the
+            decoder is given of the encoder's output; the decoder's own tokens count as "decoder_attention_mask" says,
+            all without one.
         cfg: which layers, by ``include``, ``exclude`` and ``overrides``; default `QuantConfig()`.
         progress: show a bar on standard error.
         device: where the sums are kept; default: where the inputs are.
         share_inputs: False treats every layer on its own, for models in which layers have a common input in one batch
             and different ones in the next.
 
-    Layers that no token reached (experts never chosen) have no entry. Warns of layers with fewer tokens than channels:
-    S is singular then, which the initializers here can do with, but it says nothing about most directions.
+    Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out,
+    except in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as
+    experts never chosen, have no entry: they are in `ActivationStatistics.unreached`, with a warning. Also warns of
+    layers with fewer tokens than channels: S is singular then, which the initializers here can do with, but it says
+    nothing about most directions.
+
     Raises ValueError when no layer is selected, for no batch or no token, for NaN, Inf or squares beyond float32 in a
     layer's input (naming layer and batch), for an encoder-decoder model whose encoder is not to be found
-    (``get_encoder()``) where a mask could be either's; TypeError for a batch of another kind.
+    (``get_encoder()``) where a mask could be either's, for a pattern that matches no layer, for a mask with numbers of
+    both signs; TypeError for a batch of another kind.
     """
     cfg = cfg or QuantConfig()
     if not isinstance(cfg, QuantConfig):
@@ -65,31 +77,45 @@ def collect_activations(
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}")
     model = unwrapped(model)
     check_patterns(model, cfg)
-    collector = Collector(share_inputs, device)
-    layers = {name: module for name, module in named_modules(model) if _is_selected(name, module, cfg)}
+    encoder = _encoder(model)
+    layers = _selected(model, cfg, encoder)
     if not layers:
         raise ValueError(f"no linear layer to observe: include={cfg.include}, exclude={cfg.exclude}")
-    encoder = _encoder(model)
-    target = next((p.device for p in model.parameters()), torch.device("cpu"))
+    collector = Collector(layers.values(), share_inputs, device)
+    target = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))  # offloaded ones are
     total = len(batches) if isinstance(batches, Sized) else None
-    with _observing(model, layers, encoder, collector):
+    with _observing(model, layers, encoder, collector) as provenance:
         for number, batch in enumerate(
             tqdm(batches, desc="calibrate", unit="batch", total=total, disable=not progress)
         ):
             arguments, keywords = _arguments(_to_device(batch, target))
-            collector.start(number, keywords, _is_encoder_decoder(model, keywords), encoder is not None)
-            model(*arguments, **keywords)
+            named = _named_arguments(model, arguments, keywords)
+            collector.start(number, named, _is_encoder_decoder(model, named), encoder is not None)
+            with provenance:
+                model(*arguments, **keywords)
             collector.finish()
+            provenance.forget_dead()
     with torch.inference_mode(False), torch.no_grad():
         return collector.results()
 
 
-def _is_selected(name: str, module: nn.Module, cfg: QuantConfig) -> bool:
+def _selected(model: nn.Module, cfg: QuantConfig, encoder: nn.Module | None) -> dict[nn.Module, Layer]:
+    """The layers that cfg lets `quantize_model` quantize, and those that it has quantized already."""
+    context = Context(model, cfg)
+    encoding = set() if encoder is None else set(encoder.modules())
+    return {
+        module: Layer(name, module in encoding)
+        for name, module in named_modules(model)
+        if _is_observed(module, cfg) and context.reason_of_name(module, name, cfg.for_layer(name)) is None
+    }
+
+
+def _is_observed(module: nn.Module, cfg: QuantConfig) -> bool:
     """As `quantize_model`, which leaves subclasses of nn.Linear alone."""
     kind = kind_of(module)
-    if kind is None or not kind.observed or not (isinstance(module, QuantLoRAModule) or kind.why_not(module) is None):
+    if kind is None or not kind.observed or kind.layer_type not in cfg.layer_types:
         return False
-    return cfg.selects(name) and not cfg.saves(name) and cfg.for_layer(name) is not None
+    return isinstance(module, QuantLoRAModule) or kind.why_not(module) is None
 
 
 def _is_encoder_decoder(model: nn.Module, keywords: Mapping[str, Any]) -> bool:
@@ -100,7 +126,9 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     """As transformers' models tell it, which return themselves if they have none."""
     get_encoder = getattr(model, "get_encoder", None)
     encoder = get_encoder() if callable(get_encoder) else None
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+    if not isinstance(encoder, nn.Module) or encoder is model:
+        return None
+    return unwrapped(encoder)
 
 
 def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
@@ -113,6 +141,17 @@ def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, got {type(batch).__name__}")
 
 
+def _named_arguments(model: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by the names that the model's forward gives them: a mask may come by its position."""
+    if not arguments:
+        return keywords
+    try:
+        positional = inspect.signature(model.forward).bind_partial(*arguments).arguments
+    except (TypeError, ValueError):  # the model itself says what is wrong with its arguments
+        return keywords
+    return {**positional, **keywords}
+
+
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
@@ -123,23 +162,30 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Compiled parts of a model run as they were written: what was compiled before does not call hooks of today."""
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled, and the import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def _observing(
-    model: nn.Module, layers: Mapping[str, nn.Module], encoder: nn.Module | None, collector: Collector
-) -> Iterator[None]:
-    """Hooks on, eval mode, no gradients; all as before on the way out."""
+    model: nn.Module, layers: Mapping[nn.Module, Layer], encoder: nn.Module | None, collector: Collector
+) -> Iterator[Provenance]:
+    """Hooks on, eval mode, no gradients, nothing compiled; all as before on the way out."""
     training = [(module, module.training) for module in model.modules()]
     handles = []
-    encoding = set() if encoder is None else set(encoder.modules())
+    provenance = Provenance(model)
     try:
         if encoder is not None:
             handles.append(encoder.register_forward_hook(functools.partial(_keep_encoded, collector)))
-        for name, module in layers.items():
-            hook = functools.partial(_hook, collector, Layer(name, module in encoding))
+        for module, layer in layers.items():
+            hook = functools.partial(_hook, collector, provenance, layer)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         model.eval()
-        with torch.inference_mode(False), torch.no_grad():
-            yield
+        with _uncompiled(), torch.inference_mode(False), torch.no_grad():
+            yield provenance
     finally:
         for handle in handles:
             handle.remove()
@@ -147,11 +193,14 @@ def _observing(
             module.training = flag
 
 
-def _hook(collector: Collector, layer: Layer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _hook(
+    collector: Collector, provenance: Provenance, layer: Layer, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0:  # of anything else the layer itself complains
-        with torch.autocast(x.device.type, enabled=False):
-            collector.observe(layer, x)
+    with torch._C.DisableTorchFunction():  # provenance is of what the model computes
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0:  # the layer itself complains of other x
+            with torch.autocast(x.device.type, enabled=False):
+                collector.observe(layer, x, provenance.is_constant(x))
 
 
 def _keep_encoded(collector: Collector, module: nn.Module, args: tuple, output: Any) -> None:

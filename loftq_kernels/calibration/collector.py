@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.calibration.activations import ActivationStatistics
+from loftq_kernels.calibration.masks import spread, token_axes, token_mask
 from loftq_kernels.initializers import InputStatistics
 
 # Rows of x that are multiplied in float32 at a time: a sum of so many products has a relative error of some 1e-6, which
@@ -26,6 +26,8 @@ class Layer:
     in_encoder: bool = False
     sums: _Sums | None = None
     inputs: int = 0  # that it has had; those of its sums, between two batches
+    has_tokens: bool = False  # whether any of them depended on the batch
+    tokens_first: bool = False  # whether they are [tokens, batch, K]
 
 
 class _Sums:
@@ -76,17 +78,14 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _mask(mask: Any) -> Tensor | None:
-    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _fits(x: Tensor, shape: torch.Size) -> bool:
-    """Whether x is [batch, tokens, K] or [batch * tokens, K]."""
-    return x.shape[:-1] in (shape, (math.prod(shape),))
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 class Collector:
-    def __init__(self, share_inputs: bool, device: torch.device | str | None):
+    def __init__(self, layers: Iterable[Layer], share_inputs: bool, device: torch.device | str | None):
+        self.layers = list(layers)
         self.share_inputs, self.device = share_inputs, device
         self.sums: list[_Sums] = []
         self.by_input: dict[int, _Sums] = {}  # id of an input of this batch -> where it went
@@ -95,18 +94,23 @@ class Collector:
         self.decoder_mask: Tensor | None = None
         self.decoder_shape: torch.Size | None = None  # [batch, tokens] of encoder-decoder models
         self.encoded: Tensor | None = None
+        self.masks_used = False
+        self.mask_without_use: tuple[int, ...] | None = None  # the shape of one that leaves out tokens, and fitted none
 
     def start(self, number: int, keywords: Mapping[str, Any], encoder_decoder: bool, encoder_known: bool) -> None:
         self.batches = number + 1
         self.by_input.clear()
         self.encoded = None
-        self.mask, self.decoder_mask = (_mask(keywords.get(f"{of}attention_mask")) for of in ("", "decoder_"))
+        self.mask, self.decoder_mask = (
+            token_mask(keywords.get(key), f"the {key} of batch {number}")
+            for key in ("attention_mask", "decoder_attention_mask")
+        )
         self.decoder_shape = None
         if not encoder_decoder:
             return
         known = [keywords.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids")]
         self.decoder_shape = next((own.shape[:2] for own in known if isinstance(own, Tensor)), torch.Size())
-        one_for_both = self.mask is not None and not self.mask.all() and self.mask.shape == self.decoder_shape
+        one_for_both = self.mask is not None and self.mask.shape == self.decoder_shape
         if one_for_both and not encoder_known:
             raise ValueError(
                 f"the attention_mask of batch {number} is the encoder's, but the decoder's inputs have its shape "
@@ -128,7 +132,25 @@ class Collector:
             f"layers {names} had a common input at first, but not in batch {self.batches - 1}: pass share_inputs=False"
         )
 
-    def observe(self, layer: Layer, x: Tensor) -> None:
+    def observe(self, layer: Layer, x: Tensor, constant: bool) -> None:
+        """Count an input of a layer. One that is constant, that is, does not depend on the batch, holds no tokens: it
+        counts as long as the layer has had no other."""
+        if constant and layer.has_tokens:
+            return
+        if not constant and not layer.has_tokens:
+            self._forget_inputs(layer)
+            layer.has_tokens = True
+        self._add(layer, x)
+
+    def _forget_inputs(self, layer: Layer) -> None:
+        if layer.sums is None:
+            return
+        layer.sums.layers.remove(layer)
+        if not layer.sums.layers:
+            self.sums.remove(layer.sums)
+        layer.sums, layer.inputs = None, 0
+
+    def _add(self, layer: Layer, x: Tensor) -> None:
         if layer.sums is None:
             found = self.by_input.get(id(x)) if self.share_inputs else None
             # Only sums of nothing but this input can be shared; later ones hold what this layer has not had.
@@ -154,16 +176,27 @@ class Collector:
     def _counted(self, layer: Layer, x: Tensor) -> Tensor:
         """x [..., K] -> [n, K], without the tokens that the mask leaves out."""
         rows, mask = x.detach().reshape(-1, x.shape[-1]), self._mask_of(layer, x)
-        if mask is None or not _fits(x, mask.shape):
+        if mask is None:
             return rows
-        return rows[mask.flatten().to(x.device)]
+        shape = x.shape[:-1]
+        axes = token_axes(shape, mask.shape, layer.tokens_first)
+        if axes is None:
+            self.mask_without_use = tuple(mask.shape)
+            return rows
+        self.masks_used = True
+        layer.tokens_first = axes == (1, 0)
+        return rows[spread(mask, shape, axes).to(x.device)]
 
     def _mask_of(self, layer: Layer, x: Tensor) -> Tensor | None:
         """Whose tokens x holds is told by the layer, by the tensor (cross-attention is given the encoder's output
         itself) and, where the two have different lengths, by the shape."""
+        if not layer.has_tokens:
+            return None
         if self.decoder_shape is None or layer.in_encoder or x is self.encoded:
             return self.mask
-        return self.decoder_mask if _fits(x, self.decoder_shape) else self.mask
+        if len(self.decoder_shape) == 2 and token_axes(x.shape[:-1], self.decoder_shape) is not None:
+            return self.decoder_mask
+        return self.mask
 
     def results(self) -> ActivationStatistics:
         if self.batches == 0:
@@ -181,10 +214,26 @@ class Collector:
             by_layer |= dict.fromkeys(names, own)
             if own.tokens < own.channels:
                 few.append(f"{names[0]} ({own.tokens} tokens, {own.channels} channels)")
+        unreached = [layer.name for layer in self.layers if layer.name not in by_layer]
+        self._warn(few, unreached)
+        return ActivationStatistics(by_layer, unreached)
+
+    def _warn(self, few: list[str], unreached: list[str]) -> None:
+        said = []
         if few:
-            warnings.warn(
+            said.append(
                 f"{len(few)} inputs have fewer tokens than channels, so that their Gram matrices are singular: "
-                f"{', '.join(few[:3])}{', ...' if len(few) > 3 else ''}; calibrate on more data",
-                stacklevel=3,
+                f"{_named(few)}; calibrate on more data"
             )
-        return ActivationStatistics(by_layer)
+        if unreached:
+            said.append(
+                f"no token reached {len(unreached)} of {len(self.layers)} layers, which have no statistics and will be "
+                f"initialized without data: {_named(unreached)}"
+            )
+        if self.mask_without_use is not None and not self.masks_used:
+            said.append(
+                f"an attention mask of shape {self.mask_without_use} fits the input of no selected layer: padding "
+                "counts as tokens"
+            )
+        for text in said:
+            warnings.warn(text, stacklevel=4)

@@ -93,7 +93,8 @@ def plan_bits(
     for name, values in named.items():
         selection = select_layers(model, _config_of(values, cfg))
         skipped |= selection.skipped
-        found[name] = with_statistics(_that_fit(selection.candidates, values["rank"], skipped), statistics)
+        fitting = _that_fit(selection.candidates, values["rank"], skipped)
+        found[name] = with_statistics(fitting, statistics, warn=not found)
     if not any(found.values()):
         raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
     if count == "total":

@@ -12,11 +12,14 @@ from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.select import Candidate
 
 
-def with_statistics(candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None) -> list[Candidate]:
+def with_statistics(
+    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None, *, warn: bool = True
+) -> list[Candidate]:
     """The candidates with the statistics that their initializers need or take.
 
-    Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning. Raises
-    ValueError for layers that lack statistics otherwise, or whose statistics do not fit.
+    Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning (if asked
+    for: who calls this again for the same layers has warned). Raises ValueError for layers that lack statistics
+    otherwise, or whose statistics do not fit.
     """
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
@@ -28,7 +31,7 @@ def with_statistics(candidates: list[Candidate], statistics: Mapping[str, InputS
             chosen.append(_data_free(candidate))
         else:
             chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
-    if without:
+    if without and warn:
         warnings.warn(
             f"no calibration token reached {len(without)} layers, which are initialized without data: "
             f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",

@@ -62,7 +62,7 @@ def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
     """
     check_patterns(model, cfg)
     selection = Selection(already=list(quantized_layers(model)))
-    context = _Context(model, cfg)
+    context = Context(model, cfg)
     for module, names in context.names_of.items():
         kind = kind_of(module)
         if kind is None or kind.layer_type not in cfg.layer_types or names[0] in selection.already:
@@ -94,7 +94,7 @@ def _check_overrides(cfg: QuantConfig, selection: Selection) -> None:
             raise ValueError(f"overrides: {pattern!r} changes no layer: {left!r} {selection.skipped[left]}")
 
 
-class _Context:
+class Context:
     """What the reasons need to know of the whole model."""
 
     def __init__(self, model: nn.Module, cfg: QuantConfig):
@@ -114,9 +114,10 @@ class _Context:
     def reason_to_skip(
         self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig | None
     ) -> str | None:
-        return self._reason_of_name(module, name, layer_cfg) or self._reason_of_module(module, name, kind, layer_cfg)
+        return self.reason_of_name(module, name, layer_cfg) or self._reason_of_module(module, name, kind, layer_cfg)
 
-    def _reason_of_name(self, module: nn.Module, name: str, layer_cfg: LayerConfig | None) -> str | None:
+    def reason_of_name(self, module: nn.Module, name: str, layer_cfg: LayerConfig | None) -> str | None:
+        """Why cfg leaves a layer dense, whatever its weight is; None where it does not."""
         if self.cfg.saves(name):
             return "stays dense and is trained, as modules_to_save says"
         if id(module) in self.inside_peft:
