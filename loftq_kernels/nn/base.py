@@ -17,8 +17,8 @@ from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
-from loftq_kernels.ops.checks import check_rank
-from loftq_kernels.ops.constant import Constant, plain, plain_state, restore_constants
+from loftq_kernels.ops.checks import check_rank, is_sharded
+from loftq_kernels.ops.constant import Constant, plain, restore_constants
 
 PACKED = ("codes", "scale", "offset", "codebook")
 _STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
@@ -260,8 +260,6 @@ class QuantLoRAModule(Mergeable):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            plain_state(destination, (prefix + name for name in PACKED))
         if self.lora_A is None:
             destination.pop(prefix + _STATE, None)
 
@@ -289,7 +287,7 @@ class QuantLoRAModule(Mergeable):
             return f"{name} is {stored.dtype}, this layer stores {own.dtype}"
         if name != "codebook" or stored.is_meta:
             return None
-        if hasattr(stored, "to_local") and hasattr(own, "to_local"):  # shards of a DTensor
+        if is_sharded(stored) and is_sharded(own):
             stored, expected = stored.to_local(), own.to_local()
         else:
             expected = get_format(self.format.name).codebook(stored.device)

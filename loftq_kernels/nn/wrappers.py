@@ -26,6 +26,12 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return model._modules.get("module") if mine.intersection(_MODULE) else None
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as it was written: `fully_shard` puts a subclass of it and of its own FSDPModule in place."""
+    first, *rest = type(module).__mro__
+    return rest[1] if rest[0].__name__ == "FSDPModule" else first
+
+
 def plain_name(name: str) -> str:
     """A module's or tensor's name without the parts that wrappers of inner modules add to it."""
     return ".".join(part for part in name.split(".") if part not in _IN_NAMES)

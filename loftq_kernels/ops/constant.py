@@ -327,16 +327,9 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
 def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     """Make the module's parameters of these names `Constant` again, after a change of device or an assignment.
 
-    torch then puts an `nn.Parameter` in their place. Sharded ones (DTensor) stay as they are.
+    torch then puts an `nn.Parameter` in their place, or what a state_dict held. Sharded ones (DTensor) stay as they are.
     """
     for name in names:
         parameter = module._parameters.get(name)
-        if type(parameter) is nn.Parameter:
+        if type(parameter) in (nn.Parameter, _Alias):
             module._parameters[name] = Constant(parameter)
-
-
-def plain_state(destination: dict[str, Any], keys: Iterable[str]) -> None:
-    """For `Module._save_to_state_dict`: put plain tensors in the place of the aliases under these keys."""
-    for key in keys:
-        if isinstance(destination.get(key), _Alias):
-            destination[key] = plain(destination[key])
