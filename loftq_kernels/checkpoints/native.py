@@ -49,7 +49,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 
     If anything fails, a checkpoint that was there before stays as it was. Of a model that is sharded (fully_shard,
     tensor parallel plans) every process has to call this: its tensors are gathered one by one, process 0 writes, and
-    the others return when it has. Raises ValueError when the model has no quantized layer, or tensors on the meta device.
+    the others return when it has.
+
+    Raises ValueError when the model has no quantized layer, or tensors on the meta device.
     """
     path, model = Path(path), unwrapped(model)
     layers = {
