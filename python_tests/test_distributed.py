@@ -16,7 +16,7 @@ from helpers import gaussian, tiny_model
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -133,8 +133,10 @@ def sharded(rank: int, world: int, folder: str) -> dict:
     found["state"] = get_model_state_dict(model, options=EVERYTHING)
     found["refusals"] = refusals(model, folder)
     lk.save_quantized(model, folder / "native")
+    found["load"] = message_of(lambda: lk.load_quantized(folder / "native", model))
     found["saved"] = sorted(file.name for file in (folder / "native").iterdir())  # when any process returns
     found |= {"gathered": gathered(model), "again": str(lk.quantize_model(model, progress=False).summary)}
+    found |= {"bfloat16": in_bfloat16(folder), "quantize": dense_and_sharded()}
     checkpoint.save(get_model_state_dict(model), checkpoint_id=folder / "parts")
     found["from parts"] = from_parts(folder / "parts")
     found["from the whole"] = from_the_whole(folder / "whole.pt", meta=False)
@@ -179,6 +181,32 @@ def gathered(model: nn.Module) -> torch.Tensor:
     assert block.self_attn.q_proj.has_adapter
     block.reshard()
     return weight
+
+
+def in_bfloat16(folder: Path) -> dict:
+    """A policy casts every parameter of its groups; quantized layers are groups apart, without one."""
+    policy, found = MixedPrecisionPolicy(param_dtype=torch.bfloat16), {}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(trained_llama(), mesh=mesh, mp_policy=policy)
+    found["together"] = message_of(lambda: logits_of(model))
+    model = trained_llama()
+    for layer in layers_of(model).values():
+        fully_shard(layer, mesh=mesh)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    found["gradients"] = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    found["logits"] = logits_of(model)
+    lk.save_quantized(model, folder / "bfloat16")
+    return found
+
+
+def dense_and_sharded() -> str:
+    """What quantizing a model says that is sharded already."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return message_of(lambda: quantized(model))
 
 
 def from_parts(folder: Path) -> tuple:
@@ -351,6 +379,28 @@ class TestFullyShard:
         expected = whole()[0].model.layers[0].self_attn.q_proj.weight.clone().detach()
         for found in results[0]:
             close(found["gathered"], expected)
+
+    def test_layers_inside_a_mixed_precision_policy(self, results):
+        model = trained_llama()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        for found in (result["bfloat16"] for result in results[0]):
+            assert "codebook must be float32, got torch.bfloat16" in found["together"]
+            assert "fully_shard" in found["together"] and "\n" not in found["together"]
+            assert found["logits"].dtype == torch.bfloat16
+            torch.testing.assert_close(found["logits"].float(), logits_of(model), rtol=0.05, atol=0.02)
+            trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            assert found["gradients"].keys() == trained.keys()
+            for name, gradient in found["gradients"].items():
+                assert gradient.dtype == torch.float32
+                difference = (gradient - trained[name]).norm() / trained[name].norm().clamp_min(1e-12)
+                assert difference < 0.05, name
+        loaded = lk.load_quantized(results[1] / "bfloat16")
+        assert torch.equal(logits_of(loaded), logits_of(model)) and states(loaded) == states(model)
+
+    def test_conversions_after_sharding_are_refused(self, results):
+        for found in results[0]:
+            assert "is sharded: load into the whole model, then call fully_shard" in found["load"]
+            assert "its weight is sharded: quantize the whole model, then call fully_shard" in found["quantize"]
 
     def test_quantizing_again(self, results):
         assert all("14 layers were quantized before" in found["again"] for found in results[0])

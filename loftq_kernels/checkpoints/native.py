@@ -26,7 +26,7 @@ from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, Te
 from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
-from loftq_kernels.nn.wrappers import named_modules, plain_name, set_submodule, submodule, unwrapped
+from loftq_kernels.nn.wrappers import is_fully_sharded, named_modules, plain_name, set_submodule, submodule, unwrapped
 from loftq_kernels.ops.checks import DTYPES_BY_NAME, is_sharded
 from loftq_kernels.ops.constant import Constant, plain
 from loftq_kernels.storage import files
@@ -54,6 +54,8 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     Raises ValueError when the model has no quantized layer, or tensors on the meta device.
     """
     path, model = Path(path), unwrapped(model)
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # the root keeps the copies that it computed with, perhaps in a lower precision
     layers = {
         name: LayerSpec.of(module)
         for name, module in named_modules(model, remove_duplicate=False)

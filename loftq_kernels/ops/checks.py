@@ -46,7 +46,10 @@ def bits_of(codebook: Tensor) -> int:
     if bits not in packing.BITS or codebook.numel() != 2**bits or codebook.dim() != 1:
         raise ValueError(f"codebook has shape {tuple(codebook.shape)}: expected [2^bits] with bits in {packing.BITS}")
     if codebook.dtype != torch.float32:
-        raise ValueError(f"codebook must be float32, got {codebook.dtype}")
+        raise ValueError(
+            f"codebook must be float32, got {codebook.dtype}: a MixedPrecisionPolicy of fully_shard casts all of its "
+            "group, so call fully_shard of each quantized layer, without one, before that of what is around it"
+        )
     return bits
 
 
