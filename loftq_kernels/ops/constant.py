@@ -327,8 +327,8 @@ def keep_dtypes(fn: Callable[[Tensor], Tensor], module: nn.Module, names: Iterab
 def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
     """Make the module's parameters of these names `Constant` again, after a change of device or an assignment.
 
-    torch then puts an `nn.Parameter` in their place, or what a state_dict held. Sharded ones (DTensor) stay as they
-    are.
+    torch then puts an `nn.Parameter` in their place, which is of the alias's class if it was made from `data`. Sharded
+    ones (DTensor) stay as they are.
     """
     for name in names:
         parameter = module._parameters.get(name)
