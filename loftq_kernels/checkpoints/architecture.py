@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq_kernels.nn.wrappers import own_class
+
 _NEEDS_HF = "transformers models need: pip install 'loftq_kernels[hf]'"
 
 
@@ -58,9 +60,10 @@ def architecture_of(file: Path) -> str:
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """What `skeleton` rebuilds a transformers model from, as JSON values; None for any other model."""
-    if not type(model).__module__.startswith("transformers."):
+    cls = own_class(model)
+    if not cls.__module__.startswith("transformers."):
         return None
-    described = {"class": type(model).__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
+    described = {"class": cls.__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
     if getattr(model, "generation_config", None) is not None:
         described["generation_config"] = json.loads(model.generation_config.to_json_string(use_diff=False))
     return described

@@ -7,6 +7,7 @@ a quantized layer is ever allocated, and nothing of the model is changed before 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 
 from loftq_kernels.checkpoints import architecture
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, CheckpointConfig, LayerSpec
-from loftq_kernels.formats import get_format
+from loftq_kernels.formats import PackedTensor, get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
 from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
-from loftq_kernels.nn.wrappers import named_modules, plain_name, set_submodule, submodule, unwrapped
-from loftq_kernels.ops.checks import DTYPES_BY_NAME
+from loftq_kernels.nn.wrappers import is_fully_sharded, named_modules, plain_name, set_submodule, submodule, unwrapped
+from loftq_kernels.ops.checks import DTYPES_BY_NAME, is_sharded
 from loftq_kernels.ops.constant import Constant, plain
 from loftq_kernels.storage import files
 
@@ -46,10 +47,15 @@ _PENDING = "tensors"  # of a tensor file until its content has given it a name
 def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Write a model that has quantized layers into the folder path, with everything needed to load it.
 
-    If anything fails, a checkpoint that was there before stays as it was. Raises ValueError when the model has no
-    quantized layer, or tensors on the meta device.
+    If anything fails, a checkpoint that was there before stays as it was. Of a model that is sharded (fully_shard,
+    tensor parallel plans) every process has to call this: its tensors are gathered one by one, process 0 writes, and
+    the others return when it has.
+
+    Raises ValueError when the model has no quantized layer, or tensors on the meta device.
     """
     path, model = Path(path), unwrapped(model)
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # the root keeps the copies that it computed with, perhaps in a lower precision
     layers = {
         name: LayerSpec.of(module)
         for name, module in named_modules(model, remove_duplicate=False)
@@ -59,12 +65,33 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} has no QuantLoRALinear (or its like); call quantize_model first")
     if "" in layers:
         raise ValueError("the model is itself a quantized layer: put it into a module, or save its state_dict")
-    for name in layers:
-        submodule(model, name).packed.validate()
     tensors, tied = _collect_tensors(model)
+    with _one_writer(model) as writes:
+        if writes:
+            _write(path, model, layers, tensors, tied)
+
+
+@contextlib.contextmanager
+def _one_writer(model: nn.Module) -> Iterator[bool]:
+    """Whether this process writes the model. Of a sharded one the first does, and the others wait for it."""
+    if not any(is_sharded(tensor) for _, tensor in _named_tensors(model)):
+        yield True
+        return
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.barrier()
+
+
+def _write(
+    path: Path, model: nn.Module, layers: dict[str, LayerSpec], tensors: dict[str, Tensor], tied: dict[str, str]
+) -> None:
+    """Check the tensors and write them."""
     on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
+    for name in layers:
+        _packed_of(name, submodule(model, name), tensors, tied).validate()
     path.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
     with files.replacing(path / _PENDING) as pending:
@@ -80,6 +107,20 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
             plain=isinstance(model, architecture.PlainModel),
         )
         _publish(path, pending, config)
+
+
+def _packed_of(
+    name: str, layer: QuantLoRAModule, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> PackedTensor:
+    """A layer's packed weight as it is going to be written."""
+    keys = [f"{name}.{part}" for part in PACKED]
+    held = layer.packed
+    return PackedTensor(
+        *(tensors.get(tied.get(key, key)) for key in keys),
+        in_features=held.shape[1],
+        group_size=held.group_size,
+        format=held.format,
+    )
 
 
 def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
@@ -153,6 +194,8 @@ def load_quantized(
         config = _with_dtypes(config, stored)
         model = _architecture(path, config, stored) if model is None else model
         target = unwrapped(model)
+        if sharded := [name for name, tensor in _named_tensors(target) if is_sharded(tensor)]:
+            raise ValueError(f"{sharded[0]!r} is sharded: load into the whole model, then call fully_shard")
         _check_places(target, config.layers)
         layers = {name: spec.build() for name, spec in config.layers.items()}
         _check_tensors(target, layers, config, stored)
@@ -260,10 +303,17 @@ def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
         name = plain_name(name)
         source = first_name.setdefault(id(tensor), name)
         if source == name:
-            tensors[name] = plain(tensor)
+            tensors[name] = _whole(tensor)
         else:
             tied[name] = source
     return tensors, tied
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The plain tensor; one that is sharded is gathered to process 0, while the others hold nothing of it."""
+    if not is_sharded(tensor):
+        return plain(tensor)
+    return tensor.detach().full_tensor().to("cpu" if torch.distributed.get_rank() == 0 else "meta")
 
 
 def _check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:

@@ -17,6 +17,7 @@ from loftq_kernels.nn.adapters import is_peft_layer, quantized_layers
 from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
+from loftq_kernels.ops.checks import is_sharded
 from loftq_kernels.storage.packing import num_groups
 
 LEFT_DENSE = "left dense by an override"
@@ -134,8 +135,8 @@ class Context:
         if shared := [owner for owner in self.owners[id(module.weight)] if owner != f"{name}.weight"]:
             return f"its weight is shared with {', '.join(shared)}"
         return (
-            reason_of_extras(module, kind)
-            or _reason_of_weight(module.weight)
+            _reason_of_weight(module.weight)
+            or reason_of_extras(module, kind)
             or _reason_of_size(module, kind, layer_cfg)
         )
 
@@ -158,6 +159,8 @@ def _peft_parts(layer: nn.Module) -> set[int]:
 
 
 def _reason_of_weight(weight: Tensor) -> str | None:
+    if is_sharded(weight):
+        return "its weight is sharded: quantize the whole model, then call fully_shard"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype in _NARROW:

@@ -18,7 +18,7 @@ from loftq_kernels.nn.expansion import expanded
 from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
-from loftq_kernels.ops.checks import check_rank
+from loftq_kernels.ops.checks import check_rank, is_sharded
 from loftq_kernels.ops.constant import Constant, keep_dtypes, plain, restore_constants
 
 PACKED = ("codes", "scale", "offset", "codebook")
@@ -135,7 +135,7 @@ class QuantLoRAModule(Mergeable):
         for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
             if value is not None:
                 old = getattr(self, name)
-                value = value.detach().to(device=packed.device, dtype=old.dtype, copy=True)
+                value = value.detach().to(packed.device, old.dtype).clone(memory_format=torch.contiguous_format)
                 setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     @property
@@ -303,7 +303,7 @@ class QuantLoRAModule(Mergeable):
             return f"{name} is {stored.dtype}, this layer stores {own.dtype}"
         if name != "codebook" or stored.is_meta:
             return None
-        if hasattr(stored, "to_local") and hasattr(own, "to_local"):  # shards of a DTensor
+        if is_sharded(stored) and is_sharded(own):
             stored, expected = stored.to_local(), own.to_local()
         else:
             expected = get_format(self.format.name).codebook(stored.device)

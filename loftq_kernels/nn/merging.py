@@ -9,6 +9,7 @@ from torch import nn
 
 from loftq_kernels.formats import PackedTensor, quantize
 from loftq_kernels.ops.checks import SCALE_DTYPES
+from loftq_kernels.ops.constant import Constant
 from loftq_kernels.storage.packing import group_width
 
 
@@ -19,6 +20,11 @@ class Mergeable(nn.Module):
         """Raise the ValueError that `merge_adapter` would raise for the kind or state of the adapter."""
         if self.lora_A is None:
             return
+        if type(self._parameters["codes"]) is not Constant:  # nn.Parameter or DTensor, which fully_shard puts back
+            raise ValueError(
+                "fully_shard manages the layer's parameters and would undo the merge: merge before fully_shard, or in "
+                "one process, after save_quantized and load_quantized"
+            )
         if not self.adapter_enabled:
             raise ValueError("the adapter is disabled, and merging would add it: call enable_adapter first")
         if self.adapter == "lora" and not requantize:

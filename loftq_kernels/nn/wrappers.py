@@ -26,6 +26,16 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return model._modules.get("module") if mine.intersection(_MODULE) else None
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether the module was given to `fully_shard`, which makes a class of its FSDPModule and the module's own."""
+    return type(module).__mro__[1].__name__ == "FSDPModule"
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as it was written."""
+    return type(module).__mro__[2 if is_fully_sharded(module) else 0]
+
+
 def plain_name(name: str) -> str:
     """A module's or tensor's name without the parts that wrappers of inner modules add to it."""
     return ".".join(part for part in name.split(".") if part not in _IN_NAMES)

@@ -46,7 +46,10 @@ def bits_of(codebook: Tensor) -> int:
     if bits not in packing.BITS or codebook.numel() != 2**bits or codebook.dim() != 1:
         raise ValueError(f"codebook has shape {tuple(codebook.shape)}: expected [2^bits] with bits in {packing.BITS}")
     if codebook.dtype != torch.float32:
-        raise ValueError(f"codebook must be float32, got {codebook.dtype}")
+        raise ValueError(
+            f"codebook must be float32, got {codebook.dtype}: a MixedPrecisionPolicy of fully_shard casts all of its "
+            "group, so call fully_shard of each quantized layer, without one, before that of what is around it"
+        )
     return bits
 
 
@@ -78,10 +81,21 @@ def check_low_rank(weight: Tensor, low_rank: Tensor) -> None:
     check_same_device("low_rank", low_rank, "weight", weight)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part; imports nothing of torch.distributed."""
+    return hasattr(tensor, "to_local")
+
+
 def check_packed(
     codes: Tensor, scale: Tensor, offset: Tensor | None, codebook: Tensor, in_features: int, group_size: int
 ) -> None:
     """The stored tensors of one weight agree with each other and with in_features."""
+    if not torch.compiler.is_compiling() and is_sharded(codes):
+        raise ValueError(
+            f"the packed weight is sharded (codes {tuple(codes.shape)}, of which {tuple(codes.to_local().shape)} are "
+            "here): call unshard() of the module that was given to fully_shard first, on every process, or compute "
+            "with the shards themselves, to_local()"
+        )
     bits = bits_of(codebook)
     packing.check_group_size(group_size)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
