@@ -30,7 +30,7 @@ def load_dense(path: str | Path, *, layers: Iterable[str] | None = None, model: 
         model: plain files: the model that they belong to; filled in place, and returned.
 
     Raises FileNotFoundError when there is no such folder or no safetensors file in it, ValueError for files that
-    cannot be read, a quantized folder, plain files without ``layers`` or ``model``, and patterns that match no matrix.
+    cannot be read or lack tensors, a quantized folder, finished or not, plain files without ``layers`` or ``model``, and patterns that match no matrix.
     """
     path = Path(path)
     if not path.is_dir():
@@ -51,11 +51,15 @@ def load_dense(path: str | Path, *, layers: Iterable[str] | None = None, model: 
 
 def _from_transformers(path: Path) -> nn.Module:
     cls = model_class(architecture_of(path / "config.json"))
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": "auto", "output_loading_info": True}
     try:
-        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
+        model, told = cls.from_pretrained(path, **options)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         wrong = f"cannot be loaded as {cls.__name__} (truncated, corrupted or of another model?)"
         raise ValueError(f"{path} {wrong}: {type(error).__name__}: {error}") from error
+    if missing := sorted(told["missing_keys"]):  # which transformers fills with random values
+        raise ValueError(f"{path} lacks {len(missing)} tensors of {cls.__name__}: {', '.join(missing[:5])}")
+    return model.eval()
 
 
 def _all_tensors(found: list[Path]) -> dict[str, Tensor]:
@@ -65,6 +69,10 @@ def _all_tensors(found: list[Path]) -> dict[str, Tensor]:
         if twice := own.keys() & tensors.keys():
             raise ValueError(f"{file} holds {min(twice)!r}, which another file of the folder holds, too")
         tensors.update(own)
+    if packed := [name for name in tensors if name.endswith(".codes") and f"{name[:-5]}codebook" in tensors]:
+        raise ValueError(
+            f"{found[0].parent} holds packed weights, {packed[0]!r}, without a {CONFIG_NAME}: an unfinished save?"
+        )
     return tensors
 
 

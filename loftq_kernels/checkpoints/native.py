@@ -8,9 +8,8 @@ a quantized layer is ever allocated, and nothing of the model is changed before 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +21,11 @@ from loftq_kernels.checkpoints import architecture
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, CheckpointConfig, LayerSpec
 from loftq_kernels.formats import get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
+from loftq_kernels.models.select import carry_over, reason_of_extras
 from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
-from loftq_kernels.nn.wrappers import named_modules, plain_name, set_submodule, submodule, unwrapped
+from loftq_kernels.nn.wrappers import named_modules, named_tensors, set_submodule, submodule, unwrapped
 from loftq_kernels.ops.checks import DTYPES_BY_NAME
 from loftq_kernels.ops.constant import Constant, plain
 from loftq_kernels.storage import files
@@ -38,8 +38,8 @@ _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: 
 _SAFETENSORS_DTYPES |= {torch.float64: "F64"}  # offsets that a float64 adapter was merged into
 _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U8": "uint8", "I8": "int8"}
 _TORCH_NAMES |= {"I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
-_TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_BYTES = {name: getattr(torch, own).itemsize for name, own in _TORCH_NAMES.items()}
+_TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+_TORCH_NAMES |= {"U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"}
 _PENDING = "tensors"  # of a tensor file until its content has given it a name
 
 
@@ -85,8 +85,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
     """Give a written tensor file its name, let the config name it, and remove the one that the config named before.
 
-    The temporary name, which tells the writer, stays beside the final one until the config is written: where the
-    writer is killed in between, `_remove_unfinished` knows both.
+    The temporary name, which tells the writer, stays beside the final one until the config is written (where links are
+    not to be had, as a file that holds the final one): if the writer is killed in between, `_remove_unfinished` knows
+    both.
     """
     files.sync(pending)
     previous, new = _tensor_file_of(path), path / config.tensor_file
@@ -96,6 +97,7 @@ def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
             os.link(pending, new)
         except OSError:  # the name is taken, or the file system has no links
             pending.replace(new)
+            pending.write_text(new.name, encoding="utf-8")
         with files.replacing(path / CONFIG_NAME) as temporary:
             temporary.write_text(config.to_json(), encoding="utf-8")
     except BaseException:
@@ -110,18 +112,23 @@ def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
 def _remove_unfinished(path: Path) -> None:
     """Remove what saves that were killed have left: temporary files, and tensor files that no config came to name."""
     current = _tensor_file_of(path)
-    nested = {file.name[1:].rsplit(".", 2)[0] for file in path.glob(f"..{_PENDING}.*.tmp")}  # of earlier versions
-    for left in itertools.chain.from_iterable(files.abandoned(path / name) for name in (_PENDING, *nested)):
+    for left in files.abandoned(path, rf"{_PENDING}|\.{_PENDING}\.\d+\.tmp"):  # the second of earlier versions
         for file in path.glob("model-????????????.safetensors"):
-            if file.name != current and file.samefile(left):
+            if file.name != current and (file.samefile(left) or _is_about(left, file)):
                 file.unlink(missing_ok=True)
         left.unlink(missing_ok=True)
+
+
+def _is_about(left: Path, file: Path) -> bool:
+    """Whether a temporary name holds the name of a file, see `_publish`."""
+    return left.stat().st_size == len(file.name) and left.read_bytes() == file.name.encode()
 
 
 def _trained(model: nn.Module) -> list[str]:
     """Names of dense parameters that are trained beside the adapters, as modules_to_save has them."""
     adapters = {id(parameter) for parameter in adapter_parameters(model).values()}
-    return [plain_name(n) for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    names = {id(p): n for n, p in reversed(list(named_tensors(model))) if p.requires_grad and id(p) not in adapters}
+    return sorted(names.values())
 
 
 def load_quantized(
@@ -158,7 +165,10 @@ def load_quantized(
         _check_tensors(target, layers, config, stored)
         tensors = {name: stored.get_tensor(name).to(device) for name in _names(stored)}
     for name, layer in layers.items():
-        set_submodule(target, name, layer.train(submodule(target, name).training))
+        old = submodule(target, name)
+        if not isinstance(old, QuantLoRAModule):
+            carry_over(old, layer, kind_of(old))
+        set_submodule(target, name, layer.train(old.training))
     for name, tensor in tensors.items():
         _assign(target, name, tensor)
     for name, source in config.tied.items():
@@ -181,7 +191,7 @@ def tensor_reports(path: str | Path) -> list[TensorReport]:
         for name in _names(stored):
             own = stored.get_slice(name)
             shape = tuple(own.get_shape())
-            nbytes = torch.Size(shape).numel() * _BYTES[own.get_dtype()]
+            nbytes = torch.Size(shape).numel() * _dtype_of(name, own.get_dtype()).itemsize
             state = _state(name, config)
             reason = "left dense when the model was quantized" if state == DENSE else ""
             reports.append(TensorReport(name, shape, nbytes, state, name in config.trained, reason))
@@ -195,6 +205,14 @@ def _state(name: str, config: CheckpointConfig) -> str:
     if owner in config.layers and key != "bias":
         return ADAPTER
     return BUFFER if key.startswith(("running_", "num_batches", "position_ids", "inv_freq")) else DENSE
+
+
+def _dtype_of(name: str, stored: str) -> torch.dtype:
+    """The dtype that a safetensors header names. Raises ValueError for those that this torch lacks."""
+    dtype = getattr(torch, _TORCH_NAMES.get(stored, ""), None)
+    if dtype is None:
+        raise ValueError(f"tensor {name!r} is {stored}, which torch {torch.__version__} has no dtype for")
+    return dtype
 
 
 def _names(stored: safe_open) -> list[str]:
@@ -227,8 +245,7 @@ def _architecture(path: Path, config: CheckpointConfig, stored: safe_open) -> nn
     for name in _names(stored):
         if not name.startswith(inside):
             own = stored.get_slice(name)
-            dtype = getattr(torch, _TORCH_NAMES[own.get_dtype()])
-            tensors[name] = torch.empty(own.get_shape(), dtype=dtype, device="meta")
+            tensors[name] = torch.empty(own.get_shape(), dtype=_dtype_of(name, own.get_dtype()), device="meta")
     for name, spec in config.layers.items():
         tensors[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, device="meta")
         if spec.bias:
@@ -244,20 +261,12 @@ def _tensor_file_of(path: Path) -> str | None:
         return None
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, under every name of a shared one."""
-    return itertools.chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    )
-
-
 def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor (also buffers that state_dict leaves out) by its first name; the other names of shared ones."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first_name: dict[int, str] = {}
-    for name, tensor in _named_tensors(model):
-        name = plain_name(name)
+    for name, tensor in named_tensors(model):
         source = first_name.setdefault(id(tensor), name)
         if source == name:
             tensors[name] = plain(tensor)
@@ -287,6 +296,8 @@ def _check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
             )
         if (geometry := kind.geometry_of(old)) != spec.geometry:
             raise ValueError(f"layer {name!r} has {geometry}, the checkpoint holds {spec.geometry}")
+        if not isinstance(old, QuantLoRAModule) and (reason := reason_of_extras(old, kind)):
+            raise ValueError(f"layer {name!r} {reason}: load into a model without")
 
 
 def _check_tensors(
@@ -294,12 +305,10 @@ def _check_tensors(
 ) -> None:
     """The file holds what the model with its quantized layers needs: every name, shape, packed dtype and code book."""
     inside = tuple(f"{name}." for name in layers)
-    expected = {plain_name(name): tensor for name, tensor in _named_tensors(model)}
-    expected = {name: tensor for name, tensor in expected.items() if not name.startswith(inside)}
-    persistent = {plain_name(name) for name in model.state_dict(keep_vars=True)}
-    persistent = {name for name in persistent if not name.startswith(inside)}
+    expected = {name: tensor for name, tensor in named_tensors(model) if not name.startswith(inside)}
+    persistent = {name for name, _ in named_tensors(model, persistent=True) if not name.startswith(inside)}
     for layer_name, layer in layers.items():
-        own = {f"{layer_name}.{name}": tensor for name, tensor in _named_tensors(layer)}
+        own = {f"{layer_name}.{name}": tensor for name, tensor in named_tensors(layer)}
         expected.update(own)
         persistent.update(own)
     names = set(_names(stored))

@@ -18,6 +18,7 @@ from loftq_kernels.cli import options
 from loftq_kernels.models.allocate import DEFAULT_CANDIDATES, solve_plan
 from loftq_kernels.models.report import dense_line
 from loftq_kernels.ops import extension
+from loftq_kernels.storage import files
 
 # What a transformers user needs beside the weights: configs, tokenizers, processors, chat templates.
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab"}
@@ -73,10 +74,15 @@ def copy_companions(source: Path, target: Path) -> None:
         return
     for file in source.iterdir():
         if file.is_file() and file.suffix in _COMPANIONS and not any(file.match(name) for name in _NOT_COMPANIONS):
-            shutil.copyfile(file, target / file.name)
+            _copy(file, target / file.name)
     for name in _FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True, copy_function=_copy)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    with files.replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def inspect(args: argparse.Namespace) -> None:

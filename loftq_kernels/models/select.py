@@ -23,7 +23,7 @@ from loftq_kernels.models.patterns import check_patterns
 from loftq_kernels.nn.adapters import is_peft_layer, quantized_layers
 from loftq_kernels.nn.blocks import largest_lists
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
-from loftq_kernels.nn.wrappers import named_modules, unwrapped
+from loftq_kernels.nn.wrappers import named_modules, submodule, unwrapped
 from loftq_kernels.storage.packing import num_groups
 
 LEFT_DENSE = "left dense by an override"
@@ -343,7 +343,7 @@ def first_layers(
     model = unwrapped(model)
     name = _one_list(model) if blocks is None else blocks
     try:
-        module = model.get_submodule(name)
+        module = submodule(model, name)
     except AttributeError as error:
         raise ValueError(f"{type(model).__name__} has no module {name!r}") from error
     if not isinstance(module, nn.ModuleList | nn.Sequential):
