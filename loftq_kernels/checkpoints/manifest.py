@@ -23,7 +23,7 @@ from loftq_kernels.storage.packing import check_group_size, num_groups
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
 _VERSION_KEY = "loftq_format_version"
-_TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
+TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class CheckpointConfig:
         config = cls(**values)
         if config.transformers is not None and not isinstance(config.transformers, dict):
             raise ValueError(f"transformers must be a dict, got {config.transformers!r}")
-        if not _TENSOR_FILE.fullmatch(config.tensor_file):
+        if not TENSOR_FILE.fullmatch(config.tensor_file):
             raise ValueError(f"tensor_file {config.tensor_file!r} is not model-<12 hexadecimal digits>.safetensors")
         for name in (*config.tied.values(), *config.trained):
             if not isinstance(name, str):

@@ -8,7 +8,6 @@ a quantized layer is ever allocated, and nothing of the model is changed before 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq_kernels.checkpoints import architecture
-from loftq_kernels.checkpoints.manifest import CONFIG_NAME, CheckpointConfig, LayerSpec
+from loftq_kernels.checkpoints.manifest import CONFIG_NAME, TENSOR_FILE, CheckpointConfig, LayerSpec
 from loftq_kernels.formats import get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
 from loftq_kernels.models.select import carry_over, reason_of_extras
@@ -28,7 +27,7 @@ from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_modules, named_tensors, set_submodule, submodule, unwrapped
 from loftq_kernels.ops.checks import DTYPES_BY_NAME
 from loftq_kernels.ops.constant import Constant, plain
-from loftq_kernels.storage import files
+from loftq_kernels.storage import documents, files
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -41,6 +40,7 @@ _TORCH_NAMES |= {"I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 _TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 _TORCH_NAMES |= {"U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"}
 _PENDING = "tensors"  # of a tensor file until its content has given it a name
+_MARK = "unfinished"  # of a file with the names of tensor files that are being exchanged
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
@@ -85,43 +85,33 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
     """Give a written tensor file its name, let the config name it, and remove the one that the config named before.
 
-    The temporary name, which tells the writer, stays beside the final one until the config is written (where links are
-    not to be had, as a file that holds the final one): if the writer is killed in between, `_remove_unfinished` knows
-    both.
+    Meanwhile a temporary file names both, one of which is superfluous whenever the writer is killed.
     """
     files.sync(pending)
-    previous, new = _tensor_file_of(path), path / config.tensor_file
-    is_new = previous != config.tensor_file
-    try:
+    previous, new = _tensor_file_of(path), config.tensor_file
+    with files.replacing(path / _MARK) as mark:
+        mark.write_text(f"{new}\n{previous or ''}", encoding="utf-8")
         try:
-            os.link(pending, new)
-        except OSError:  # the name is taken, or the file system has no links
-            pending.replace(new)
-            pending.write_text(new.name, encoding="utf-8")
-        with files.replacing(path / CONFIG_NAME) as temporary:
-            temporary.write_text(config.to_json(), encoding="utf-8")
-    except BaseException:
-        if is_new:
-            new.unlink(missing_ok=True)
-        raise
-    pending.unlink(missing_ok=True)
-    if previous is not None and is_new:
-        (path / previous).unlink(missing_ok=True)
+            pending.replace(path / new)
+            documents.write_text(path / CONFIG_NAME, config.to_json())
+        except BaseException:
+            if _tensor_file_of(path) != new:
+                (path / new).unlink(missing_ok=True)
+            raise
+        if previous not in (None, new):
+            (path / previous).unlink(missing_ok=True)
+        mark.unlink()
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Remove what saves that were killed have left: temporary files, and tensor files that no config came to name."""
+    """Remove what saves that were killed have left: temporary files, and tensor files that the config does not name."""
     current = _tensor_file_of(path)
-    for left in files.abandoned(path, rf"{_PENDING}|\.{_PENDING}\.\d+\.tmp"):  # the second of earlier versions
-        for file in path.glob("model-????????????.safetensors"):
-            if file.name != current and (file.samefile(left) or _is_about(left, file)):
-                file.unlink(missing_ok=True)
-        left.unlink(missing_ok=True)
-
-
-def _is_about(left: Path, file: Path) -> bool:
-    """Whether a temporary name holds the name of a file, see `_publish`."""
-    return left.stat().st_size == len(file.name) and left.read_bytes() == file.name.encode()
+    for mark in files.abandoned(path, _MARK):
+        for name in mark.read_text(encoding="utf-8", errors="replace").splitlines():
+            if TENSOR_FILE.fullmatch(name) and name != current:
+                (path / name).unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
+    files.remove_abandoned(path, rf"{_PENDING}|\.{_PENDING}\.\d+\.tmp")  # the second of earlier versions
 
 
 def _trained(model: nn.Module) -> list[str]:

@@ -51,6 +51,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     left are removed first.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder")
     remove_abandoned(path.parent, re.escape(path.name))
     temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{next(_numbers)}.tmp")
     _writing.add(temporary.name)
