@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import TOKENS, gaussian, save_file, tiny_bert, tiny_gpt2
+from helpers import TOKENS, gaussian, load_file, save_file, tiny_bert, tiny_gpt2
 from torch import nn
 
 from loftq_kernels.checkpoints import architecture, dense
@@ -72,11 +72,11 @@ class TestPlainFolder:
         }
 
     def test_tree(self, tensors, tmp_path):
-        """Files are put together; only what can be nothing else becomes a linear layer; every name stays."""
+        """Files are put together; what the patterns name becomes a linear layer, nothing else; every name stays."""
         names = sorted(tensors)
         for i in range(2):
             save_file({name: tensors[name] for name in names[i::2]}, tmp_path / f"model-{i}.safetensors")
-        model = dense.load_dense(tmp_path)
+        model = dense.load_dense(tmp_path, layers=["embed", "*.up", "re:.*child"])
         state = model.state_dict()
         assert state.keys() == tensors.keys() and all(torch.equal(state[name], t) for name, t in tensors.items())
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -89,7 +89,96 @@ class TestPlainFolder:
         data = (tmp_path / "model.safetensors").read_bytes()
         (tmp_path / "model.safetensors").write_bytes(data[:100])
         with pytest.raises(ValueError, match="model.safetensors.*truncated"):
+            dense.load_dense(tmp_path, layers=["embed"])
+
+    def test_nothing_is_guessed(self, tensors, tmp_path):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"no config.json, and shapes do not tell.*layers=.*--include.*model="):
             dense.load_dense(tmp_path)
+        for pattern in ("body.0.norm", "conv", "odd", "mixed", "nothing"):  # no matrix with a bias to match
+            with pytest.raises(ValueError, match=f"'{pattern}' matches none of its matrices: "):
+                dense.load_dense(tmp_path, layers=["embed", pattern])
+
+    @pytest.mark.parametrize(
+        "tensors", [{"a.weight": gaussian(4, 4), "a": gaussian(3)}, {"forward.weight": gaussian(4, 4)}], ids=str
+    )
+    def test_names_that_make_no_tree(self, tensors, tmp_path):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="tensor names do not make a tree of modules"):
+            dense.load_dense(tmp_path, layers=["*"])
+
+
+class TestGivenModel:
+    """The plain files of a GPT-2: its matrices are [in, out], its head is tied and stored once."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tensors = {name: t.clone() for name, t in tiny_gpt2().state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, tmp_path / "model.safetensors")
+        return tmp_path
+
+    def blank(self):
+        model = tiny_gpt2()
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return model
+
+    def test_fills_it(self, folder):
+        model = self.blank()
+        assert dense.load_dense(folder, model=model) is model and not model.training
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(model(TOKENS).logits, tiny_gpt2()(TOKENS).logits)
+
+    def test_dtype_is_that_of_the_file(self, folder):
+        assert dense.load_dense(folder, model=self.blank().bfloat16()).lm_head.weight.dtype == torch.float32
+
+    def test_shared_tensors_that_differ(self, folder):
+        save_file({"lm_head.weight": gaussian(50, 64)}, folder / "other.safetensors")
+        with pytest.raises(ValueError, match="shares .*lm_head.weight, which differ in the files"):
+            dense.load_dense(folder, model=self.blank())
+
+    def test_another_model(self, folder):
+        with pytest.raises(ValueError, match='the files are not those of Linear: .*Missing key.*"weight"'):
+            dense.load_dense(folder, model=nn.Linear(3, 3))
+
+    def test_without_values(self, tmp_path):
+        class Shifted(nn.Linear):
+            def __init__(self):
+                super().__init__(4, 4, bias=False)
+                self.register_buffer("shift", torch.ones(4), persistent=False)
+
+        save_file({"weight": gaussian(4, 4)}, tmp_path / "model.safetensors")
+        with torch.device("meta"):
+            empty = Shifted()
+        with pytest.raises(ValueError, match="Shifted has no values for shift: do not build it on meta"):
+            dense.load_dense(tmp_path, model=empty)
+
+
+class TestDamaged:
+    """transformers would fill with random values what these lack."""
+
+    def folder(self, tmp_path, **changes):
+        tiny_bert().save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return tmp_path
+
+    def test_more_layers_than_tensors(self, tmp_path):
+        with pytest.raises(ValueError, match="BertModel needs 16 tensors that the files lack: encoder.layer.2"):
+            dense.load_dense(self.folder(tmp_path, num_hidden_layers=3))
+
+    def test_other_shapes(self, tmp_path):
+        with pytest.raises(ValueError, match=r"needs '.*' of shape \(128, .*, the file holds \(64"):
+            dense.load_dense(self.folder(tmp_path, hidden_size=128))
+
+    def test_weights_of_which_the_scales_stand_elsewhere(self, tmp_path):
+        folder = self.folder(tmp_path)
+        tensors = load_file(folder / "model.safetensors")
+        name = "encoder.layer.0.output.dense.weight"
+        tensors[name], tensors[f"{name}_scale_inv"] = (64 * tensors[name]).to(torch.float8_e4m3fn), torch.ones(1, 1)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="would read scaled weights without '.*weight_scale_inv'"):
+            dense.load_dense(folder)
 
 
 def test_missing(tmp_path):

@@ -73,11 +73,17 @@ def copy_companions(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     for file in source.iterdir():
-        if file.is_file() and file.suffix in _COMPANIONS and not any(file.match(name) for name in _NOT_COMPANIONS):
+        if file.is_file() and _is_companion(file):
             _copy(file, target / file.name)
     for name in _FOLDERS:
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True, copy_function=_copy)
+
+
+def _is_companion(file: Path) -> bool:
+    if any(file.match(name) for name in _NOT_COMPANIONS):
+        return False
+    return file.suffix in _COMPANIONS or file.name.startswith("tokenizer.")  # tokenizer.model.v3, as Mistral has it
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
