@@ -310,7 +310,7 @@ class TestFailures:
     def test_without_scipy(self, bert, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "scipy", None)
         monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-        assert "scipy" in self.refused(capsys, "plan", bert, tmp_path / "plan.json", "--budget", 3)
+        assert "SciPy: pip install" in self.refused(capsys, "plan", bert, tmp_path / "plan.json", "--budget", 3)
 
     def test_a_full_disk(self, bert, tmp_path):
         """Files of this process may not grow beyond 20 kB: what was there stays, nothing is left behind."""
@@ -359,7 +359,7 @@ class TestCompanions:
         tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
         tokenizer.save_pretrained(bert)
         transformers.CLIPImageProcessor(size={"shortest_edge": 42}).save_pretrained(bert)
-        transformers.GenerationConfig(max_new_tokens=7, temperature=0.3).save_pretrained(bert)
+        transformers.GenerationConfig(max_new_tokens=7).save_pretrained(bert)
         (bert / "video_preprocessor_config.json").write_text("{}")
         (bert / "tokenizer.model.v3").write_bytes(b"\x00\x01")
         for name in ("model.safetensors.index.json", "training_args.bin", "trainer_state.json", "pytorch_model.bin"):
