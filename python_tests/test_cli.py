@@ -384,7 +384,8 @@ class TestCompanions:
         assert tokenizers[0].chat_template == tokenizers[1].chat_template
         assert transformers.CLIPImageProcessor.from_pretrained(out).size == {"shortest_edge": 42}
         assert transformers.GenerationConfig.from_pretrained(out).max_new_tokens == 7
-        assert transformers.AutoConfig.from_pretrained(out).to_dict() == tiny_config(full)
+        configs = [transformers.AutoConfig.from_pretrained(path).to_dict() for path in (full, out)]
+        assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
 
     def test_in_place(self, full, capsys):
         """The folder of the dense model can take the quantized one as well."""
@@ -392,12 +393,6 @@ class TestCompanions:
         assert run(capsys, "quantize", full, full, "--rank", 4, "--num-iter", 1)[0] == 0
         assert load_file(full / "model.safetensors").keys() == before.keys()
         assert lk.load_quantized(full)(TOKENS)[0].isfinite().all()
-
-
-def tiny_config(folder) -> dict:
-    import transformers
-
-    return {**transformers.AutoConfig.from_pretrained(folder).to_dict(), "_name_or_path": ""}
 
 
 class TestInspect:

@@ -309,7 +309,9 @@ def _check_tensors(
     )
     unexpected = sorted(names - expected.keys())
     unknown_ties = sorted(n for n, source in config.tied.items() if n not in expected or source not in names)
-    for what, found in (("lacks", missing), ("holds unknown", unexpected), ("ties unknown", unknown_ties)):
+    untrainable = sorted(name for name in config.trained if not _is_trainable(expected.get(name)))
+    wrong = {"lacks": missing, "holds unknown": unexpected, "ties unknown": unknown_ties, "trains unknown": untrainable}
+    for what, found in wrong.items():
         if found:
             raise ValueError(f"the checkpoint {what} tensors of {type(model).__name__}: {', '.join(found[:5])}")
     for name in names:
@@ -324,6 +326,10 @@ def _check_tensors(
             raise ValueError(f"the checkpoint ties {name!r} {tuple(here.shape)} to {source!r} {tuple(there.shape)}")
     for layer_name, layer in layers.items():
         _check_packed(layer_name, layer, config.tied, stored)
+
+
+def _is_trainable(tensor: Tensor | None) -> bool:
+    return isinstance(tensor, nn.Parameter) and not isinstance(tensor, Constant) and tensor.is_floating_point()
 
 
 def _check_packed(layer_name: str, layer: QuantLoRAModule, tied: Mapping[str, str], stored: safe_open) -> None:

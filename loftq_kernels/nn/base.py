@@ -134,7 +134,13 @@ class QuantLoRAModule(Mergeable):
         for name, value in (("lora_A", init.lora_A), ("lora_B", init.lora_B), ("bias", bias)):
             if value is not None:
                 old = getattr(self, name)
-                value = value.detach().to(device=packed.device, dtype=old.dtype, copy=True)
+                value = (
+                    value.detach()
+                    .to(device=packed.device, dtype=old.dtype)
+                    .clone(
+                        memory_format=torch.contiguous_format  # which safetensors asks for
+                    )
+                )
                 setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     @property
