@@ -96,7 +96,7 @@ class TestQuantize:
         logits = lk.load_quantized(tmp_path / "out")(TOKENS).logits
         assert (logits - dense(TOKENS).logits).norm() / dense(TOKENS).logits.norm() < 0.03
         for place, message in [
-            ("nowhere:Model", "No module named 'nowhere'"),
+            ("no_such_module:Model", "No module named 'no_such_module'"),
             ("helpers", "is not MODULE:CLASS"),
             ("helpers:Nobody", "has no attribute 'Nobody'"),
             ("torch.nn:Linear", "missing 2 required positional arguments"),

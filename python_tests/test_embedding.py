@@ -57,7 +57,9 @@ class TestForward:
         assert layer(INDICES).dtype == layer.weight.dtype == dtype
         assert torch.equal(layer(INDICES), layer.dequantize()[INDICES])
         assert layer.double()(INDICES).dtype == torch.float64
-        assert not any(p.requires_grad or p.is_floating_point() and p.dtype == torch.float64 for p in layer.parameters())
+        assert not any(
+            p.requires_grad or p.is_floating_point() and p.dtype == torch.float64 for p in layer.parameters()
+        )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_adapter(self, dtype):

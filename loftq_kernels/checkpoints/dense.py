@@ -67,7 +67,7 @@ def _from_transformers(path: Path) -> nn.Module:
 
 def _check_told(what: str, told: dict[str, Iterable]) -> None:
     """Raise ValueError for tensors that transformers fills with random values, or reads without their scales."""
-    for name, stored, needed in told["mismatched_keys"]:
+    for name, stored, needed in sorted(told["mismatched_keys"]):
         raise ValueError(f"{what} needs {name!r} of shape {tuple(needed)}, the file holds {tuple(stored)}")
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{what} needs {len(missing)} tensors that the files lack: {', '.join(missing[:5])}")
