@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -190,7 +192,8 @@ class TestRoundTrip:
 
     def test_files(self, folder, model):
         assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG_NAME, tensor_file(folder).name])
-        assert set(load_file(tensor_file(folder))) == set(model.state_dict()) | {"shift"}
+        names = {name for name in model.state_dict() if not name.endswith("_extra_state")}  # which the JSON tells
+        assert set(load_file(tensor_file(folder))) == names | {"shift"}
 
     def test_no_dense_weight_is_ever_built(self, tmp_path):
         """Into a skeleton on the meta device: no operation allocates as much as one dense weight."""
@@ -327,7 +330,7 @@ class TestCorruption:
     def test_truncated_config(self, folder):
         data = (folder / CONFIG_NAME).read_bytes()
         (folder / CONFIG_NAME).write_bytes(data[: len(data) // 2])
-        assert_refused(folder, f"{CONFIG_NAME} is not JSON")
+        assert_refused(folder, f"{CONFIG_NAME}: this is not JSON")
 
     def test_not_utf8(self, folder):
         (folder / CONFIG_NAME).write_bytes(b"\xff\xfe{}")
@@ -486,3 +489,193 @@ class TestWrongModel:
         edit(folder, transformers=described)
         with pytest.raises(ValueError, match="description|model="):
             lk.load_quantized(folder)
+
+
+class Mixed(nn.Module):
+    """A layer of each kind, as the fixture in data/checkpoint_v1 has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 32, padding_idx=3)
+        self.conv = nn.Conv1d(8, 16, 3, padding=1)
+        self.first = nn.Linear(32, 64)
+        self.merged = nn.Linear(64, 48)
+        self.plain = nn.Linear(48, 32, bias=False)
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = self.norm(self.plain(self.merged(self.first(x).relu())) + x)
+        x = self.conv(x[..., :8].transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.cat([x, x], -1))
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def mixed(seed: int = 0, dtype=torch.float32, **fields) -> Mixed:
+    """Each layer with settings of its own, and an adapter that matters."""
+    torch.manual_seed(seed)
+    model = Mixed().eval().to(dtype)
+    overrides = {
+        "merged": {"format": "int4", "adapter": "qalora", "rank": 2},
+        "plain": {"rank": None, "format": "int2", "scale_dtype": torch.bfloat16},
+        "conv": {"rank": 3, "format": "nf2", "group_size": -1},
+    }
+    options = {"group_size": 32, "rank": 4, "layer_types": ("linear", "conv", "embedding"), "overrides": overrides}
+    lk.quantize_model(model, lk.QuantConfig("nf4", **{**options, **fields}), progress=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def attributes(model: nn.Module) -> dict[str, object]:
+    """Everything public that modules and tensors are beside their values."""
+    found = {}
+    for name, module in model.named_modules():
+        found |= {f"{name}.{key}": value for key, value in vars(module).items() if not key.startswith("_")}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found[name] = tensor.dtype, tuple(tensor.shape), tensor.requires_grad, type(tensor)
+    return found
+
+
+class TestNothingIsLost:
+    @pytest.mark.parametrize("adapter_dtype", [None, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_attributes(self, dtype, adapter_dtype, tmp_path):
+        """Scaling, switched-off adapters, dtypes of layers without an adapter, what is trained, padding, groups."""
+        model = mixed(dtype=dtype, adapter_dtype=adapter_dtype, lora_alpha=32, modules_to_save=("head",))
+        for layer in (model.table, model.conv, model.merged):
+            layer.disable_adapter()
+        model.norm.bias.requires_grad_(True)
+        lk.save_quantized(model, tmp_path)
+        with torch.device("meta"):
+            target = Mixed().eval()
+        loaded = lk.load_quantized(tmp_path, target)
+        assert attributes(loaded) == attributes(model)
+        assert (
+            loaded.head.weight.requires_grad and loaded.norm.bias.requires_grad and not loaded.first.bias.requires_grad
+        )
+        assert torch.equal(loaded(IDS), model(IDS))
+        model.table.enable_adapter(), loaded.table.enable_adapter()
+        assert torch.equal(loaded(IDS), model(IDS))
+
+    @pytest.mark.parametrize("kind", ["lora", "qalora"])
+    def test_merged_layers(self, kind, tmp_path):
+        model = mixed()
+        (model.merged if kind == "qalora" else model.first).merge_adapter(requantize=kind == "lora")
+        lk.save_quantized(model, tmp_path)
+        loaded = lk.load_quantized(tmp_path, Mixed().eval())
+        assert attributes(loaded) == attributes(model) and torch.equal(loaded(IDS), model(IDS))
+
+    def test_what_the_target_carries(self, tmp_path):
+        """Attributes of the modules that are replaced go over; hooks cannot, and are not dropped in silence."""
+        lk.save_quantized(mixed(), tmp_path)
+        target = Mixed().eval()
+        target.first.note = "mine"
+        assert lk.load_quantized(tmp_path, target).first.note == "mine"
+        target = Mixed().eval()
+        target.first.register_forward_hook(lambda *_: None)
+        before = parameters_of(target)
+        with pytest.raises(ValueError, match="layer 'first' has hooks, which a replacement would lose"):
+            lk.load_quantized(tmp_path, target)
+        assert_unchanged(target, before)
+
+    @pytest.mark.parametrize(
+        "changes", [{"adapter_enabled": "no"}, {"adapter_enabled": 1}, {"dtype": "int8"}, {"dtype": 3}], ids=str
+    )
+    def test_tampered(self, folder, changes):
+        edit_layer(folder, "head", **changes)
+        assert_refused(folder, next(iter(changes)))
+
+    @pytest.mark.parametrize("changes", [{"trained": "norm.bias"}, {"trained": [3]}, {"plain": 1}], ids=str)
+    def test_tampered_entries(self, folder, changes):
+        edit(folder, **changes)
+        assert_refused(folder, None)
+
+    def test_trains_what_is_not_there(self, folder):
+        edit(folder, trained=["norm.nothing"])
+        assert_refused(folder, "norm.nothing")
+
+    def test_cannot_train_codes(self, folder):
+        for name in ("head.codes", "shift"):
+            edit(folder, trained=[name])
+            assert_refused(folder, f"trains unknown tensors of TinyModel: {name}")
+
+
+class TestStateDict:
+    """Equal tensors alone would compute something else: the scaling and the switch of the adapter are among them."""
+
+    def source(self) -> nn.Module:
+        model = mixed(lora_alpha=32)
+        model.conv.disable_adapter()
+        return model
+
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("through", ["memory", "torch", "safetensors"])
+    def test_into_another_scaling(self, through, assign, tmp_path):
+        model, other = self.source(), mixed(5)
+        state = model.state_dict()
+        if through == "torch":
+            torch.save(state, tmp_path / "file")
+            state = torch.load(tmp_path / "file", weights_only=True)
+        elif through == "safetensors":
+            save_file(state, tmp_path / "file")
+            state = load_file(tmp_path / "file")
+        assert not torch.equal(other(IDS), model(IDS))
+        result = other.load_state_dict(state, assign=assign)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert torch.equal(other(IDS), model(IDS)) and not other.conv.adapter_enabled and other.first.scaling == 8
+
+    def test_of_an_earlier_version(self):
+        """Without the key: what the layer has stays, with a warning where that may be wrong."""
+        old = {name: tensor for name, tensor in mixed().state_dict().items() if not name.endswith("_extra_state")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other = mixed(5)
+            assert not other.load_state_dict(old).missing_keys
+        assert torch.equal(other(IDS), mixed()(IDS))
+        with pytest.warns(UserWarning, match="what the adapter of table is scaled by: it keeps scaling=8"):
+            mixed(5, lora_alpha=32).load_state_dict(old)
+
+    @pytest.mark.parametrize("state", [[0.0, 1.0], [1.0, 2.0], [float("nan"), 1.0], [1.0], [1.0, 1.0, 1.0]], ids=str)
+    def test_tampered(self, state):
+        model = mixed()
+        with pytest.raises(ValueError, match="_extra_state must be"):
+            model.load_state_dict({**model.state_dict(), "first._extra_state": torch.tensor(state)})
+
+
+class TestEarlierVersion:
+    """data/checkpoint_v1 was written when packed weights were buffers: a table, a convolution, LoRA on nf4, a merged
+    QA-LoRA, int2 without an adapter and a dense head."""
+
+    FOLDER = Path(__file__).parent / "data" / "checkpoint_v1"
+
+    @pytest.mark.parametrize("target", ["meta", "dense", "quantized"])
+    def test_loads(self, target):
+        """Sums of a product may be split otherwise by another number of threads; stored tensors are bit for bit."""
+        model = mixed(5, exclude="head") if target == "quantized" else Mixed().eval()
+        loaded = lk.load_quantized(self.FOLDER, model.to("meta") if target == "meta" else model)
+        expected = load_file(self.FOLDER / "expected.safetensors")
+        torch.testing.assert_close(loaded(expected["ids"]), expected["logits"], rtol=0, atol=1e-6)
+        tensors = load_file(self.FOLDER / "model-080cba58ee91.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("output_like")}
+        actual = parameters_of(loaded)
+        assert actual.keys() == tensors.keys() and all(torch.equal(actual[name], tensors[name]) for name in tensors)
+        assert loaded.table.padding_idx == 3 and loaded.first.scaling == 2 and loaded.plain.rank is None
+        assert all(layer.adapter_enabled and layer.dtype == torch.float32 for layer in (loaded.table, loaded.plain))
+
+    def test_is_written_anew(self, tmp_path):
+        loaded = lk.load_quantized(self.FOLDER, Mixed().eval())
+        lk.save_quantized(loaded, tmp_path)
+        again = lk.load_quantized(tmp_path, Mixed().eval())
+        assert attributes(again) == attributes(loaded) and torch.equal(again(IDS), loaded(IDS))
+
+    @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0, [1]], ids=repr)
+    def test_damaged_version(self, version, tmp_path):
+        shutil.copytree(self.FOLDER, tmp_path / "copy")
+        edit(tmp_path / "copy", loftq_format_version=version)
+        with pytest.raises(ValueError, match="loftq_format_version is .*, this version reads 1"):
+            lk.load_quantized(tmp_path / "copy", Mixed().eval())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENS, gaussian, save_file, tiny_bert
+from helpers import TOKENS, gaussian, load_file, model_folder, save_file, tiny_bert, tiny_gpt2
 
 import loftq_kernels as lk
 from loftq_kernels import cli
@@ -30,6 +36,7 @@ def plain(tmp_path):
     folder = tmp_path / "plain"
     folder.mkdir()
     tensors = {"embed.weight": gaussian(20, 64), "up.weight": gaussian(96, 64), "up.bias": gaussian(96)}
+    tensors["body.0.down.weight"] = gaussian(64, 96)
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -53,13 +60,51 @@ class TestQuantize:
         assert not (target / "model.safetensors").exists()
 
     def test_plain(self, plain, tmp_path, capsys):
-        """Without an architecture an embedding looks like a linear layer; its name gives it away."""
-        status, out, _ = run(capsys, "quantize", plain, tmp_path / "out", "--rank", 0, "--group-size", 32)
-        assert status == 0 and "1 layers" in out and "embed" in out
+        """Without an architecture nothing is guessed: the caller names the layers."""
+        status, out, err = run(capsys, "quantize", plain, tmp_path / "out", "--rank", 0)
+        assert status == 2 and "--include PATTERN" in err and not (tmp_path / "out").exists()
+        options = ["--rank", 3, "--group-size", 32, "--include", "up", "--include", "body.*.down"]
+        status, out, _ = run(capsys, "quantize", plain, tmp_path / "out", *options)
+        assert status == 0 and "2 layers" in out
+        loaded = lk.load_quantized(tmp_path / "out")
+        expected = lk.loftq_init_batch([gaussian(96, 64)], "nf4", 3, 5, group_size=32, names=["up.weight"])[0]
+        assert loaded.up.packed.codes.shape == expected.packed.codes.shape
+        assert torch.equal(loaded.embed.weight, gaussian(20, 64)) and torch.equal(loaded.up.bias, gaussian(96))
+        with pytest.raises(NotImplementedError, match="load_quantized.path, model=YourModel"):
+            loaded(gaussian(1, 64))
         with torch.device("meta"):
             target = torch.nn.ModuleDict({"embed": torch.nn.Embedding(20, 64), "up": torch.nn.Linear(64, 96)})
-        loaded = lk.load_quantized(tmp_path / "out", target)
-        assert torch.equal(loaded["up"].dequantize(), lk.quantize(gaussian(96, 64), "nf4", 32).dequantize())
+            target["body"] = torch.nn.ModuleList([torch.nn.ModuleDict({"down": torch.nn.Linear(96, 64, bias=False)})])
+        real = lk.load_quantized(tmp_path / "out", target)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(real.state_dict()[name], tensor) and tensor.dtype == real.state_dict()[name].dtype
+        assert run(capsys, "inspect", tmp_path / "out")[0] == 0
+
+    def test_model_class(self, tmp_path, capsys, monkeypatch):
+        """A plain folder of GPT-2, whose matrices are transposed."""
+        folder, dense = tmp_path / "gpt2", tiny_gpt2()
+        folder.mkdir()
+        tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, folder / "model.safetensors")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+        options = ["--format", "int8", "--rank", 4, "--num-iter", 1]
+        status, out, err = run(
+            capsys, "quantize", folder, tmp_path / "out", *options, "--model-class", "helpers:tiny_gpt2"
+        )
+        assert status == 0, err
+        logits = lk.load_quantized(tmp_path / "out")(TOKENS).logits
+        assert (logits - dense(TOKENS).logits).norm() / dense(TOKENS).logits.norm() < 0.03
+        for place, message in [
+            ("no_such_module:Model", "No module named 'no_such_module'"),
+            ("helpers", "is not MODULE:CLASS"),
+            ("helpers:Nobody", "has no attribute 'Nobody'"),
+            ("torch.nn:Linear", "missing 2 required positional arguments"),
+            ("torch.nn:Identity", "the files are not those of Identity"),
+            ("os:getcwd", "makes a str, not a torch.nn.Module"),
+        ]:
+            status, out, err = run(capsys, "quantize", folder, tmp_path / "x", "--model-class", place)
+            assert (status, out, len(err.splitlines())) == (2, "", 1) and message in err
 
     def test_every_option_arrives(self, bert, tmp_path, capsys):
         options = "--format nf2 --group-size 128 --rank 4 --lora-alpha 8 --use-rslora --init qlora --num-iter 2"
@@ -125,11 +170,10 @@ class TestQuantize:
         [
             (["nowhere", "out"], "nowhere is not a folder"),
             ([".", "out"], "holds no .safetensors file"),
-            (["bert", "out", "--rank", "65"], "rank=65"),
             (["bert", "out", "--rank", "-1"], "rank=-1"),
             (["bert", "out", "--num-iter", "0"], "num_iter=0"),
             (["bert", "out", "--lora-alpha", "-2"], "lora_alpha=-2"),
-            (["bert", "out", "--include", "nothing"], "include=('nothing',)"),
+            (["bert", "out", "--include", "nothing"], "include: the pattern 'nothing' matches no module"),
             (["bert", "out", "--include", "re:("], "re:("),
             (["bert", "out", "--override", "*"], "--override '*'"),
             (["bert", "out", "--override", "*=nf9"], "nf9"),
@@ -156,6 +200,199 @@ class TestQuantize:
         run(capsys, "quantize", bert, tmp_path / "out", "--rank", 4, "--num-iter", 1)
         status, _, err = run(capsys, "quantize", tmp_path / "out", tmp_path / "again")
         assert status == 2 and "already quantized" in err
+
+
+def one_line(err: str) -> str:
+    """The error, which is all that stands on standard error but progress bars."""
+    lines = [line for line in re.split(r"[\r\n]+", err) if line and "%|" not in line and "it/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("loftq-kernels: "), err
+    return lines[0]
+
+
+class TestFailures:
+    """One line and status 2, whatever is wrong with the files, the machine or the weights."""
+
+    def edit(self, bert, **changes):
+        values = json.loads((bert / "config.json").read_text())
+        (bert / "config.json").write_text(json.dumps({**values, **changes}))
+
+    def refused(self, capsys, *arguments) -> str:
+        status, out, err = run(capsys, *arguments)
+        assert status == 2 and out == ""
+        return one_line(err)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"architectures": ["FooModel"], "model_type": "foo"}, "'FooModel' is not a model class of transformers"),
+            ({"hidden_size": "big"}, "cannot be loaded as BertModel"),
+            ({"hidden_size": 128}, "the file holds (64"),
+            ({"num_hidden_layers": 3}, "needs 16 tensors that the files lack"),
+        ],
+        ids=str,
+    )
+    def test_config(self, bert, tmp_path, capsys, changes, message):
+        self.edit(bert, **changes)
+        assert message in self.refused(capsys, "quantize", bert, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe"])
+    def test_damaged_config(self, bert, tmp_path, capsys, text):
+        (bert / "config.json").write_bytes(text)
+        assert "config.json" in self.refused(capsys, "quantize", bert, tmp_path / "out")
+
+    @pytest.mark.parametrize("kept", [0, 7, 1000])
+    def test_truncated_weights(self, bert, plain, tmp_path, capsys, kept):
+        for folder, options in ((bert, []), (plain, ["--include", "up"])):
+            file = folder / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:kept])
+            assert "truncated" in self.refused(capsys, "quantize", folder, tmp_path / "out", *options)
+
+    @pytest.mark.parametrize("command", ["quantize", "plan"])
+    def test_weights(self, plain, tmp_path, capsys, command):
+        options = ["--include", "up", *(["--budget", 3] if command == "plan" else [])]
+        weight = gaussian(96, 64)
+        for changed, message in [
+            (weight.to(torch.float8_e4m3fn), "its weight is torch.float8_e4m3fn, of which a scale stands elsewhere"),
+            (weight * 1e-9, "float16"),
+            (weight * 1e9, "use scale_dtype=torch.float32"),
+            (torch.where(weight > 2, torch.nan, weight), "holds nan in row"),
+        ]:
+            save_file({"up.weight": changed}, plain / "model.safetensors")
+            assert message in self.refused(capsys, command, plain, tmp_path / "out", *options)
+
+    @pytest.mark.parametrize("rank", [0, 4])
+    def test_nearly_dead_rows(self, plain, tmp_path, capsys, rank):
+        """What float16 scales lose of them is nothing beside the rest."""
+        weight = gaussian(96, 64)
+        weight[3:9] *= 1e-7
+        save_file({"up.weight": weight}, plain / "model.safetensors")
+        options = ["--format", "int8", "--rank", rank, "--include", "up"]
+        assert run(capsys, "quantize", plain, tmp_path / "out", *options)[0] == 0
+        dense = lk.load_quantized(tmp_path / "out").up.dense_weight()
+        assert (dense - weight).norm() < 0.01 * weight.norm() and dense[3:9].abs().max() < 1e-3
+
+    def test_places(self, bert, tmp_path, capsys, monkeypatch):
+        (tmp_path / "file").write_text("x")
+        quick = ["--rank", 4, "--num-iter", 1]
+        plan = ["--budget", 3.2, "--candidate", "nf2", "--candidate", "nf4"]
+        for arguments, message in [
+            (["quantize", bert, tmp_path / "file", *quick], "file"),
+            (["quantize", bert, tmp_path / "file" / "x", *quick], "file"),
+            (["plan", bert, tmp_path / "nowhere" / "plan.json", *plan], "nowhere is not a folder"),
+            (["quantize", bert, tmp_path / "out", "--plan", tmp_path / "file"], "JSON"),
+            (["quantize", bert, tmp_path / "out", "--plan", tmp_path / "nowhere"], "nowhere does not exist"),
+            (["inspect", tmp_path / "nowhere"], "is not a quantized checkpoint"),
+        ]:
+            assert message in self.refused(capsys, *arguments)
+        monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Denied", "out")))
+        assert "Denied" in self.refused(capsys, "quantize", bert, tmp_path / "out", *quick)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore advice"),
+            MemoryError(),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+            ImportError("plans need scipy"),
+            RecursionError("maximum recursion depth exceeded"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_of_the_machine(self, bert, tmp_path, capsys, monkeypatch, error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(lk, "quantize_model", fail)
+        line = self.refused(capsys, "quantize", bert, tmp_path / "out")
+        assert (str(error).splitlines() or [type(error).__name__])[0] in line
+
+    def test_without_scipy(self, bert, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "scipy", None)
+        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+        assert "SciPy: pip install" in self.refused(capsys, "plan", bert, tmp_path / "plan.json", "--budget", 3)
+
+    def test_a_full_disk(self, bert, tmp_path):
+        """Files of this process may not grow beyond 20 kB: what was there stays, nothing is left behind."""
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        command = [
+            sys.executable,
+            "-m",
+            "loftq_kernels",
+            "quantize",
+            bert,
+            tmp_path / "out",
+            "--rank=4",
+            "--num-iter=1",
+        ]
+        done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+        assert done.returncode == 2 and "File too large" in one_line(done.stderr)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_interrupt(self, tmp_path):
+        script = (
+            "import sys, time; from loftq_kernels import cli; from loftq_kernels.cli import options\n"
+            "options.dense_model = lambda args: (print('ready', flush=True), time.sleep(60))\n"
+            f"sys.exit(cli.main(['quantize', 'x', {str(tmp_path / 'out')!r}]))"
+        )
+        with subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            os.kill(process.pid, signal.SIGINT)
+            err = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and err == "loftq-kernels: interrupted\n"
+
+
+class TestCompanions:
+    """What a user of transformers needs stands beside the weights, as transformers itself has written it."""
+
+    @pytest.fixture
+    def full(self, bert):
+        transformers = pytest.importorskip("transformers")
+        for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+            (bert / name).unlink()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
+        tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+        tokenizer.save_pretrained(bert)
+        transformers.CLIPImageProcessor(size={"shortest_edge": 42}).save_pretrained(bert)
+        transformers.GenerationConfig(max_new_tokens=7).save_pretrained(bert)
+        (bert / "video_preprocessor_config.json").write_text("{}")
+        (bert / "tokenizer.model.v3").write_bytes(b"\x00\x01")
+        for name in ("model.safetensors.index.json", "training_args.bin", "trainer_state.json", "pytorch_model.bin"):
+            (bert / name).write_text("{}")
+        return bert
+
+    def test_everything_but_weights(self, full, tmp_path, capsys):
+        import transformers
+
+        out = tmp_path / "out"
+        status, _, err = run(capsys, "quantize", full, out, "--rank", 4, "--num-iter", 1)
+        assert status == 0, err
+        written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+        source = {str(file.relative_to(full)) for file in full.rglob("*") if file.is_file()}
+        weights = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
+        expected = source - weights - {"training_args.bin", "trainer_state.json"}
+        assert written - source == {CONFIG_NAME, json.loads((out / CONFIG_NAME).read_text())["tensor_file"]}
+        assert written & source == expected and "chat_template.jinja" in expected
+        assert all((out / name).read_bytes() == (full / name).read_bytes() for name in expected)
+        tokenizers = [transformers.AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (full, out)]
+        assert tokenizers[0]("packed weights") == tokenizers[1]("packed weights")
+        assert tokenizers[0].chat_template == tokenizers[1].chat_template
+        assert transformers.CLIPImageProcessor.from_pretrained(out).size == {"shortest_edge": 42}
+        assert transformers.GenerationConfig.from_pretrained(out).max_new_tokens == 7
+        configs = [transformers.AutoConfig.from_pretrained(path).to_dict() for path in (full, out)]
+        assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
+
+    def test_in_place(self, full, capsys):
+        """The folder of the dense model can take the quantized one as well."""
+        before = load_file(full / "model.safetensors")
+        assert run(capsys, "quantize", full, full, "--rank", 4, "--num-iter", 1)[0] == 0
+        assert load_file(full / "model.safetensors").keys() == before.keys()
+        assert lk.load_quantized(full)(TOKENS)[0].isfinite().all()
 
 
 class TestInspect:

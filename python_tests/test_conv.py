@@ -87,7 +87,8 @@ class TestForward:
     def test_dtypes(self, dtype):
         conv = make_conv(dtype=dtype, padding=1)
         layer, x = layer_of(conv), gaussian(2, 8, 9, 9, dtype=dtype)
-        assert layer.lora_A.dtype == layer.bias.dtype == layer.weight.dtype == layer(x).dtype == dtype
+        assert layer.bias.dtype == layer.weight.dtype == layer(x).dtype == dtype
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32  # which does not lose small steps
         error = (layer(x).double() - exact_conv(layer, conv)(x.double())).abs().max()
         assert error <= 16 * torch.finfo(dtype).eps
 
@@ -317,13 +318,13 @@ class TestModels:
         return model, lk.quantize_model(model, cfg, progress=False)
 
     def test_off_by_default(self):
-        model, report = self.quantized(layer_types=("linear",))
+        model, report = self.quantized(format="int4", layer_types=("linear",))
         assert [layer.name for layer in report.layers] == ["head"] and not report.skipped
 
     def test_resnet(self):
         model, report = self.quantized()
-        assert len(report.layers) == 10 and report.skipped.keys() == {"depthwise", "up"}
-        assert "packed it would take" in report.skipped["depthwise"]
+        assert len(report.layers) == 9 and report.skipped.keys() == {"depthwise", "up", "head"}
+        assert all("packed it would take" in report.skipped[name] for name in ("depthwise", "head"))
         assert "ConvTranspose2d" in report.skipped["up"]
         assert type(model.stem) is lk.QuantLoRAConv2d and type(model.sequence) is lk.QuantLoRAConv1d
         assert torch.nn.functional.cosine_similarity(model(IMAGES), resnet()(IMAGES)).min() > 0.999

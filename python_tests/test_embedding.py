@@ -56,7 +56,10 @@ class TestForward:
         layer = lk.QuantLoRAEmbedding.from_embedding(embedding, lk.QuantConfig(rank=None))
         assert layer(INDICES).dtype == layer.weight.dtype == dtype
         assert torch.equal(layer(INDICES), layer.dequantize()[INDICES])
-        assert layer.double()(INDICES).dtype == torch.float64 and not list(layer.parameters())
+        assert layer.double()(INDICES).dtype == torch.float64
+        assert not any(
+            p.requires_grad or p.is_floating_point() and p.dtype == torch.float64 for p in layer.parameters()
+        )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_adapter(self, dtype):
@@ -219,7 +222,7 @@ class TestMoves:
 
     def test_state_dict(self):
         layer = make_layer("int4")
-        assert set(layer.state_dict()) == {"codes", "scale", "offset", "codebook", "lora_A", "lora_B"}
+        assert set(layer.state_dict()) == {"codes", "scale", "offset", "codebook", "lora_A", "lora_B", "_extra_state"}
         blank = lk.QuantLoRAEmbedding(50, 70, format="int4", rank=4)
         blank.load_state_dict(layer.state_dict())
         assert torch.equal(blank(INDICES), layer(INDICES))
@@ -232,13 +235,13 @@ class TestModels:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("rank", [None, 4])
     def test_bert_round_trip(self, rank, dtype, tmp_path):
-        """Its token types are two rows: fewer than the rank, they stay dense."""
+        """Its token types are two rows: packed they would grow, so that they stay dense."""
         model = tiny_bert().to(dtype)
         dense = model(TOKENS).last_hidden_state
         cfg = lk.QuantConfig("int8", rank=rank, num_iter=1, layer_types=("linear", "embedding"))
         report = lk.quantize_model(model, cfg, progress=False)
         assert type(model.embeddings.word_embeddings) is lk.QuantLoRAEmbedding
-        assert (len(report.layers), len(report.skipped)) == ((16, 0) if rank is None else (15, 1))
+        assert len(report.layers) == 15 and report.skipped.keys() == {"embeddings.token_type_embeddings"}
         lk.save_quantized(model, tmp_path)
         loaded = lk.load_quantized(tmp_path)
         assert torch.equal(loaded(TOKENS).last_hidden_state, model(TOKENS).last_hidden_state)

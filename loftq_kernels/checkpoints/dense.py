@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from loftq_kernels.checkpoints.architecture import architecture_of, is_linear, model_class, plain_model
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.models.config import matches
-from loftq_kernels.nn.wrappers import unwrapped
+from loftq_kernels.nn.wrappers import named_tensors, submodule, unwrapped
 from loftq_kernels.storage import files
 
+_SCALES = ("scale", "scale_inv", "scales", "SCB", "absmax", "qzeros")  # of weights that others have quantized
 _NAME_LAYERS = (
     "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), "
     "or give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
@@ -30,7 +32,8 @@ def load_dense(path: str | Path, *, layers: Iterable[str] | None = None, model: 
         model: plain files: the model that they belong to; filled in place, and returned.
 
     Raises FileNotFoundError when there is no such folder or no safetensors file in it, ValueError for files that
-    cannot be read, a quantized folder, plain files without ``layers`` or ``model``, and patterns that match no matrix.
+    cannot be read or lack tensors, a quantized folder, finished or not, plain files without ``layers`` or ``model``,
+    and patterns that match no matrix.
     """
     path = Path(path)
     if not path.is_dir():
@@ -51,11 +54,25 @@ def load_dense(path: str | Path, *, layers: Iterable[str] | None = None, model: 
 
 def _from_transformers(path: Path) -> nn.Module:
     cls = model_class(architecture_of(path / "config.json"))
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
+    told_of = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for errors that name the tensors
     try:
-        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto").eval()
+        model, told = cls.from_pretrained(path, **options, **told_of)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         wrong = f"cannot be loaded as {cls.__name__} (truncated, corrupted or of another model?)"
         raise ValueError(f"{path} {wrong}: {type(error).__name__}: {error}") from error
+    _check_told(f"{path}: {cls.__name__}", told)
+    return model.eval()
+
+
+def _check_told(what: str, told: dict[str, Iterable]) -> None:
+    """Raise ValueError for tensors that transformers fills with random values, or reads without their scales."""
+    for name, stored, needed in sorted(told["mismatched_keys"]):
+        raise ValueError(f"{what} needs {name!r} of shape {tuple(needed)}, the file holds {tuple(stored)}")
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"{what} needs {len(missing)} tensors that the files lack: {', '.join(missing[:5])}")
+    if scales := sorted(name for name in told["unexpected_keys"] if name.endswith(_SCALES)):
+        raise ValueError(f"{what} would read scaled weights without {scales[0]!r}: load and save it dequantized first")
 
 
 def _all_tensors(found: list[Path]) -> dict[str, Tensor]:
@@ -65,15 +82,41 @@ def _all_tensors(found: list[Path]) -> dict[str, Tensor]:
         if twice := own.keys() & tensors.keys():
             raise ValueError(f"{file} holds {min(twice)!r}, which another file of the folder holds, too")
         tensors.update(own)
+    if packed := [name for name in tensors if name.endswith(".codes") and f"{name[:-5]}codebook" in tensors]:
+        raise ValueError(
+            f"{found[0].parent} holds packed weights, {packed[0]!r}, without a {CONFIG_NAME}: an unfinished save?"
+        )
     return tensors
 
 
 def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """The model with the tensors; parameters that it shares stay shared, and one name of theirs is enough."""
+    target = unwrapped(model)
+    shared: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(target, persistent=True):
+        shared.setdefault(id(tensor), []).append(name)
+    for names in shared.values():
+        given = [name for name in names if name in tensors]
+        if any(not torch.equal(tensors[name], tensors[given[0]]) for name in given[1:]):
+            raise ValueError(f"{type(target).__name__} shares {', '.join(given)}, which differ in the files")
+        tensors.update(dict.fromkeys(names, tensors[given[0]]) if given else {})
     try:
-        unwrapped(model).load_state_dict(tensors, assign=True)
+        target.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the files are not those of {type(model).__name__}: {error}") from error
+        raise ValueError(
+            f"the files are not those of {type(target).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    for first, *others in shared.values():
+        for name in others:
+            setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], _get(target, first))
+    if empty := [name for name, tensor in named_tensors(target) if tensor.is_meta]:
+        raise ValueError(f"{type(target).__name__} has no values for {', '.join(empty[:5])}: do not build it on meta")
     return model.eval()
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return getattr(submodule(model, owner), key)
 
 
 def _named_layers(path: Path, tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> nn.Module:

@@ -23,7 +23,7 @@ from loftq_kernels.storage.packing import check_group_size, num_groups
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
 _VERSION_KEY = "loftq_format_version"
-_TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
+TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,12 @@ class CheckpointConfig:
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name under which the same tensor is stored
     # Left out of the JSON where they are empty.
     trained: list[str] = field(default_factory=list)  # dense parameters that are trained beside the adapters
+    buffers: list[str] = field(default_factory=list)  # stored tensors that are buffers; not told by earlier versions
     plain: bool = False  # whether the model is a `PlainModel`, which the tensors' names rebuild
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"layers": {name: spec.to_values() for name, spec in self.layers.items()}}
-        for name in ("trained", "plain"):
+        for name in ("trained", "buffers", "plain"):
             if not values[name]:
                 del values[name]
         return json.dumps({_VERSION_KEY: FORMAT_VERSION, **values}, indent=1)
@@ -198,14 +199,14 @@ class CheckpointConfig:
         documents.check_keys(
             values,
             {"layers": dict, "tensor_file": str, "sha256": str},
-            {"transformers": object, "tied": dict, "trained": list, "plain": bool},
+            {"transformers": object, "tied": dict, "trained": list, "buffers": list, "plain": bool},
         )
         config = cls(**values)
         if config.transformers is not None and not isinstance(config.transformers, dict):
             raise ValueError(f"transformers must be a dict, got {config.transformers!r}")
-        if not _TENSOR_FILE.fullmatch(config.tensor_file):
+        if not TENSOR_FILE.fullmatch(config.tensor_file):
             raise ValueError(f"tensor_file {config.tensor_file!r} is not model-<12 hexadecimal digits>.safetensors")
-        for name in (*config.tied.values(), *config.trained):
+        for name in (*config.tied.values(), *config.trained, *config.buffers):
             if not isinstance(name, str):
                 raise ValueError(f"{name!r} is not the name of a tensor")
         layers = {name: LayerSpec.parse(name, spec) for name, spec in config.layers.items()}

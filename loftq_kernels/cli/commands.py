@@ -13,11 +13,12 @@ import torch
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, CheckpointConfig
-from loftq_kernels.checkpoints.native import tensor_reports
+from loftq_kernels.checkpoints.tensor_file import tensor_reports
 from loftq_kernels.cli import options
 from loftq_kernels.models.allocate import DEFAULT_CANDIDATES, solve_plan
 from loftq_kernels.models.report import dense_line
 from loftq_kernels.ops import extension
+from loftq_kernels.storage import files
 
 # What a transformers user needs beside the weights: configs, tokenizers, processors, chat templates.
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab"}
@@ -72,11 +73,22 @@ def copy_companions(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     for file in source.iterdir():
-        if file.is_file() and file.suffix in _COMPANIONS and not any(file.match(name) for name in _NOT_COMPANIONS):
-            shutil.copyfile(file, target / file.name)
+        if file.is_file() and _is_companion(file):
+            _copy(file, target / file.name)
     for name in _FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True, copy_function=_copy)
+
+
+def _is_companion(file: Path) -> bool:
+    if any(file.match(name) for name in _NOT_COMPANIONS):
+        return False
+    return file.suffix in _COMPANIONS or file.name.startswith("tokenizer.")  # tokenizer.model.v3, as Mistral has it
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    with files.replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def inspect(args: argparse.Namespace) -> None:

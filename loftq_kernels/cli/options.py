@@ -114,8 +114,8 @@ def _made(place: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), name)()
-    except AttributeError as error:
-        raise ValueError(f"--model-class {place!r}: {error}") from error
+    except Exception as error:  # of whatever the user's code raises
+        raise ValueError(f"--model-class {place!r} cannot be made: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(made, nn.Module):

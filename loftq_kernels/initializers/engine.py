@@ -14,7 +14,7 @@ from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.initializers.statistics import InputStatistics, check_statistics
 from loftq_kernels.ops import checks
 from loftq_kernels.ops.backends import select_backend
-from loftq_kernels.ops.values import check_finite, check_finite_scales, kernel_dtype
+from loftq_kernels.ops.values import check_finite, check_finite_scales, check_zero_scales, kernel_dtype
 
 # Below this magnitude of a weight the scales of 8-bit integers, 1/255 of the range, lose digits in float32.
 SMALLEST = 2.0**-116
@@ -103,7 +103,8 @@ def _run(
 ) -> list[AdapterInit]:
     """All drivers assume finite weights, and let scales that do not fit their dtype show in the result.
 
-    Zero scales are fine there: a group of W - s B A may well be zero. Only a matrix too small for any scale is refused.
+    Zero scales are fine there: a group of W - s B A may well be zero. Refused are a matrix too small for any scale, and
+    scales that round to zero where the adapter does not make up for what that loses.
     """
     for name, weight in zip(names, weights, strict=True):
         check_magnitude(weight, name, options.scale_dtype)
@@ -116,7 +117,11 @@ def _run(
         else:
             inits = (compiled if use_compiled else plain).run(weights, options)
     for name, weight, init in zip(names, weights, inits, strict=True):
-        check_finite_scales(weight, init.packed.scale, init.packed.offset, name)
+        held = weight, init.packed.scale, init.packed.offset
+        check_finite_scales(*held, name)
+        if calibration is None:  # which weighs columns by their inputs, and leaves some to the adapter alone
+            low_rank = init.lora_A, init.lora_B, init.scaling
+            check_zero_scales(*held, options.group_size, name, low_rank)
     return inits
 
 

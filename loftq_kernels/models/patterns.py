@@ -19,7 +19,7 @@ def check_patterns(model: nn.Module, cfg: QuantConfig) -> None:
     holders = {
         name
         for name, module in named_modules(model, remove_duplicate=False)
-        if module._parameters or next(module.children(), None) is None
+        if module._parameters or not module._modules
     }
     for field, pattern in cfg.patterns():
         matching = names_module if field == "modules_to_save" else matches

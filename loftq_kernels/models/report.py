@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
-from loftq_kernels.nn.wrappers import plain_name, unwrapped
+from loftq_kernels.nn.wrappers import named_modules
 
 PACKED_STATE, ADAPTER, DENSE, BUFFER = "packed", "adapter", "dense", "buffer"
 _NAMED = 3  # of what is left dense, in the summary
@@ -186,13 +186,12 @@ def account(model: nn.Module, why_dense: Callable[[str, nn.Module, Tensor], str]
     """Every parameter and buffer of a model once, with its bytes. ``why_dense(module's name, module, parameter)``."""
     seen: set[int] = set()
     tensors = []
-    for module_name, module in unwrapped(model).named_modules():
+    for owner, module in named_modules(model):
         for key, tensor, is_buffer in _own_tensors(module):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             state = _state(module, key, is_buffer)
-            owner = plain_name(module_name)
             reason = why_dense(owner, module, tensor) if state == DENSE else ""
             name = f"{owner}.{key}" if owner else key
             tensors.append(TensorReport(name, tuple(tensor.shape), tensor.nbytes, state, tensor.requires_grad, reason))

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-# Where torch.compile, activation checkpointing and FSDP keep what they wrap: these parts show in names.
-_IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_MODULE = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel")  # keep it as .module
+# Where torch.compile, activation checkpointing and FSDP keep what they wrap.
+_HOLDERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Classes of torch that keep it as `.module`, a name that other modules use for parts of their own.
+_MODULE = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside `torch.compile`, DDP, DataParallel, FSDP, checkpointing wrappers and `AveragedModel`."""
-    while isinstance(inner := _inner(model), nn.Module):
-        model = inner
+    while (place := _place(model)) is not None:
+        model = model._modules[place]
     return model
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    for name in _IN_NAMES:
-        if name in model._modules:
-            return model._modules[name]
-    mine = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("torch.")}
-    return model._modules.get("module") if mine.intersection(_MODULE) else None
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -36,33 +29,69 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__mro__[2 if is_fully_sharded(module) else 0]
 
 
-def plain_name(name: str) -> str:
-    """A module's or tensor's name without the parts that wrappers of inner modules add to it."""
-    return ".".join(part for part in name.split(".") if part not in _IN_NAMES)
+def _place(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds what it wraps; None for any other module."""
+    for name in _HOLDERS:
+        if isinstance(module._modules.get(name), nn.Module):
+            return name
+    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
+    return "module" if classes.intersection(_MODULE) and "module" in module._modules else None
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`nn.Module.named_modules` of the unwrapped model, names and modules without wrappers' own."""
-    for name, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
-        if _inner(module) is None:
-            yield plain_name(name), module
+    """`nn.Module.named_modules` as it would be without the wrappers around the model and inside it."""
+    yield from _walk(model, "", set() if remove_duplicate else None)
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
+    if seen is not None:
+        if module in seen:
+            return
+        seen.add(module)
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{name}.{key}" if name else key, seen)
+
+
+def named_tensors(model: nn.Module, *, persistent: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, by their names without wrappers, under every name of a shared one.
+
+    ``persistent`` leaves out the buffers that a state_dict leaves out.
+    """
+    modules = list(named_modules(model, remove_duplicate=False))
+    for kind in ("_parameters", "_buffers"):
+        for name, module in modules:
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None and not (persistent and key in module._non_persistent_buffers_set):
+                    yield f"{name}.{key}" if name else key, tensor
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """The module of a plain name. Raises AttributeError where there is none."""
+    """The module of a name that `named_modules` gives. Raises AttributeError where there is none."""
     module = unwrapped(model)
     for part in name.split(".") if name else ():
-        if part not in module._modules:
+        if module._modules.get(part) is None:
             raise AttributeError(f"{type(module).__name__} has no module {part!r} (of {name!r})")
         module = unwrapped(module._modules[part])
     return module
 
 
 def set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of the one of a plain name; a wrapper around that one stays around the new one."""
+    """Put a module in the place of the one of that name; a wrapper around that one stays around the new one."""
     parent, _, attribute = name.rpartition(".")
-    owner, place = submodule(model, parent), attribute
-    while _inner(owner._modules[place]) is not None:
-        owner = owner._modules[place]
-        place = next((key for key in _IN_NAMES if key in owner._modules), "module")
-    setattr(owner, place, new)
+    owner = submodule(model, parent)
+    setattr(owner, attribute, _rewrapped(owner._modules[attribute], new))
+
+
+def _rewrapped(old: nn.Module, new: nn.Module) -> nn.Module:
+    """new inside the wrappers around old."""
+    place = _place(old)
+    if place is None:
+        return new
+    inner = _rewrapped(old._modules[place], new)
+    if hasattr(old, "dynamo_ctx"):  # of torch.compile, which binds the forward of what it wraps when it is made
+        return type(old)(inner, old.dynamo_ctx).train(old.training)
+    setattr(old, place, inner)
+    return old

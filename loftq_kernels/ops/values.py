@@ -10,6 +10,8 @@ from torch import Tensor
 from loftq_kernels.ops import checks
 from loftq_kernels.storage import packing
 
+NEGLIGIBLE = 2.0**-10  # of a matrix's norm: the 8-bit formats lose five times as much to rounding
+
 
 def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
     """weight itself, or in float32 if it has a dtype (float64) that the quantize kernels do not read."""
@@ -39,7 +41,7 @@ def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_siz
     Reads the small scale tensor first, and the weight again only to explain a failure or a zero scale.
     """
     check_finite_scales(weight, scale, offset, name)
-    _check_zero_scales(weight, scale, offset, group_size, name)
+    check_zero_scales(weight, scale, offset, group_size, name)
 
 
 def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, name: str = "weight") -> None:
@@ -53,9 +55,21 @@ def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, na
         raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
 
 
-def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str) -> None:
-    """A zero scale is right for a constant group, which its offset holds rounded. It may also drop noise below the
-    matrix's own float32 resolution (a row of zeros less a low-rank term), but never weights that matter."""
+def check_zero_scales(
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    group_size: int,
+    name: str = "weight",
+    low_rank: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """Raise where scales that round to zero lose weights that matter.
+
+    A zero scale is right for a constant group, which its offset holds rounded, and it may drop what is negligible
+    against the whole matrix (a nearly dead row): with D what W less the offset and the low-rank term (lora_A, lora_B,
+    scaling) leaves in those groups, entries count as lost where |D| > |W| / 2, and ||lost||_F may be up to
+    `NEGLIGIBLE` * ||W||_F, below the rounding errors of any format.
+    """
     rows = (scale == 0).any(1).nonzero().flatten()
     if rows.numel() == 0:
         return
@@ -63,19 +77,17 @@ def _check_zero_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, gro
     def per_column(groups: Tensor) -> Tensor:
         return packing.spread_groups(groups[rows], weight.shape[1], group_size)
 
-    deviation = weight[rows].float()
-    if offset is not None:
-        deviation = deviation - per_column(offset).float()
-    negligible = weight.abs().max().float() * torch.finfo(torch.float32).eps
-    lost = (deviation.abs() > (weight[rows].float().abs() / 2).clamp(min=negligible)) & per_column(scale == 0)
-    if lost.any():
-        row, column = lost.nonzero()[0].tolist()
-        magnitude = deviation[row, column].abs().item()
-        raise ValueError(
-            _range_message(
-                name, int(rows[row]), column // packing.group_width(weight.shape[1], group_size), magnitude, scale.dtype
-            )
-        )
+    own = weight[rows].float()
+    deviation = own if offset is None else own - per_column(offset).float()
+    if low_rank is not None:
+        lora_A, lora_B, scaling = low_rank
+        deviation = torch.addmm(deviation, lora_B[rows].float(), lora_A.float(), alpha=-scaling)
+    lost = deviation.abs() * ((deviation.abs() > own.abs() / 2) & per_column(scale == 0))
+    allowed = NEGLIGIBLE * torch.linalg.vector_norm(weight, dtype=torch.float64)
+    if torch.linalg.vector_norm(lost, dtype=torch.float64) > allowed:
+        row, column = divmod(lost.argmax().item(), weight.shape[1])
+        group = column // packing.group_width(weight.shape[1], group_size)
+        raise ValueError(_range_message(name, int(rows[row]), group, lost[row, column].item(), scale.dtype))
 
 
 def _range_message(name: str, row: int, group: int, magnitude: float, dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ was killed has left is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -22,7 +23,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-_LONG_DEAD = 24 * 3600.0  # seconds without a write, after which a file of another machine's process is abandoned
+_LONG_DEAD = 24 * 3600.0  # seconds without a write, after which a temporary file is abandoned, whoever its writer is
+_writing: set[str] = set()  # names of temporary files that this process is writing
+_numbers = itertools.count()
 
 
 def _safetensors() -> ModuleType:
@@ -33,7 +36,11 @@ def _safetensors() -> ModuleType:
 
 
 def _machine() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "unknown"
+    """What process numbers are unique in: the host, and on Linux the name space that containers have of their own."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()[:64]}-{space}").strip("-") or "unknown"
 
 
 @contextlib.contextmanager
@@ -44,9 +51,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     left are removed first.
     """
     path = Path(path)
-    for left in abandoned(path):
-        left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder")
+    remove_abandoned(path.parent, re.escape(path.name))
+    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}-{next(_numbers)}.tmp")
+    _writing.add(temporary.name)
     try:
         yield temporary
         if temporary.exists():
@@ -54,6 +63,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _writing.discard(temporary.name)
 
 
 def sync(path: Path) -> None:
@@ -62,12 +72,21 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def abandoned(path: Path) -> list[Path]:
-    """Temporary files of path whose writers are dead, those of earlier versions (".name.pid.tmp") included."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:(?P<machine>[A-Za-z0-9-]+)\.)?(?P<process>\d+)\.tmp")
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the temporary files of `abandoned`."""
+    for left in abandoned(folder, name):
+        left.unlink(missing_ok=True)
+
+
+def abandoned(folder: Path, name: str) -> list[Path]:
+    """Temporary files in folder, of files whose names match a regular expression, that dead writers have left.
+
+    Those of earlier versions (".name.pid.tmp") are included.
+    """
+    pattern = re.compile(rf"\.(?:{name})\.(?:(?P<machine>[A-Za-z0-9-]+)\.)?(?P<process>\d+)(?:-\d+)?\.tmp")
     left = []
     with contextlib.suppress(OSError):
-        for file in path.parent.iterdir():
+        for file in folder.iterdir():
             found = pattern.fullmatch(file.name)
             if found and _is_dead(file, found["machine"], int(found["process"])):
                 left.append(file)
@@ -75,9 +94,15 @@ def abandoned(path: Path) -> list[Path]:
 
 
 def _is_dead(file: Path, machine: str | None, process: int) -> bool:
-    """Whether the writer of a temporary file is gone: by its process where that is this machine's, else by its age."""
+    """Whether the writer of a temporary file is gone: by its process where that is this machine's, and by its age."""
+    if file.name in _writing:
+        return False
+    if _is_old(file):
+        return True
     if machine not in (None, _machine()):
-        return _is_old(file)
+        return False
+    if process == os.getpid():
+        return True  # of an earlier process of that number, which the first of a container always has
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -105,7 +130,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # safetensors makes files that the owner alone can read
-    _safetensors().torch.save_file(own, path, metadata=dict(metadata))
+    safetensors = _safetensors()
+    try:
+        safetensors.torch.save_file(own, path, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:  # which hides a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)
 
 

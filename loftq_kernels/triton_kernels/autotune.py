@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from loftq_kernels.storage import documents
 from loftq_kernels.triton_kernels import configs
 from loftq_kernels.triton_kernels.configs import Config, Key
 
@@ -107,16 +107,10 @@ class Cache:
             {"key": key._asdict(), "config": asdict(config), "microseconds": time}
             for key, (config, time) in sorted(self.rows.items(), key=lambda item: item[0])
         ]
-        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self.path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                file.write(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n")
-            os.replace(temporary, self.path)
+            documents.write_text(self.path, json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n")
         except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
             self._warn(f"cannot be written: {error}; what was found serves this process alone")
 
     def _warn(self, what: str) -> None:

@@ -51,6 +51,7 @@ class RilqProgress:
 def save(folder: Path, settings: Mapping[str, Any], done: RilqProgress, tensors: Mapping[str, Tensor]) -> None:
     """Write a state; the one before it stays if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    files.remove_abandoned(folder, r"state-\d+\.safetensors")
     name = f"state-{done.step}.safetensors"
     files.save_tensors(folder / name, tensors, {"step": str(done.step)})
     values = {"tensors": name, "settings": settings, "done": dataclasses.asdict(done)}

@@ -178,6 +178,7 @@ def _file(path: Path, batch: Batch) -> Path:
 
 def _write_index(path: Path, key: str) -> None:
     path.mkdir(parents=True, exist_ok=True)
+    files.remove_abandoned(path, r"states-[0-9a-f]+\.safetensors")
     if (path / _INDEX).exists():
         stored = _read_index(path)
         if stored != key:
