@@ -18,6 +18,7 @@ from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_tensors, submodule
 from loftq_kernels.ops.checks import DTYPES_BY_NAME
+from loftq_kernels.ops.constant import Constant
 from loftq_kernels.storage import files
 
 if TYPE_CHECKING:
