@@ -1,4 +1,4 @@
-"""Derivatives of the ops. Through the packed weight only: no dense copy is kept for the backward.
+"""Derivatives of the ops. They use the packed weight: no dense copy is kept for the backward.
 
 With D = codebook[codes] * scale + offset, h = x A^T and g = dL/dy (leading dimensions flattened):
 
@@ -8,7 +8,7 @@ and in forward mode, with a dot for the tangent of an input:
 
     y. = x. D^T + s (x. A^T) B^T + s (x A.^T) B^T + s h B.^T + bias.
 
-The formulas and the `torch.autograd.Function`s of them are here; `differentiation` is how they are applied.
+Here are the `torch.autograd.Function`s with these formulas; `differentiation` says where PyTorch applies them.
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ class _Linear(Function):
         if any(dim is not None for dim in in_dims[1:5]):
             return each_sample(_ops.qlora_linear, info, in_dims, args)
         x, _, _, _, _, _, lora_A, lora_B, scaling, bias = map(_front, args, in_dims)
-        x_is_mapped, adapter_is_mapped, bias_is_mapped = (
-            any(in_dims[i] is not None for i in places) for places in ((0,), (6, 7), (9,))
-        )
+        x_is_mapped, bias_is_mapped = in_dims[0] is not None, in_dims[9] is not None
+        adapter_is_mapped = in_dims[6] is not None or in_dims[7] is not None
         adapter = (None, None, 0.0) if adapter_is_mapped else (lora_A, lora_B, scaling)
         y = _ops.qlora_linear(x, *args[1:6], *adapter, None if bias_is_mapped else bias)
         if bias_is_mapped:
@@ -200,7 +199,7 @@ class _GradInput(Function):
         if any(dim is not None for dim in in_dims[1:5]):
             return each_sample(_ops.qlora_linear_grad_input, info, in_dims, args)
         grad_y, *_, lora_A, lora_B, scaling = map(_front, args, in_dims)
-        if in_dims[7] is in_dims[8] is None:
+        if in_dims[7] is None and in_dims[8] is None:
             return _ops.qlora_linear_grad_input(grad_y, *args[1:7], lora_A, lora_B, scaling), 0
         grad_x = _ops.qlora_linear_grad_input(grad_y, *args[1:7], None, None, 0.0)
         return _mapped_low_rank(grad_x, grad_y, (lora_B, lora_A), scaling, info, in_dims[0] is not None), 0

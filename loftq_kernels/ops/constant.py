@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq_kernels.ops import constant_writes as rule
 from loftq_kernels.ops.constant_writes import Guarded, all_plain, plain
@@ -29,7 +29,7 @@ def _of_one(func: Callable) -> Callable:
 
 
 def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
-    """Apply torch._foreach_* in place: to the ordinary tensors as ever, to each constant by `constant_writes.write`."""
+    """Apply torch._foreach_* in place: to ordinary tensors together, to each constant by `constant_writes.write`."""
     targets, rest, count = args[0], args[1:], len(args[0])
     constants = [i for i, target in enumerate(targets) if isinstance(target, _Alias)]
     others = [i for i in range(count) if i not in set(constants)]
@@ -49,7 +49,7 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """Apply func with `out=`, in which a constant may be."""
+    """Apply func with `out=`, which may hold constants."""
     out = kwargs.pop("out")
     args, kwargs = all_plain((args, kwargs))
     results = func(*args, **kwargs)
@@ -130,8 +130,8 @@ class Constant(Guarded, nn.Parameter):
     is the old one within 4 units in the last place is taken for an average of it, and not written.
 
     Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
-    in compiled functions, and DTensors, which `fully_shard` makes of it. `nn.Parameter(constant)` is a RuntimeError of
-    torch's; `Constant(constant)` makes another one on the same memory.
+    in compiled functions, `data` under a `TorchDispatchMode`, and DTensors, which `fully_shard` makes of it.
+    `nn.Parameter(constant)` is a RuntimeError of torch's; `Constant(constant)` makes another one on the same memory.
 
     Raises RuntimeError when it is to require a gradient.
     """
@@ -150,9 +150,8 @@ class Constant(Guarded, nn.Parameter):
     def data(self) -> Tensor:
         if torch.compiler.is_compiling():
             return Tensor.detach(self)
-        # The compiler's check of custom operators accepts data of the exact type torch.Tensor alone.
-        compiler = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._")
-        return plain(self) if compiler else _alias(plain(self))
+        # The dispatch mode in which torch.compile checks custom operators takes data of the type torch.Tensor alone.
+        return plain(self) if is_in_torch_dispatch_mode() else _alias(plain(self))
 
     @data.setter
     def data(self, new: Tensor) -> None:

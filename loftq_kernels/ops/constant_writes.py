@@ -1,6 +1,7 @@
-"""The rule for writes into a constant: a copy of its own dtype and shape, or what leaves it as it is, or RuntimeError.
+"""The rule for writes into a constant: a copy of its own dtype and shape is written, and nothing else ever is.
 
-A target here is a plain tensor on the constant's memory; `constant` has the tensor classes that ask for this rule.
+Any other write must leave the constant as it is up to rounding, or is a RuntimeError. A target here is a plain tensor
+on the constant's memory; `constant` has the tensor classes whose writes come here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PART = 2**18  # elements compared at a time, in float64
 
 _OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
-# These end in an underscore and write no value.
+# The names of these end in an underscore, but they write no values.
 _NO_WRITES = frozenset(
     ("detach_", "requires_grad_", "set_", "share_memory_")
     + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
@@ -83,7 +84,7 @@ def _change_of_part(old: Tensor, new: Tensor, rounding: float) -> float:
 
 
 def settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
-    """Leave the constant `target` exactly as it is if `value` is it up to rounding; raise RuntimeError otherwise."""
+    """Raise RuntimeError unless `value` equals the constant `target` up to rounding. Nothing is written either way."""
     if target.is_meta or value.is_meta:
         return
     change = _change(target, value.to(target.device), rounding)
@@ -95,9 +96,9 @@ def settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
 
 
 def admits_copy(target: Tensor, source: Any, *, exact: bool) -> bool:
-    """Whether `source` is to be written into `target`: only values of its own dtype and shape are.
+    """Whether `source` is to be written into `target`. Only values of its own dtype and shape are; others `settle`.
 
-    Unless ``exact``, values of a float dtype that are the old ones up to rounding are an average's, and not written.
+    Unless ``exact``, float values that equal the old ones up to rounding are taken for an average, and not written.
     """
     source = torch.as_tensor(source, device=target.device)
     if source.dtype != target.dtype or source.shape != target.shape:
@@ -130,7 +131,7 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
 
 
 def write(func: Callable, name: str, target: Tensor, args: tuple, kwargs: dict, *, exact: bool = False) -> None:
-    """Apply the in-place func to the constant whose memory is `target`: a copy, or nothing, or RuntimeError."""
+    """Apply the in-place func to the constant whose memory is `target`: copy, leave it as it is, or RuntimeError."""
     if target.is_meta:
         return
     with torch.no_grad():

@@ -25,8 +25,10 @@ _PACKED = ("codes", "scale", "offset", "codebook")
 
 
 def forward_mode() -> bool:
-    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or under
-    a dispatch mode: a graph that is being traced enters the level without that being seen here."""
+    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too.
+
+    Also true under any dispatch mode, because a graph that is being traced enters the level without this counter.
+    """
     return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -38,7 +40,7 @@ def apply(function: type[Function], *args) -> Tensor:
 
 
 def _layers(tensor: Tensor) -> Iterator[Tensor]:
-    """tensor, and what the wrappers of torch.func hold; those of vmap, which know of no derivative, are left out."""
+    """The tensor and all that torch.func wrapped in it, except for the wrappers of vmap, which have no derivatives."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if not functorch.is_batchedtensor(tensor):
             yield tensor
@@ -80,7 +82,7 @@ def differentiable_jvp(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def refuse_constants(names: Sequence[str]) -> None:
-    """Raise RuntimeError if there are names of parts of a packed weight that a derivative is wanted for."""
+    """Raise RuntimeError if a derivative is wanted for a part of a packed weight; names are those parts."""
     if names:
         raise RuntimeError(
             f"the packed weight is a constant: there is no derivative with respect to its {', '.join(names)}; "
@@ -89,7 +91,7 @@ def refuse_constants(names: Sequence[str]) -> None:
 
 
 def refuse_multi(names: Sequence[str]) -> None:
-    """Raise RuntimeError if there are names of arguments of qlora_linear_multi that a derivative is wanted for."""
+    """Raise RuntimeError if a derivative is wanted for an argument of qlora_linear_multi; names are those arguments."""
     if names:
         raise RuntimeError(
             f"adapter_ids is for inference: {', '.join(names)} would need a gradient or carries a tangent; use "
@@ -98,8 +100,7 @@ def refuse_multi(names: Sequence[str]) -> None:
 
 
 def refuse_packed(flags_or_tangents: Sequence[object]) -> None:
-    """`refuse_constants` by what an autograd `Function` has for codes, scale, offset and codebook: flags of
-    needs_input_grad, or tangents."""
+    """`refuse_constants` by the flags of needs_input_grad or the tangents of codes, scale, offset and codebook."""
     refuse_constants(
         [
             name
@@ -119,7 +120,7 @@ def each_sample(op: Callable, info, in_dims: Sequence[int | None], args: Sequenc
 
 
 def _functionalize(op: torch._ops.OpOverload, interpreter: FuncTorchInterpreter, args: tuple) -> Tensor:
-    """What torch.func.functionalize does with an op that mutates nothing; of a `Function` it knows no way."""
+    """What torch.func.functionalize does with an op that mutates nothing; it cannot handle a `Function`."""
     api = FunctorchFunctionalizeAPI(interpreter)
     args = api.unwrap_tensors(args)
     with api.redispatch_to_next():

@@ -55,7 +55,7 @@ def dequantize(
     if dtype not in DTYPES or unavailable(codes.device):
         _warn_unavailable(codes.device)
         return reference.dequantize(codes, scale, offset, codebook, in_features, group_size, dtype)
-    weight = [None if t is None else t.contiguous() for t in (codes, scale, offset, codebook)]
+    weight = map(contiguous, (codes, scale, offset, codebook))
     out = codes.new_empty(codes.shape[0], in_features, dtype=dtype)
     with on(codes.device):
         return launchers().dequantize.launch_dequantize(*weight, group_size, out)
@@ -136,7 +136,7 @@ def _decode(
     bias: Tensor | None,
 ) -> Tensor:
     arguments = decode_arguments(x, weight, lora_A, lora_B, adapter_ids, scaling, bias)
-    device = x.device
+    device = x.device  # As `on`, without a context where none is needed: this is called hundreds of times per token.
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return plan.launch(*arguments)
     with torch.cuda.device(device):
@@ -154,36 +154,40 @@ def _linear(
     path: str,
 ) -> Tensor:
     """qlora_linear by large tiles, with adapters [S, r, K] and [S, N, r]; adapter_ids [M]: which of them a row has."""
-    launch, device, out_features = launchers(), devices.device_of(x.device), weight[0].shape[0]
-    if lora_A is not None and lora_A.shape[1] == 0:
-        lora_A = lora_B = None
+    out_features = weight[0].shape[0]
     if path == "empty":
         y = x.new_zeros(*x.shape[:-1], out_features)
         return y if bias is None else y + bias.to(y.dtype)
-    rows = _rows(x)
-    weight = tuple(contiguous(t) if isinstance(t, Tensor) else t for t in weight)
-    bias = contiguous(bias)
-    half = x.dtype != torch.float32
+    if lora_A is not None and lora_A.shape[1] == 0:
+        lora_A = lora_B = None
+    launch, device = launchers(), devices.device_of(x.device)
+    rows, weight, bias = _rows(x), (*map(contiguous, weight[:4]), weight[4]), contiguous(bias)
     with on(x.device):
         y = x.new_empty(rows.shape[0], out_features)
         h = None
         if lora_A is not None:
             h = launch.lora.launch_lora_down(rows, lora_A, adapter_ids, scaling, device.multiprocessors)
-        if path == "prefill" and half:
-            decoder = launch.tiles.tile_decoder(codebook_values(weight[3]), x.dtype, device.ptx, along=True)
-            arguments = *weight, decoder, h, lora_B, adapter_ids, bias, y
-            shape = decoder.decoder.bits, rows.shape[0], out_features, rows.shape[1]
-
-            def run(tile) -> None:
-                splits = launch.configs.splits(tile, *shape, device.multiprocessors)
-                launch.prefill.launch_prefill_linear(rows, *arguments, tile, splits)
-
-            run(_tile("prefill", x.device, shape, weight[4], run))
+        if path == "prefill" and x.dtype != torch.float32:
+            _prefill(rows, weight, h, lora_B, adapter_ids, bias, y)
         else:
             launch.chunked.chunked_linear(rows, *weight, bias, y, device.chunk_bytes)
             if h is not None:
                 launch.lora.launch_lora_up(y, h, lora_B, adapter_ids)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _prefill(rows: Tensor, weight: tuple, h, lora_B, adapter_ids, bias, y: Tensor) -> None:
+    """Write the product of rows [M, K] of 16 bits, the low-rank term of h and the bias to y [M, N], in one kernel."""
+    launch, device = launchers(), devices.device_of(rows.device)
+    decoder = launch.tiles.tile_decoder(codebook_values(weight[3]), rows.dtype, device.ptx, along=True)
+    arguments = *weight, decoder, h, lora_B, adapter_ids, bias, y
+    shape = decoder.decoder.bits, rows.shape[0], y.shape[1], rows.shape[1]
+
+    def run(tile) -> None:
+        splits = launch.configs.splits(tile, *shape, device.multiprocessors)
+        launch.prefill.launch_prefill_linear(rows, *arguments, tile, splits)
+
+    run(_tile("prefill", rows.device, shape, weight[4], run))
 
 
 def _tile(kernel: str, device: torch.device, shape: tuple[int, int, int, int], group_size: int, run):
@@ -219,35 +223,39 @@ def qlora_linear_grad_input(
             *(grad_y, codes, scale, offset, codebook, in_features, group_size, lora_A, lora_B, scaling),
             dequantize=_dequantize,
         )
-    launch, device = launchers(), devices.device_of(grad_y.device)
     if grad_y.numel() == 0 or in_features == 0:
         return grad_y.new_zeros(*grad_y.shape[:-1], in_features)
-    rows = _rows(grad_y)
-    grad_x = grad_y.new_empty(rows.shape[0], in_features)
-    codes, scale, offset, codebook = (None if t is None else t.contiguous() for t in (codes, scale, offset, codebook))
-    weight = codes, scale, offset, codebook, group_size
-    shape = rows.shape[0], in_features, rows.shape[1], codebook.numel().bit_length() - 1
+    launch, device = launchers(), devices.device_of(grad_y.device)
+    rows, weight = _rows(grad_y), (*map(contiguous, (codes, scale, offset, codebook)), group_size)
     half = grad_y.dtype != torch.float32
     if path is None:
-        path = launch.paths.choose_grad_input(*shape, device, half=half)
+        bits = codebook.numel().bit_length() - 1
+        path = launch.paths.choose_grad_input(rows.shape[0], in_features, rows.shape[1], bits, device, half=half)
     with on(grad_y.device):
+        grad_x = grad_y.new_empty(rows.shape[0], in_features)
         h = None
         if lora_A is not None and lora_A.shape[0] > 0:
             h = launch.lora.launch_lora_down(rows, lora_B.T.unsqueeze(0), None, scaling, device.multiprocessors)
         if path == "fused" and half:
-            decoder = launch.tiles.tile_decoder(codebook_values(codebook), grad_y.dtype, device.ptx, along=False)
-            arguments = *weight, decoder, h, None if h is None else lora_A, grad_x
-            shape = decoder.decoder.bits, rows.shape[0], in_features, rows.shape[1]
-
-            def run(tile) -> None:
-                launch.grad_input.launch_grad_input(rows, *arguments, tile)
-
-            run(_tile("grad_input", grad_y.device, shape, group_size, run))
+            _fused_grad_input(rows, weight, h, lora_A, grad_x)
         else:
             launch.chunked.chunked_grad_input(rows, *weight, grad_x, device.chunk_bytes)
             if h is not None:
                 launch.lora.launch_lora_up(grad_x, h, lora_A.T.unsqueeze(0), None)
     return grad_x.view(*grad_y.shape[:-1], in_features)
+
+
+def _fused_grad_input(rows: Tensor, weight: tuple, h, lora_A, grad_x: Tensor) -> None:
+    """Write the gradient of the input for rows [M, N] of 16 bits, with the low-rank term of h, to grad_x [M, K]."""
+    launch, device = launchers(), devices.device_of(rows.device)
+    decoder = launch.tiles.tile_decoder(codebook_values(weight[3]), rows.dtype, device.ptx, along=False)
+    arguments = *weight, decoder, h, None if h is None else lora_A, grad_x
+    shape = decoder.decoder.bits, rows.shape[0], grad_x.shape[1], rows.shape[1]
+
+    def run(tile) -> None:
+        launch.grad_input.launch_grad_input(rows, *arguments, tile)
+
+    run(_tile("grad_input", rows.device, shape, weight[4], run))
 
 
 def _dequantize(*args) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loftq_kernels.triton_kernels.decode_launch import Plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_ROUTES = 4096  # More are not remembered: all are forgotten, and found again when they are needed.
+MOST_ROUTES = 4096  # At this number all are forgotten, and found again when they are needed.
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -131,10 +131,14 @@ def route_of(
         route = _plan(x, weight, lora_A, lora_B, adapter_ids, bias)
         key = None if key is None else (*key[:-1], codebook_values(codebook))
     if key is not None:
-        if len(_routes) >= MOST_ROUTES:
-            _routes.clear()
-        _routes[key] = route
+        _remember(key, route)
     return route
+
+
+def _remember(key: tuple, route: Plan | str) -> None:
+    if len(_routes) >= MOST_ROUTES:
+        _routes.clear()
+    _routes[key] = route
 
 
 def check_scale_dtype(scale: Tensor) -> None:
@@ -155,7 +159,7 @@ def _check(x, weight, lora_A, lora_B, adapter_ids, bias) -> None:
 
 
 def _choose(x: Tensor, weight: tuple, path: str | None) -> str:
-    """ "decode", "prefill", "chunked", "empty" or "reference", for arguments that have been checked."""
+    """One of "decode", "prefill", "chunked", "empty" and "reference", for arguments that have been checked."""
     if x.dtype not in DTYPES or unavailable(x.device):
         return "reference"
     rows, out_features = x.numel() // x.shape[-1] if x.shape[-1] else 0, weight[0].shape[0]
@@ -175,7 +179,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _readable(adapter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A contiguous adapter that the kernel converts to dtype as it loads; float64, which it does not, in dtype."""
+    """A contiguous adapter in a dtype that the kernel loads and converts by itself; a float64 one becomes dtype."""
     return contiguous(adapter.to(dtype) if adapter is not None and adapter.dtype not in DTYPES else adapter)
 
 
@@ -197,7 +201,7 @@ def decode_arguments(x, weight, lora_A, lora_B, adapter_ids, scaling, bias) -> t
 
 
 def _plan(x, weight, lora_A, lora_B, adapter_ids, bias) -> Plan:
-    """The plan of a launch, which where autotuning is on is made by launches. Scaling does not matter to it."""
+    """The plan of a decode launch. Where autotuning is on, making it launches kernels; no plan depends on scaling."""
     ids = None if adapter_ids is None else adapter_ids.reshape(-1).contiguous()
     arguments = decode_arguments(x, weight, lora_A, lora_B, ids, 1.0, bias)
     with on(x.device):
