@@ -189,7 +189,7 @@ def test_enabled(monkeypatch):
 def test_the_launcher_asks(device, monkeypatch):
     """The backend on a fake device: searched at the first call of a shape class, launched as found."""
     import loftq_kernels as lk
-    from loftq_kernels.ops import triton_backend
+    from loftq_kernels.ops import triton_backend, triton_routes
     from loftq_kernels.triton_kernels import decode_launch
 
     launched = []
@@ -201,7 +201,7 @@ def test_the_launcher_asks(device, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for CPU tensors
     monkeypatch.setattr(decode_launch, "decode_linear_kernel", Kernel())
     monkeypatch.setattr(decode_launch, "device_of", lambda device: replace(DEVICES[90], multiprocessors=1))
-    monkeypatch.setattr(triton_backend, "_routes", {})
+    monkeypatch.setattr(triton_routes, "_routes", {})
     monkeypatch.setattr(autotune, "enabled", lambda device: True)
 
     def measure(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+from torch.utils.flop_counter import FlopCounterMode
 
 import loftq_kernels as lk
 from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
@@ -398,6 +400,26 @@ def test_compiled_code_may_read_the_data():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * constant.data + constant.detach(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), 2 * torch.arange(3.0))
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: FlopCounterMode(display=False)])
+def test_compiled_under_a_dispatch_mode(around):
+    """The compiler's check of custom operators reads `data` of parameters and refuses tensor subclasses."""
+    model, x = Toy(), torch.randn(5, SIZE)
+    torch._dynamo.reset()
+    with around(), torch.no_grad():
+        y = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(y, model(x))
+
+
+def test_under_a_dispatch_mode_data_is_plain_and_detach_guarded():
+    constant = Constant(torch.arange(3.0))
+    with FlopCounterMode(display=False):
+        assert type(constant.data) is torch.Tensor
+        with pytest.raises(RuntimeError, match="is constant"):
+            constant.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="is constant"):
+        constant.data.mul_(2)
 
 
 def test_export():

@@ -297,8 +297,9 @@ class TestModule:
             linear, lk.QuantConfig(format="int4", group_size=32, rank=2, num_iter=1, adapter=adapter)
         )
         for parameter in layer.parameters():
-            parameter.data.normal_()
-        params = {name: p.detach().clone() for name, p in layer.named_parameters()}
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        params = {name: p.detach().clone() for name, p in layer.named_parameters() if p.requires_grad}
         params.setdefault("bias", layer.bias.detach())
         return layer, params, gaussian(5, 64, seed=6, dtype=torch.float64) / 8
 

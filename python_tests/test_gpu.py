@@ -7,7 +7,7 @@ import torch
 from helpers import adapter, gaussian, op_arguments
 
 import loftq_kernels as lk
-from loftq_kernels.ops import triton_backend
+from loftq_kernels.ops import triton_routes
 
 pytestmark = pytest.mark.gpu
 ROWS = [1, 3, 16, 17, 100, 1100, 2100]  # of every path, on every architecture
@@ -149,5 +149,5 @@ def test_streams_do_not_share_what_they_count_with():
 
 
 def test_ops_have_kernels():
-    assert triton_backend.unavailable(torch.device("cuda", 0)) is None
+    assert triton_routes.unavailable(torch.device("cuda", 0)) is None
     assert "triton" in lk.available_backends()

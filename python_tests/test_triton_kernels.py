@@ -20,7 +20,7 @@ from oracle import qlora_linear as exact_qlora_linear
 
 import loftq_kernels as lk
 from loftq_kernels.formats import get_format
-from loftq_kernels.ops import triton_backend
+from loftq_kernels.ops import triton_backend, triton_routes
 from loftq_kernels.ops.checks import SCALE_DTYPES
 from loftq_kernels.triton_kernels import device as devices
 
@@ -88,7 +88,7 @@ def test_qlora_linear(shape, device):
 @pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int4", 32), ("nf2", -1), ("int8", 32)])
 def test_prefill_in_splits(format, group_size, splits, device, monkeypatch):
     """Programs share the columns of a tile; some have none. Twice, for the counters are to be left at zero."""
-    monkeypatch.setattr(triton_backend._launchers().configs, "splits", lambda *shape: splits)
+    monkeypatch.setattr(triton_routes.launchers().configs, "splits", lambda *shape: splits)
     packed, x, lora, bias = case(device, 37, 70, 420, 3, format, group_size, torch.float16, torch.bfloat16)
     arguments = *op_arguments(packed), group_size, *lora, 0.5, bias
     plain = lk.ops.functional.reference.qlora_linear(x, *arguments)
@@ -152,7 +152,7 @@ def asm(device, monkeypatch, request) -> list[str]:
         run = ptx.run
         monkeypatch.setattr(ptx, "run", lambda text, *operands: texts.append(text) or run(text, *operands))
         monkeypatch.setattr(devices, "INTERPRETER", replace(devices.INTERPRETER, ptx=True))
-        monkeypatch.setattr(triton_backend, "_routes", {})  # Those known hold plans of kernels without PTX.
+        monkeypatch.setattr(triton_routes, "_routes", {})  # Those known hold plans of kernels without PTX.
         devices.device_of.cache_clear()
         request.addfinalizer(devices.device_of.cache_clear)
     return texts
@@ -312,9 +312,9 @@ def test_decode_takes_adapters_of_any_dtype(dtype, kinds, device):
 def test_what_was_decided_is_looked_up_and_nothing_else_is(device, monkeypatch):
     """A second call of the same kind checks nothing; a call that differs in any way is checked, or planned anew."""
     checked = []
-    check = triton_backend._check
-    monkeypatch.setattr(triton_backend, "_routes", {})
-    monkeypatch.setattr(triton_backend, "_check", lambda *arguments: checked.append(1) or check(*arguments))
+    check = triton_routes._check
+    monkeypatch.setattr(triton_routes, "_routes", {})
+    monkeypatch.setattr(triton_routes, "_check", lambda *arguments: checked.append(1) or check(*arguments))
     nf4, uniform4 = (lk.quantize(gaussian(7, 128), format).to(device) for format in ("nf4", "uniform4"))
     x = gaussian(3, 128, device=device, dtype=torch.float16)
     lora_A, lora_B = adapter(7, 128, 3, device=device, dtype=torch.float16)

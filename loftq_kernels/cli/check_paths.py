@@ -25,7 +25,7 @@ from loftq_kernels.cli.check_cases import (
 )
 from loftq_kernels.cli.check_rows import Case, Finding, KernelPath
 from loftq_kernels.formats import get_format
-from loftq_kernels.ops import budget, extension, triton_backend
+from loftq_kernels.ops import budget, extension, triton_backend, triton_routes
 from loftq_kernels.storage.packing import BITS, GROUP_SIZES
 from loftq_kernels.triton_kernels.codebooks import affine_map
 
@@ -190,7 +190,7 @@ def triton_paths(
     }
     for name, own in cases.items():
         yield KernelPath(
-            device, f"Triton {name}", own, missing=partial(triton_backend.unavailable, torch.device(device))
+            device, f"Triton {name}", own, missing=partial(triton_routes.unavailable, torch.device(device))
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats.packed_tensor import PackedTensor
-from loftq_kernels.ops import autograd, checks, functional, reference
+from loftq_kernels.ops import checks, differentiation, functional, reference
 from loftq_kernels.ops.backends import kernels_of
 
 
@@ -74,7 +74,9 @@ def _linear_multi(
     weight = packed.codes, packed.scale, packed.offset, packed.codebook, packed.group_size
     checks.check_qlora_linear_multi(x, *weight, lora_A, lora_B, adapter_ids, bias, packed.shape[1])
     if not torch.compiler.is_compiling():  # In a traced graph the op itself raises.
-        autograd.refuse_multi(autograd.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}))
+        differentiation.refuse_multi(
+            differentiation.differentiated({"x": x, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
+        )
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_adapter_ids(adapter_ids, lora_A.shape[0])
     kernels = kernels_of(backend, x.device)

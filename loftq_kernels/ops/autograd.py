@@ -1,4 +1,4 @@
-"""Derivatives of the ops. Through the packed weight only: no dense copy is kept for the backward.
+"""Derivatives of the ops. They use the packed weight: no dense copy is kept for the backward.
 
 With D = codebook[codes] * scale + offset, h = x A^T and g = dL/dy (leading dimensions flattened):
 
@@ -8,112 +8,23 @@ and in forward mode, with a dot for the tangent of an input:
 
     y. = x. D^T + s (x. A^T) B^T + s (x A.^T) B^T + s h B.^T + bias.
 
-`torch.library.register_autograd` knows no forward mode, and what it makes does not compose with `torch.func`: the ops
-have `torch.autograd.Function`s instead, which are applied where PyTorch applies any other: above the transforms of
-`torch.func` (the key FuncTorchDynamicLayerFrontMode), and at the Autograd key where no transform is left. What D is
-made of is a constant: a derivative with respect to it raises RuntimeError.
+Here are the `torch.autograd.Function`s with these formulas; `differentiation` says where PyTorch applies them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from loftq_kernels.ops import differentiation
+from loftq_kernels.ops.differentiation import differentiable_jvp, each_sample, refuse_packed
 from loftq_kernels.ops.schemas import NAMESPACE
 
 _ops = torch.ops.loftq_kernels
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations live as long as it does
-_PACKED = ("codes", "scale", "offset", "codebook")
-
-
-def forward_mode() -> bool:
-    """Whether a tensor may carry a tangent: within `forward_ad.dual_level()`, which torch.func.jvp enters too, or under
-    a dispatch mode: a graph that is being traced enters the level without that being seen here."""
-    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
-
-
-def apply(function: type[Function], *args) -> Tensor:
-    """function.apply(*args), without the search for defaults in its signature, which takes tens of microseconds."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))
-
-
-def _layers(tensor: Tensor) -> Iterator[Tensor]:
-    """tensor, and what the wrappers of torch.func hold; those of vmap, which know of no derivative, are left out."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if not functorch.is_batchedtensor(tensor):
-            yield tensor
-        tensor = functorch.get_unwrapped(tensor)
-    yield tensor
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor, level=0).tangent is not None
-
-
-def differentiated(tensors: Mapping[str, Tensor | None]) -> list[str]:
-    """The names of those that a derivative is wanted with respect to, backward or forward, by any transform."""
-    backward, forward = torch.is_grad_enabled(), forward_mode()
-    if not backward and not forward:
-        return []
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor is not None
-        and any((backward and t.requires_grad) or (forward and _has_tangent(t)) for t in _layers(tensor))
-    ]
-
-
-def differentiable_jvp(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """jvp(ctx, saved, *tangents) as a `Function`'s, with derivatives of its own in an outer forward-mode transform.
-
-    PyTorch turns forward mode off around a jvp, for the saved inputs carry tangents; with it off, the transforms around
-    see none either, and the derivative of the derivative is lost (https://github.com/pytorch/pytorch/issues/197867).
-    Here the inputs lose their tangents instead.
-    """
-
-    def whole(ctx, *tangents: Tensor | None) -> Tensor:
-        with forward_ad._set_fwd_grad_enabled(True):
-            saved = (None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
-            return jvp(ctx, tuple(saved), *tangents)
-
-    return whole
-
-
-def refuse_constants(names: Sequence[str]) -> None:
-    """Raise RuntimeError if there are names of parts of a packed weight that a derivative is wanted for."""
-    if names:
-        raise RuntimeError(
-            f"the packed weight is a constant: there is no derivative with respect to its {', '.join(names)}; "
-            "detach() it"
-        )
-
-
-def refuse_multi(names: Sequence[str]) -> None:
-    """Raise RuntimeError if there are names of arguments of qlora_linear_multi that a derivative is wanted for."""
-    if names:
-        raise RuntimeError(
-            f"adapter_ids is for inference: {', '.join(names)} would need a gradient or carries a tangent; use "
-            "torch.no_grad(), and no forward-mode transform"
-        )
-
-
-def parts(flags_or_tangents: Sequence[object]) -> list[str]:
-    """Names of what the packed weight is made of, by needs_input_grad or by tangents."""
-    return [
-        name
-        for name, wanted in zip(_PACKED, flags_or_tangents, strict=True)
-        if wanted is not None and wanted is not False
-    ]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -159,15 +70,6 @@ def _front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
     return tensor if dim is None else tensor.movedim(dim, 0)
 
 
-def each_sample(op: Callable, info, in_dims: Sequence[int | None], args: Sequence) -> tuple[Tensor, int]:
-    """The vmap rule of an op whose packed weight differs between the samples: one call per sample."""
-    results = [
-        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(results), 0
-
-
 def _mapped_low_rank(
     base: Tensor, x: Tensor, pair: Sequence[Tensor], scaling: float, info, x_is_mapped: bool
 ) -> Tensor:
@@ -201,7 +103,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        refuse_constants(parts(ctx.needs_input_grad[1:5]))
+        refuse_packed(ctx.needs_input_grad[1:5])
         if grad_y is None:
             return (None,) * 10
         x, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
@@ -220,7 +122,7 @@ class _Linear(Function):
     @staticmethod
     @differentiable_jvp
     def jvp(ctx, saved, x_t, codes_t, scale_t, offset_t, codebook_t, _group, A_t, B_t, _scaling, bias_t) -> Tensor:
-        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
+        refuse_packed((codes_t, scale_t, offset_t, codebook_t))
         x, *packed, lora_A, lora_B = saved
         terms = _low_rank_tangent(x, _transposed(lora_A, lora_B), _transposed(A_t, B_t), ctx.scaling)
         if x_t is not None:
@@ -234,9 +136,8 @@ class _Linear(Function):
         if any(dim is not None for dim in in_dims[1:5]):
             return each_sample(_ops.qlora_linear, info, in_dims, args)
         x, _, _, _, _, _, lora_A, lora_B, scaling, bias = map(_front, args, in_dims)
-        x_is_mapped, adapter_is_mapped, bias_is_mapped = (
-            any(in_dims[i] is not None for i in places) for places in ((0,), (6, 7), (9,))
-        )
+        x_is_mapped, bias_is_mapped = in_dims[0] is not None, in_dims[9] is not None
+        adapter_is_mapped = in_dims[6] is not None or in_dims[7] is not None
         adapter = (None, None, 0.0) if adapter_is_mapped else (lora_A, lora_B, scaling)
         y = _ops.qlora_linear(x, *args[1:6], *adapter, None if bias_is_mapped else bias)
         if bias_is_mapped:
@@ -265,7 +166,7 @@ class _GradInput(Function):
 
     @staticmethod
     def backward(ctx, grad_grad_x):
-        refuse_constants(parts(ctx.needs_input_grad[1:5]))
+        refuse_packed(ctx.needs_input_grad[1:5])
         if grad_grad_x is None:
             return (None,) * 10
         grad_y, codes, scale, offset, codebook, lora_A, lora_B = ctx.saved_tensors
@@ -285,7 +186,7 @@ class _GradInput(Function):
     def jvp(
         ctx, saved, grad_t, codes_t, scale_t, offset_t, codebook_t, _features, _group, A_t, B_t, _scaling
     ) -> Tensor:
-        refuse_constants(parts((codes_t, scale_t, offset_t, codebook_t)))
+        refuse_packed((codes_t, scale_t, offset_t, codebook_t))
         grad_y, *packed, lora_A, lora_B = saved
         terms = _low_rank_tangent(grad_y, (lora_B, lora_A), (B_t, A_t), ctx.scaling)
         if grad_t is not None:
@@ -298,53 +199,10 @@ class _GradInput(Function):
         if any(dim is not None for dim in in_dims[1:5]):
             return each_sample(_ops.qlora_linear_grad_input, info, in_dims, args)
         grad_y, *_, lora_A, lora_B, scaling = map(_front, args, in_dims)
-        if in_dims[7] is in_dims[8] is None:
+        if in_dims[7] is None and in_dims[8] is None:
             return _ops.qlora_linear_grad_input(grad_y, *args[1:7], lora_A, lora_B, scaling), 0
         grad_x = _ops.qlora_linear_grad_input(grad_y, *args[1:7], None, None, 0.0)
         return _mapped_low_rank(grad_x, grad_y, (lora_B, lora_A), scaling, info, in_dims[0] is not None), 0
-
-
-def _functionalize(op: torch._ops.OpOverload, interpreter: FuncTorchInterpreter, args: tuple) -> Tensor:
-    """What torch.func.functionalize does with an op that mutates nothing; of a `Function` it knows no way."""
-    api = FunctorchFunctionalizeAPI(interpreter)
-    args = api.unwrap_tensors(args)
-    with api.redispatch_to_next():
-        result = op(*args)
-    return api.wrap_tensors(result)
-
-
-def _differentiable(op: torch._ops.OpOverload, function: type[Function]) -> None:
-    """Give op the derivatives of function."""
-    # As `apply` where no transform is active: transform_kernel has dealt with them by the Autograd key.
-    apply_below = super(Function, function).apply
-
-    def autograd_kernel(keyset, *args):
-        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return apply_below(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    def transform_kernel(*args):
-        interpreter = retrieve_current_functorch_interpreter()
-        if interpreter.key() == functorch.TransformType.Functionalize:
-            return _functionalize(op, interpreter, args)
-        return function.apply(*args)
-
-    _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
-    _library.impl(op._opname, transform_kernel, "FuncTorchDynamicLayerFrontMode")
-
-
-def _constant(op: torch._ops.OpOverload, refuse: Callable[[Sequence[str]], None]) -> None:
-    """Give op, which has no derivative, a kernel that raises where one would be lost."""
-    names = [argument.name for argument in op._schema.arguments]
-
-    def autograd_kernel(keyset, *args):
-        if forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            refuse(differentiated({n: arg for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}))
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    _library.impl(op._opname, autograd_kernel, "Autograd", with_keyset=True)
 
 
 def _dequantize_vmap(info, in_dims, *args) -> tuple[Tensor, int]:
@@ -360,8 +218,8 @@ def _dequantize_vmap(info, in_dims, *args) -> tuple[Tensor, int]:
     return dense.unflatten(0, (info.batch_size, rows)), 0
 
 
-_differentiable(_ops.qlora_linear.default, _Linear)
-_differentiable(_ops.qlora_linear_grad_input.default, _GradInput)
-_constant(_ops.dequantize.default, refuse_constants)
-_constant(_ops.qlora_linear_multi.default, refuse_multi)
+differentiation.register_derivatives(_ops.qlora_linear.default, _Linear)
+differentiation.register_derivatives(_ops.qlora_linear_grad_input.default, _GradInput)
+differentiation.register_refusal(_ops.dequantize.default, differentiation.refuse_constants)
+differentiation.register_refusal(_ops.qlora_linear_multi.default, differentiation.refuse_multi)
 torch.library.register_vmap(f"{NAMESPACE}::dequantize", _dequantize_vmap)

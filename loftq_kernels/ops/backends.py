@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from loftq_kernels.ops import extension, reference, triton_backend
+from loftq_kernels.ops import extension, reference, triton_backend, triton_routes
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -16,7 +16,7 @@ def available_backends() -> tuple[str, ...]:
     triton_device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     missing = {
         "cpu": extension._C is None,
-        "triton": triton_backend.unavailable(triton_device) is not None,
+        "triton": triton_routes.unavailable(triton_device) is not None,
     }
     return tuple(name for name in BACKENDS if not missing.get(name))
 
@@ -35,7 +35,7 @@ def select_backend(backend: str | None, device: torch.device) -> str | None:
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu' takes CPU tensors, got {device}")
     if backend == "triton":
-        reason = triton_backend.unavailable(device)
+        reason = triton_routes.unavailable(device)
         if reason is not None:
             raise ValueError(f"backend='triton' cannot take tensors on {device}: {reason}")
     return backend

@@ -2,144 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-REMEDY = (
-    "average or update the adapters alone, which are the parameters that lk.train_only_adapters(model) leaves trainable"
-)
-ROUNDINGS = 4  # units in the last place within which a computed value counts as the old one
-PART = 2**18  # elements compared at a time, in float64
-
-_OPERATORS = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
-_IN_PLACE_OPERATORS = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
-# These end in an underscore and write no value.
-_NO_WRITES = frozenset(
-    ("detach_", "requires_grad_", "set_", "share_memory_")
-    + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
-    + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
-)
-
-
-def _writes(name: str) -> bool:
-    """Whether the function of this name writes into its first argument."""
-    if name in _IN_PLACE_OPERATORS:
-        return True
-    return name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
-
-
-def plain(value: Any) -> Any:
-    """The value itself; of a `Constant` or an alias of one, a plain tensor on the same memory."""
-    if isinstance(value, (Constant, _Alias)):
-        with torch._C.DisableTorchFunctionSubclass():
-            return Tensor.detach(value)
-    return value
-
-
-def _all_plain(value: Any) -> Any:
-    """`plain` of every tensor in nested lists, tuples and dicts."""
-    if type(value) in (list, tuple):
-        return type(value)(_all_plain(item) for item in value)
-    if type(value) is dict:
-        return {key: _all_plain(item) for key, item in value.items()}
-    return plain(value)
+from loftq_kernels.ops import constant_writes as rule
+from loftq_kernels.ops.constant_writes import Guarded, all_plain, plain
 
 
 def _alias(tensor: Tensor) -> _Alias:
     return Tensor._make_subclass(_Alias, tensor)
-
-
-def _refuse_gradient(asked: bool) -> None:
-    if asked:
-        raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
-
-
-def _rounding(tensor: Tensor) -> float:
-    """The unit in the last place of 1.0 in the dtype that the tensor was computed in."""
-    return torch.finfo(tensor.dtype if tensor.is_floating_point() else torch.float64).eps
-
-
-def _change(old: Tensor, new: Tensor, rounding: float) -> float:
-    """The largest |new - old|, or 0 where no element moved by more than rounding explains; NaN for another shape."""
-    if new.shape != old.shape:
-        return math.nan
-    parts = zip(old.reshape(-1).split(PART), new.reshape(-1).split(PART), strict=True)
-    return max((_change_of_part(a.double(), b.double(), rounding) for a, b in parts), default=0.0)
-
-
-def _change_of_part(old: Tensor, new: Tensor, rounding: float) -> float:
-    difference = (new - old).abs_().masked_fill_(new == old, 0.0)
-    if (difference <= old.abs_().mul_(ROUNDINGS * rounding)).all():
-        return 0.0
-    return difference.nan_to_num_(nan=math.inf).max().item()
-
-
-def _settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
-    """Leave the constant `target` exactly as it is if `value` is it up to rounding; raise RuntimeError otherwise."""
-    if target.is_meta or value.is_meta:
-        return
-    change = _change(target, value.to(target.device), rounding)
-    if change != 0:
-        raise RuntimeError(
-            f"{name} would change a {target.dtype} part {tuple(target.shape)} of a packed weight, which is constant, "
-            f"by up to {change:.3g}: {REMEDY}"
-        )
-
-
-def _copy(target: Tensor, source: Any, name: str = "copy_", *, exact: bool) -> bool:
-    """Whether `source` is to be written into `target`: only values of its own dtype and shape are.
-
-    Unless ``exact``, values of a float dtype that are the old ones up to rounding are an average's, and not written.
-    """
-    source = torch.as_tensor(source, device=target.device)
-    if source.dtype != target.dtype or source.shape != target.shape:
-        _settle(target, source.expand(target.shape), _rounding(source), name)
-        return False
-    if exact or target.is_meta or source.is_meta or not target.is_floating_point():
-        return True
-    return _change(target, source, _rounding(source)) != 0
-
-
-def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> tuple[Any, float]:
-    """What func leaves in a float64 copy of `target`, its first argument, and the rounding of what it computed with."""
-    roundings = [torch.finfo(torch.float64).eps]
-
-    def copied(value: Any) -> Any:
-        own = plain(value)
-        if not isinstance(own, Tensor):
-            return value
-        if own is value and own.ndim:  # an operand that was computed outside, in its own precision
-            roundings.append(_rounding(own))
-        return own.double() if own.is_floating_point() or own.dtype == target.dtype else own
-
-    wide = target.double().clone()
-    try:
-        func(wide, *tree_map(copied, tuple(args)), **tree_map(copied, kwargs))
-    except (RuntimeError, TypeError, IndexError):  # no such function of float64, as of bits; or a true error, again
-        wide = target.clone()
-        func(wide, *_all_plain(tuple(args)), **_all_plain(kwargs))
-    return wide, max(roundings)
-
-
-def _write(func: Callable, name: str, target: Tensor, args: tuple, kwargs: dict, *, exact: bool = False) -> None:
-    """Apply the in-place func to the constant whose memory is `target`: a copy, or nothing, or RuntimeError."""
-    if target.is_meta:
-        return
-    with torch.no_grad():
-        if name == "copy_":
-            source = args[0] if args else kwargs["src"]
-            exact = exact or isinstance(source, (Constant, _Alias))
-            if _copy(target, plain(source), exact=exact):
-                target.copy_(plain(source))
-            return
-        value, rounding = _on_copies(func, target, args, kwargs)
-        _settle(target, value, rounding, name)
 
 
 def _entry(value: Any, index: int | list[int], count: int) -> Any:
@@ -154,7 +29,7 @@ def _of_one(func: Callable) -> Callable:
 
 
 def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
-    """Apply torch._foreach_* in place: to the ordinary tensors as ever, to each constant by `_write`."""
+    """Apply torch._foreach_* in place: to ordinary tensors together, to each constant by `constant_writes.write`."""
     targets, rest, count = args[0], args[1:], len(args[0])
     constants = [i for i, target in enumerate(targets) if isinstance(target, _Alias)]
     others = [i for i in range(count) if i not in set(constants)]
@@ -165,30 +40,30 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
     for i in constants:
         entry_args, entry_kwargs = of(i)
         if name == "_foreach_copy_":
-            _write(Tensor.copy_, "copy_", plain(targets[i]), ([*entry_args, *entry_kwargs.values()][0][0],), {})
+            rule.write(Tensor.copy_, "copy_", plain(targets[i]), ([*entry_args, *entry_kwargs.values()][0][0],), {})
         else:
-            _write(_of_one(func), name, plain(targets[i]), tuple(entry_args), entry_kwargs)
+            rule.write(_of_one(func), name, plain(targets[i]), tuple(entry_args), entry_kwargs)
     if others:  # after the constants, so that a refusal changes nothing
         entry_args, entry_kwargs = of(others)
-        func([targets[i] for i in others], *_all_plain(entry_args), **_all_plain(entry_kwargs))
+        func([targets[i] for i in others], *all_plain(entry_args), **all_plain(entry_kwargs))
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """Apply func with `out=`, in which a constant may be."""
+    """Apply func with `out=`, which may hold constants."""
     out = kwargs.pop("out")
-    args, kwargs = _all_plain((args, kwargs))
+    args, kwargs = all_plain((args, kwargs))
     results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
         if isinstance(target, _Alias):
-            _settle(plain(target), result, _rounding(result), f"{name}(out=)")
+            rule.settle(plain(target), result, rule.rounding_of(result), f"{name}(out=)")
     for target, result in pairs:
         if not isinstance(target, _Alias):
             target.resize_(result.shape).copy_(result)
     return out
 
 
-class _Alias(Tensor):
+class _Alias(Guarded, Tensor):
     """What `Constant.detach()` and `Constant.data` return: the constant's memory, with the constant's rule for writes.
 
     Reading it gives plain tensors, except those that are the constant itself again (`detach`, `view_as`, `to`).
@@ -201,23 +76,19 @@ class _Alias(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if _writes(name) and not args:  # as torch.nn.init passes it
+        if rule.writes(name) and not args:  # as torch.nn.init passes it
             args = (kwargs.pop(next(iter(kwargs))),)
         with torch._C.DisableTorchFunctionSubclass():
             if kwargs.get("out") is not None:
                 return _write_out(func, name, args, kwargs)
-            if name.startswith("_foreach_") and _writes(name):
+            if not rule.writes(name):
+                return _read(func, name, args, kwargs)
+            if name.startswith("_foreach_"):
                 return _write_each(func, name, args, kwargs)
-            if _writes(name) and args and isinstance(args[0], _Alias):
-                _write(func, name, plain(args[0]), args[1:], kwargs)
-                return None if name == "__setitem__" else args[0]
-            if name == "requires_grad_" or func == Tensor.requires_grad.__set__:
-                _refuse_gradient((*args[1:], *kwargs.values(), True)[0])
-                return args[0]
-            if name == "__set__":  # such as data: of this alias alone
-                return func(args[0], *_all_plain(args[1:]))
-            result = func(*_all_plain(args), **_all_plain(kwargs))
-            return _same(result, args[0]) if args and isinstance(args[0], _Alias) else result
+            if not isinstance(args[0], _Alias):  # The constant is only an operand.
+                return func(*all_plain(args), **all_plain(kwargs))
+            rule.write(func, name, plain(args[0]), args[1:], kwargs)
+            return None if name == "__setitem__" else args[0]
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return memo.setdefault(id(self), plain(self).clone())
@@ -226,7 +97,18 @@ class _Alias(Tensor):
         return plain(self).__reduce_ex__(protocol)
 
 
-def _same(result: Any, constant: _Alias) -> Any:
+def _read(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """Apply func, which writes no values. What is the constant itself again stays an alias."""
+    if name == "requires_grad_" or func == Tensor.requires_grad.__set__:
+        rule.refuse_gradient((*args[1:], *kwargs.values(), True)[0])
+        return args[0]
+    if name == "__set__":  # of an attribute, such as data: of this alias alone
+        return func(args[0], *all_plain(args[1:]))
+    result = func(*all_plain(args), **all_plain(kwargs))
+    return _guarded_again(result, args[0]) if args and isinstance(args[0], _Alias) else result
+
+
+def _guarded_again(result: Any, constant: _Alias) -> Any:
     """The result, as an alias again if it is all of the constant's memory in the constant's shape and dtype."""
     if type(result) is not Tensor or result.dtype != constant.dtype or result.shape != constant.shape:
         return result
@@ -237,7 +119,7 @@ def _rebuild(data: Tensor) -> Constant:
     return Constant(data)
 
 
-class Constant(nn.Parameter):
+class Constant(Guarded, nn.Parameter):
     """A frozen parameter [any shape, any dtype] that only a copy of its own dtype and shape changes.
 
     Sharding, moving and saving treat it as the parameter that it is, and so do operators, `torch.compile` and
@@ -248,14 +130,14 @@ class Constant(nn.Parameter):
     is the old one within 4 units in the last place is taken for an average of it, and not written.
 
     Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
-    in compiled functions, and DTensors, which `fully_shard` makes of it. `nn.Parameter(constant)` is a RuntimeError of
-    torch's; `Constant(constant)` makes another one on the same memory.
+    in compiled functions, `data` under a `TorchDispatchMode`, and DTensors, which `fully_shard` makes of it.
+    `nn.Parameter(constant)` is a RuntimeError of torch's; `Constant(constant)` makes another one on the same memory.
 
     Raises RuntimeError when it is to require a gradient.
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False):
-        _refuse_gradient(requires_grad)
+        rule.refuse_gradient(requires_grad)
         data = plain(data)
         if type(data) in (Tensor, nn.Parameter):
             return Tensor._make_subclass(cls, data, False)
@@ -268,18 +150,17 @@ class Constant(nn.Parameter):
     def data(self) -> Tensor:
         if torch.compiler.is_compiling():
             return Tensor.detach(self)
-        # The compiler's check of custom operators accepts data of the exact type torch.Tensor alone.
-        compiler = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._")
-        return plain(self) if compiler else _alias(plain(self))
+        # The dispatch mode in which torch.compile checks custom operators takes data of the type torch.Tensor alone.
+        return plain(self) if is_in_torch_dispatch_mode() else _alias(plain(self))
 
     @data.setter
     def data(self, new: Tensor) -> None:
         old, new = plain(self), plain(new)
         if old.dtype != new.dtype:
-            _settle(old, new, _rounding(new), f"data = a {new.dtype} tensor")
+            rule.settle(old, new, rule.rounding_of(new), f"data = a {new.dtype} tensor")
             new = old.to(new.device)
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
-        if moved or _copy(old, new, exact=False):
+        if moved or rule.admits_copy(old, new, exact=False):
             Tensor.data.__set__(self, new)
 
     @property
@@ -291,7 +172,7 @@ class Constant(nn.Parameter):
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Constant:
-        _refuse_gradient(requires_grad)
+        rule.refuse_gradient(requires_grad)
         return self
 
     def module_load(self, other: Tensor, assign: bool = False) -> Constant:
@@ -313,7 +194,7 @@ def _constant_method(name: str) -> Callable:
     func = getattr(Tensor, name)
 
     def method(self, *args, **kwargs):
-        _write(func, name, plain(self), args, kwargs, exact=True)
+        rule.write(func, name, plain(self), args, kwargs, exact=True)
         return None if name == "__setitem__" else self
 
     method.__name__ = name
@@ -321,7 +202,7 @@ def _constant_method(name: str) -> Callable:
 
 
 for _name in dir(Tensor):
-    if _writes(_name) and not _name.startswith("_") or _name in _IN_PLACE_OPERATORS:
+    if rule.writes(_name) and not _name.startswith("_") or _name in rule.IN_PLACE_OPERATORS:
         setattr(Constant, _name, _constant_method(_name))
 
 # A pickle of a Constant names this function; torch.load(weights_only=True) is to accept it.

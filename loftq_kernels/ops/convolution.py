@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import autograd, checks
+from loftq_kernels.ops import checks, differentiation
 from loftq_kernels.ops.functional import autocast, dequantize_tensors
 
 
@@ -54,7 +54,7 @@ def conv_tensors(
     checks.check_packed(codes, scale, offset, codebook, geometry.columns, geometry.group_size)
     checks.check_same_device("x", x, "codes", codes)
     x = autocast(x)
-    y = autograd.apply(_PackedConv, x, codes, scale, offset, codebook, geometry)
+    y = differentiation.apply(_PackedConv, x, codes, scale, offset, codebook, geometry)
     return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(geometry.stride))
 
 
@@ -76,7 +76,7 @@ def _differentiate_input(ctx, inputs, output) -> None:
 def _map_samples(function: type[torch.autograd.Function], info, in_dims, args: tuple) -> tuple[Tensor, int]:
     """The vmap rule of both functions: the mapped dimension joins the batch, unless the kernels differ."""
     if any(dim is not None for dim in in_dims[1:5]):
-        return autograd.each_sample(function.apply, info, in_dims, args)
+        return differentiation.each_sample(function.apply, info, in_dims, args)
     first = args[0].movedim(in_dims[0], 0)
     shapes = [(info.batch_size * shape[0], *shape[1:]) for shape in args[6:]]
     result = function.apply(first.flatten(0, 1), *args[1:6], *shapes)
@@ -96,16 +96,17 @@ class _PackedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor | None):
-        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
+        differentiation.refuse_packed(ctx.needs_input_grad[1:5])
         if grad_y is None:
             return (None,) * 6
-        return autograd.apply(_PackedConvGradInput, grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape), *[None] * 5
+        grad_x = differentiation.apply(_PackedConvGradInput, grad_y, *ctx.saved_tensors, ctx.geometry, ctx.shape)
+        return grad_x, *[None] * 5
 
     @staticmethod
-    @autograd.differentiable_jvp
+    @differentiation.differentiable_jvp
     def jvp(ctx, packed, x_t, codes_t, scale_t, offset_t, codebook_t, _geometry) -> Tensor:
-        autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
-        return autograd.apply(_PackedConv, x_t, *packed, ctx.geometry)
+        differentiation.refuse_packed((codes_t, scale_t, offset_t, codebook_t))
+        return differentiation.apply(_PackedConv, x_t, *packed, ctx.geometry)
 
     @staticmethod
     def vmap(info, in_dims, *args) -> tuple[Tensor, int]:
@@ -132,16 +133,16 @@ class _PackedConvGradInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_grad_x: Tensor | None):
-        autograd.refuse_constants(autograd.parts(ctx.needs_input_grad[1:5]))
+        differentiation.refuse_packed(ctx.needs_input_grad[1:5])
         if grad_grad_x is None:
             return (None,) * 7
-        return autograd.apply(_PackedConv, grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6
+        return differentiation.apply(_PackedConv, grad_grad_x, *ctx.saved_tensors, ctx.geometry), *[None] * 6
 
     @staticmethod
-    @autograd.differentiable_jvp
+    @differentiation.differentiable_jvp
     def jvp(ctx, packed, grad_t, codes_t, scale_t, offset_t, codebook_t, _geometry, _shape) -> Tensor:
-        autograd.refuse_constants(autograd.parts((codes_t, scale_t, offset_t, codebook_t)))
-        return autograd.apply(_PackedConvGradInput, grad_t, *packed, ctx.geometry, ctx.shape)
+        differentiation.refuse_packed((codes_t, scale_t, offset_t, codebook_t))
+        return differentiation.apply(_PackedConvGradInput, grad_t, *packed, ctx.geometry, ctx.shape)
 
     @staticmethod
     def vmap(info, in_dims, *args) -> tuple[Tensor, int]:

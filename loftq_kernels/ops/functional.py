@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq_kernels.ops import autograd, checks, reference, triton_backend
+from loftq_kernels.ops import checks, differentiation, reference, triton_backend
 from loftq_kernels.ops.backends import kernels_of
 from loftq_kernels.ops.constant import Constant
 from loftq_kernels.ops.values import check_scales, kernel_dtype
@@ -127,7 +127,7 @@ def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | N
         return False
     return (
         "qlora_linear" in triton_backend.registered
-        and not autograd.forward_mode()  # It is also true under any dispatch mode.
+        and not differentiation.forward_mode()  # It is also true under any dispatch mode.
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )

@@ -238,7 +238,7 @@ def decode_linear(
 ) -> Tensor:
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
 
-    It plans anew at every call, for tests and tools: `ops.triton_backend` remembers plans.
+    It plans anew at every call, for tests and tools: `ops.triton_routes` remembers plans.
 
     Args:
         x: [..., K] contiguous, float16, bfloat16 or float32, with M > 0 rows and K > 0; meant for M <= 16, right for
