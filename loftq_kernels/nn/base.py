@@ -141,13 +141,17 @@ class QuantLoRAModule(Mergeable):
     @property
     def packed(self) -> PackedTensor:
         """The quantized weight; shares its tensors with the layer."""
-        held = (self._parameters[name] for name in PACKED)
         return PackedTensor(
-            *(held if torch.compiler.is_compiling() else map(plain, held)),
+            *self.stored(),
             in_features=self._columns,
             group_size=self.group_size,
             format=self.format,
         )
+
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """codes, scale, offset and codebook as ops take them: plain tensors, except where a compiler traces."""
+        held = tuple(self._parameters[name] for name in PACKED)
+        return held if torch.compiler.is_compiling() else tuple(map(plain, held))
 
     @property
     def has_adapter(self) -> bool:
@@ -205,6 +209,7 @@ class QuantLoRAModule(Mergeable):
         With ``detach`` no gradient reaches the adapter.
         """
         parameters = self._parameters  # nn.Module's own look-up of an attribute takes longer, eight times.
+        codes, scale, offset, codebook = self.stored()
         adapted = self.adapter_enabled
         lora_A, lora_B = (parameters["lora_A"], parameters["lora_B"]) if adapted else (None, None)
         if lora_A is not None and self.adapter != "lora":
@@ -213,10 +218,10 @@ class QuantLoRAModule(Mergeable):
             lora_A, lora_B = lora_A.detach(), lora_B.detach()
         return linear_tensors(
             x,
-            parameters["codes"],
-            parameters["scale"],
-            parameters["offset"],
-            parameters["codebook"],
+            codes,
+            scale,
+            offset,
+            codebook,
             self.group_size,
             lora_A,
             lora_B,

@@ -122,7 +122,7 @@ class _QuantLoRAConv(QuantLoRAModule):
         x = autocast(x if batched else x.unsqueeze(0))
         if self._pads:
             x = functional.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        y = conv_tensors(x, self.codes, self.scale, self.offset, self.codebook, self.bias, self._geometry)
+        y = conv_tensors(x, *self.stored(), self.bias, self._geometry)
         if self.has_adapter:
             y = torch.add(y, self._adapter(x), alpha=self.scaling)
         return y if batched else y.squeeze(0)

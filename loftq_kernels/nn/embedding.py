@@ -124,9 +124,9 @@ class QuantLoRAEmbedding(QuantLoRAModule):
 
     def _rows(self, indices: Tensor) -> Tensor:
         """Decode rows [n, embedding_dim]: a row's codes and scales are contiguous, and decode without the others."""
-        stored = (self.codes, self.scale, self.offset)
+        *stored, codebook = self.stored()
         codes, scale, offset = (None if t is None else t.index_select(0, indices) for t in stored)
-        return dequantize_tensors(codes, scale, offset, self.codebook, self.embedding_dim, self.group_size, self.dtype)
+        return dequantize_tensors(codes, scale, offset, codebook, self.embedding_dim, self.group_size, self.dtype)
 
     def _check_indices(self, indices: Tensor) -> None:
         outside = (indices < 0) | (indices >= self.num_embeddings)

@@ -139,9 +139,12 @@ class Constant(Guarded, nn.Parameter):
     def __new__(cls, data: Tensor, requires_grad: bool = False):
         rule.refuse_gradient(requires_grad)
         data = plain(data)
-        if type(data) in (Tensor, nn.Parameter):
-            return Tensor._make_subclass(cls, data, False)
-        return nn.Parameter(data, requires_grad=False)  # a DTensor or fake tensor has a class of its own
+        if type(data) not in (Tensor, nn.Parameter):  # a DTensor or fake tensor has a class of its own
+            return nn.Parameter(data, requires_grad=False)
+        made = Tensor._make_subclass(cls, data, False)
+        # Kept, so that ops are given it without an op of its own, which transforms of torch.func would want to trace.
+        made.held = data if type(data) is Tensor else Tensor.detach(data)
+        return made
 
     def detach(self) -> Tensor:
         return Tensor.detach(self) if torch.compiler.is_compiling() else _alias(plain(self))
@@ -162,6 +165,7 @@ class Constant(Guarded, nn.Parameter):
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
         if moved or rule.admits_copy(old, new, exact=False):
             Tensor.data.__set__(self, new)
+            self.held = new
 
     @property
     def requires_grad(self) -> bool:

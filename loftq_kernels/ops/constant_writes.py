@@ -31,7 +31,9 @@ _NO_WRITES = frozenset(
 
 
 class Guarded:
-    """Marks the tensor classes whose memory is a constant's."""
+    """Marks the tensor classes whose memory is a constant's; ``held`` is a plain tensor on it, where there is one."""
+
+    held: Tensor | None = None
 
 
 def writes(name: str) -> bool:
@@ -44,6 +46,8 @@ def writes(name: str) -> bool:
 def plain(value: Any) -> Any:
     """The value itself; of a `Guarded` tensor, a plain one on the same memory."""
     if isinstance(value, Guarded):
+        if value.held is not None:
+            return value.held
         with torch._C.DisableTorchFunctionSubclass():
             return Tensor.detach(value)
     return value
