@@ -60,10 +60,15 @@ def check_scaling(scaling: Any) -> float:
 def check_schedule(num_iter: Any, order: str, svd: str, seed: Any) -> tuple[int, int]:
     """(num_iter, seed) as ints. Raises ValueError for values out of range, TypeError for a seed that is no integer."""
     num_iter = arguments.whole_number("num_iter", num_iter, 1, 2**31 - 1)
-    seed = arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)  # what torch.Generator takes
+    seed = check_seed(seed)
     arguments.choice("order", order, ORDERS)
     arguments.choice("svd", svd, SVD_MODES)
     return num_iter, seed
+
+
+def check_seed(seed: Any) -> int:
+    """seed as an int that torch.Generator takes. Raises ValueError or TypeError for others."""
+    return arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -11,14 +11,14 @@ from torch import nn
 
 from loftq_kernels import arguments
 from loftq_kernels.nn.kinds import kind_of
-from loftq_kernels.nn.wrappers import unwrapped
+from loftq_kernels.nn.wrappers import named_modules, submodule, unwrapped
 
 
 def largest_lists(model: nn.Module) -> list[str]:
     """Names of the `nn.ModuleList` or `nn.Sequential` with the most bytes of parameters: several where they tie."""
     sizes = {
         name: sum(parameter.nbytes for parameter in module.parameters())
-        for name, module in unwrapped(model).named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
     }
     return [name for name, size in sizes.items() if size == max(sizes.values())]
@@ -28,7 +28,7 @@ def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
     """What a backward can recompute: the modules of transformers that support it, else those of the largest lists."""
     model = unwrapped(model)
     marked = [m for m in model.modules() if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
-    return marked or [block for name in largest_lists(model) for block in model.get_submodule(name)]
+    return marked or [block for name in largest_lists(model) for block in submodule(model, name)]
 
 
 def first_layers(
@@ -40,7 +40,7 @@ def first_layers(
 
     Args:
         model: holds its blocks (layers, as the paper calls them) in an `nn.ModuleList` or `nn.Sequential`.
-        n: 0 .. the number of blocks.
+        n: 0 .. the number of blocks; those without layers inside count, and get no override.
         changes: a format, or `LayerConfig` fields, for the layers inside the first n blocks.
         blocks: the list's name, e.g. "model.layers"; None takes the list with the most parameters.
 
@@ -50,7 +50,7 @@ def first_layers(
     model = unwrapped(model)
     name = _one_list(model) if blocks is None else blocks
     try:
-        module = model.get_submodule(name)
+        module = submodule(model, name)
     except AttributeError as error:
         raise ValueError(f"{type(model).__name__} has no module {name!r}") from error
     if not isinstance(module, nn.ModuleList | nn.Sequential):
@@ -63,7 +63,10 @@ def first_layers(
     overrides = {}
     for child, block in itertools.islice(module._modules.items(), n):
         escaped = glob.escape(prefix + child)
-        overrides[escaped if kind_of(block) is not None else f"{escaped}.*"] = changes
+        if kind_of(unwrapped(block)) is not None:
+            overrides[escaped] = changes
+        elif any(kind_of(inner) is not None for inner in block.modules()):  # A pattern must match a layer.
+            overrides[f"{escaped}.*"] = changes
     return overrides
 
 
