@@ -136,7 +136,7 @@ def _planned_shapes(
     """
     shapes = {c.name: tuple(c.weight.shape) for c in selection.candidates}
     modules = dict(named_modules(model))
-    for name in plan.layers.keys() & modules.keys() - shapes.keys():
+    for name in (name for name in plan.layers if name in modules and name not in shapes):
         kind, reason = kind_of(modules[name]), selection.skipped.get(name)
         if name in selection.already or reason == LEFT_DENSE:
             shapes[name] = matrix_shape(modules[name])

@@ -144,7 +144,7 @@ class _Context:
         if not self.cfg.quantize_head and (module in self.heads or any(_is_head_name(name) for name in names)):
             return "is the output head, which quantize_head=True quantizes"
         if layer_cfg is not None and module in self.read_by_peft:
-            return "has a weight that PEFT's target_parameters adapts"
+            return "has a weight that PEFT reads directly, for target_parameters or trainable_token_indices"
         return LEFT_DENSE if layer_cfg is None else None
 
     def _reason_of_module(self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig) -> str | None:
@@ -180,8 +180,9 @@ def _is_head_name(name: str) -> bool:
 
 
 def _read_directly(module: nn.Module) -> nn.Module | None:
-    """The layer whose weight PEFT's wrapper of single parameters parametrizes; None for all its other modules."""
-    return getattr(module, "base_layer", None) if type(module).__name__ == "ParamWrapper" else None
+    """The layer inside one of PEFT's wrappers that does not call it, but reads its weight; None for other modules."""
+    reads = type(module).__name__ in ("ParamWrapper", "TrainableTokensLayer")
+    return getattr(module, "base_layer", None) if reads else None
 
 
 def _reason_of_weight(weight: Tensor) -> str | None:

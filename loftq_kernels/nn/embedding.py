@@ -36,12 +36,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     dense_copy = "merged_embedding"
     geometry_names = ("padding_idx",)
     bias: None
-    max_norm, norm_type, scale_grad_by_freq, sparse = (
-        None,
-        2.0,
-        False,
-        False,
-    )  # read by those who take it for a dense one
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # nn.Embedding's, which PEFT reads
 
     def __init__(
         self,
