@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loftq_kernels import arguments
 from loftq_kernels.formats import Format, PackedTensor
+from loftq_kernels.storage import packing
 
 ORDERS = ("quantize_first", "svd_first")
 SVD_MODES = ("auto", "exact", "fast")
@@ -35,6 +36,9 @@ class SolverOptions:
     scale_search: bool
     seed: int
     rank_energy: float | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "group_size", packing.check_group_size(self.group_size))
 
     def packed(self, codes: Tensor, scale: Tensor, offset: Tensor, codebook: Tensor, in_features: int) -> PackedTensor:
         """The weight that the quantize ops returned, whose offset is empty for formats without one."""

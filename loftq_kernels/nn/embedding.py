@@ -71,8 +71,8 @@ class QuantLoRAEmbedding(QuantLoRAModule):
             dtype=dtype,
             adapter_dtype=adapter_dtype,
         )
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = _padding_row(padding_idx, num_embeddings)
+        self.num_embeddings, self.embedding_dim = self.packed.shape
+        self.padding_idx = _padding_row(padding_idx, self.num_embeddings)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, cfg: LayerConfig | None = None) -> QuantLoRAEmbedding:
