@@ -89,7 +89,8 @@ class TestReasons:
         experts = [tensor for tensor in report.left_dense if "experts" in tensor.name and len(tensor.shape) == 3]
         assert len(experts) == 4 and all("3-D parameter of MixtralExperts" in tensor.reason for tensor in experts)
         assert sum(t.nbytes for t in experts) == 4 * 2 * 4 * 3 * 64 * 96  # float32, layers, experts, matrices
-        assert "experts.gate_up_proj" in report.summary and str(report).count("left dense, ") == 1 + 4
+        assert "experts.gate_up_proj" in report.summary
+        assert all(str(tensor) in str(report).splitlines() for tensor in experts)
 
     @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
     def test_attention_of_torch(self):
