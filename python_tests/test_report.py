@@ -156,6 +156,16 @@ class TestPlan:
         share = sum(expected.values()) / (sum(expected.values()) + sum(plan.bits(n) for n in plan.layers) // 8)
         assert f"left dense: {share:.1%}" in str(plan) and "head.weight" in str(plan)
 
+    def test_layers_below_the_rank(self):
+        """No candidate fits the head of 10 rows: the config quantizes it all the same, so that it is not left dense."""
+        model, cfg = tiny_model(), lk.QuantConfig(rank=16, num_iter=1)
+        with pytest.warns(UserWarning, match=r"leaves out 1 layers .*\(head\).*as cfg says"):
+            plan = lk.plan_bits(model, 4, ["nf2", "nf4"], cfg, progress=False)
+        report = lk.quantize_model(model, cfg, plan=plan, progress=False)
+        assert "head" not in plan.layers and "head" in [layer.name for layer in report.layers]
+        dense = {tensor.name: tensor.nbytes for tensor in report.tensors if tensor.state == "dense"}
+        assert plan.dense == dense
+
     def test_after_a_part_was_quantized(self):
         """Packed weights and adapters of layers that were done before are not dense."""
         model = tiny_model()

@@ -102,9 +102,21 @@ def plan_bits(
         if grouped:
             raise ValueError(f"count='total' counts ordinary adapters, but layer {grouped[0]!r} has adapter='qalora'")
     layers = _measure(found, statistics, relative, device, progress)
-    planned = {f"{name}.weight" for name in layers}
+    planned = {f"{name}.weight" for name in layers.keys() | _by_config(model, cfg, layers)}
     dense = {t.name: t.nbytes for t in account(model) if t.state == DENSE and t.name not in planned}
     return solve_plan(dataclasses.replace(empty, layers=layers, dense=dense), budget)
+
+
+def _by_config(model: nn.Module, cfg: QuantConfig, layers: Mapping[str, PlannedLayer]) -> set[str]:
+    """Layers that no candidate fits, and that are quantized as cfg says all the same; warns of them."""
+    others = [c.name for c in select_layers(model, cfg).candidates if c.name not in layers]
+    if others:
+        warnings.warn(
+            f"the plan leaves out {len(others)} layers that no candidate fits "
+            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): quantize_model treats them as cfg says",
+            stacklevel=3,
+        )
+    return set(others)
 
 
 def _that_fit(candidates: list[Candidate], rank: int | None, skipped: dict[str, str]) -> list[Candidate]:
