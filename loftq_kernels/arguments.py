@@ -56,13 +56,9 @@ def number(name: str, value: Any, *, above: float = -math.inf, below: float = ma
 
 
 def plain_number(value: Any) -> float | int | None:
-    if isinstance(value, bool | str | bytes):
-        return None
-    if isinstance(value, int | float):
-        return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy":
-        return plain_number(value.item())
-    return None
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()  # numpy.float64 is a float by inheritance, and would stay what it is.
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def flag(name: str, value: Any) -> bool:

@@ -20,7 +20,7 @@ from loftq_kernels.models.patterns import check_patterns
 from loftq_kernels.models.select import Context
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of
-from loftq_kernels.nn.wrappers import named_modules, unwrapped
+from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.progress import tqdm
 
 
@@ -104,9 +104,9 @@ def _selected(model: nn.Module, cfg: QuantConfig, encoder: nn.Module | None) -> 
     context = Context(model, cfg)
     encoding = set() if encoder is None else set(encoder.modules())
     return {
-        module: Layer(name, module in encoding)
-        for name, module in named_modules(model)
-        if _is_observed(module, cfg) and context.reason_of_name(module, name, cfg.for_layer(name)) is None
+        module: Layer(names[0], module in encoding)
+        for module, names in context.names_of.items()
+        if _is_observed(module, cfg) and context.reason_of_name(module, names, cfg.for_layer(*names)) is None
     }
 
 

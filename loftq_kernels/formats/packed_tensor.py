@@ -196,6 +196,7 @@ def quantize(
     """
     fmt = get_format(format)
     checks.check_floating(name, weight)
+    group_size = packing.check_group_size(group_size)
     codebook = fmt.codebook(weight.device)
     codes, scale, offset = ops.quantize_tensors(
         weight, codebook, group_size, fmt.scale_rule, scale_dtype, scale_search, backend=backend, name=name

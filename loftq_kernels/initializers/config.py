@@ -102,7 +102,7 @@ class LayerConfig:
     seed: int = 0
 
     def __post_init__(self):
-        get_format(self.format)
+        self._set(format=get_format(self.format).name)
         self._set(group_size=packing.check_group_size(self.group_size))
         if self.rank is not None:
             self._set(rank=arguments.whole_number("rank", self.rank, 1, note=", or None for no adapter"))
@@ -113,8 +113,9 @@ class LayerConfig:
         num_iter, seed = check_schedule(self.num_iter, self.order, self.svd, self.seed)
         outlier_channels = arguments.whole_number("outlier_channels", self.outlier_channels, 0, error=TypeError)
         self._set(num_iter=num_iter, seed=seed, outlier_channels=outlier_channels)
-        check_rank_energy(self.rank_energy)
+        self._set(rank_energy=check_rank_energy(self.rank_energy))
         check_scale_options(self.scale_dtype, self.scale_search)
+        self._set(scale_search=arguments.flag("scale_search", self.scale_search))
         if self.adapter_dtype is not None and self.adapter_dtype not in DTYPES_BY_NAME.values():
             raise ValueError(f"adapter_dtype={self.adapter_dtype!r} is not one of {tuple(DTYPES_BY_NAME.values())}")
         self._check_method()
@@ -201,13 +202,14 @@ def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_rank_energy(rank_energy: float | None) -> None:
-    """Raise ValueError unless it is a share in (0, 1], or None."""
+def check_rank_energy(rank_energy: float | None) -> float | None:
+    """rank_energy as a plain number. Raises ValueError unless it is a share in (0, 1], or None."""
     if rank_energy is None:
-        return
+        return None
     plain = arguments.plain_number(rank_energy)
     if plain is None or not 0 < plain <= 1:
         raise ValueError(f"rank_energy={rank_energy!r} must be in (0, 1], or None for a fixed rank")
+    return plain
 
 
 def to_json(value: Any) -> Any:

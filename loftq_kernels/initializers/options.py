@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loftq_kernels import arguments
 from loftq_kernels.formats import Format, PackedTensor
+from loftq_kernels.storage import packing
 
 ORDERS = ("quantize_first", "svd_first")
 SVD_MODES = ("auto", "exact", "fast")
@@ -36,6 +37,9 @@ class SolverOptions:
     seed: int
     rank_energy: float | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "group_size", packing.check_group_size(self.group_size))
+
     def packed(self, codes: Tensor, scale: Tensor, offset: Tensor, codebook: Tensor, in_features: int) -> PackedTensor:
         """The weight that the quantize ops returned, whose offset is empty for formats without one."""
         return PackedTensor(
@@ -60,10 +64,15 @@ def check_scaling(scaling: Any) -> float:
 def check_schedule(num_iter: Any, order: str, svd: str, seed: Any) -> tuple[int, int]:
     """(num_iter, seed) as ints. Raises ValueError for values out of range, TypeError for a seed that is no integer."""
     num_iter = arguments.whole_number("num_iter", num_iter, 1, 2**31 - 1)
-    seed = arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)  # The range of torch.Generator.
+    seed = check_seed(seed)
     arguments.choice("order", order, ORDERS)
     arguments.choice("svd", svd, SVD_MODES)
     return num_iter, seed
+
+
+def check_seed(seed: Any) -> int:
+    """seed as an int that torch.Generator takes. Raises ValueError or TypeError for others."""
+    return arguments.whole_number("seed", seed, -(2**63), 2**64 - 1, error=TypeError)
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loftq_kernels.initializers import nearest, qalora
 from loftq_kernels.initializers.config import LayerConfig, Method
+from loftq_kernels.initializers.options import check_seed
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.ops import checks
 
@@ -32,6 +33,7 @@ def qlora_init(
     1 .. min(N, K); errors call the weight ``name``.
     """
     checks.check_weight(name, weight)
+    seed = check_seed(seed)
     if rank is not None:
         rank = checks.check_rank(rank, *weight.shape)
     init = nearest.nearest_init(

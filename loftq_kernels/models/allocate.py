@@ -26,8 +26,9 @@ from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.convert import initialize_batch
 from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits, settings
-from loftq_kernels.models.select import Candidate, in_batches, select_layers
-from loftq_kernels.nn.wrappers import named_modules, unwrapped
+from loftq_kernels.models.report import DENSE, account
+from loftq_kernels.models.select import Candidate, check_overrides, in_batches, select_layers
+from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
 from loftq_kernels.ops.values import check_finite
 from loftq_kernels.progress import tqdm
@@ -92,6 +93,7 @@ def plan_bits(
     found, skipped = {}, {}
     for name, values in named.items():
         selection = select_layers(model, _config_of(values, cfg))
+        check_overrides(model, cfg, selection)
         skipped |= selection.skipped
         fitting = _that_fit(selection.candidates, values["rank"], skipped)
         found[name] = with_statistics(fitting, statistics, warn=not found)
@@ -102,18 +104,21 @@ def plan_bits(
         if grouped:
             raise ValueError(f"count='total' counts ordinary adapters, but layer {grouped[0]!r} has adapter='qalora'")
     layers = _measure(found, statistics, relative, device, progress)
-    return solve_plan(dataclasses.replace(empty, layers=layers, dense=_dense_bytes(model, layers)), budget)
+    planned = {f"{name}.weight" for name in layers.keys() | _by_config(model, cfg, layers)}
+    dense = {t.name: t.nbytes for t in account(model) if t.state == DENSE and t.name not in planned}
+    return solve_plan(dataclasses.replace(empty, layers=layers, dense=dense), budget)
 
 
-def _dense_bytes(model: nn.Module, layers: Mapping[str, PlannedLayer]) -> dict[str, int]:
-    """Bytes of each parameter that is no planned layer's weight."""
-    seen, dense = set(), {}
-    for name, module in named_modules(model):
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and not (name in layers and key == "weight"):
-                dense[f"{name}.{key}" if name else key] = parameter.nbytes
-            seen.add(id(parameter))
-    return dense
+def _by_config(model: nn.Module, cfg: QuantConfig, layers: Mapping[str, PlannedLayer]) -> set[str]:
+    """Layers that no candidate fits, and that are quantized as cfg says all the same; warns of them."""
+    others = [c.name for c in select_layers(model, cfg).candidates if c.name not in layers]
+    if others:
+        warnings.warn(
+            f"the plan leaves out {len(others)} layers that no candidate fits "
+            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): quantize_model treats them as cfg says",
+            stacklevel=3,
+        )
+    return set(others)
 
 
 def _that_fit(candidates: list[Candidate], rank: int | None, skipped: dict[str, str]) -> list[Candidate]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from loftq_kernels import arguments
@@ -33,15 +32,17 @@ def names_module(name: str, pattern: str) -> bool:
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     """A lone pattern or several of them, as a tuple of valid ones."""
+    if not isinstance(value, str | Iterable):
+        raise TypeError(f"{name} must be a pattern or a tuple of them, got {value!r}")
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{name} must hold strings, got {pattern!r}")
-        _check_pattern(pattern)
+        _check_pattern(name, pattern)
     return patterns
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_pattern(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must hold strings, got {pattern!r}")
     try:
         matches("", pattern)
     except re.error as error:
@@ -86,18 +87,35 @@ class QuantConfig(LayerConfig):
         for name in ("include", "exclude", "modules_to_save"):
             self._set(**{name: _patterns(name, getattr(self, name))})
         self._set(quantize_head=arguments.flag("quantize_head", self.quantize_head))
-        kinds = (self.layer_types,) if isinstance(self.layer_types, str) else tuple(self.layer_types)
+        kinds = self.layer_types
+        kinds = tuple(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else (kinds,)
         if not kinds or set(kinds) - set(LAYER_TYPES):
             raise ValueError(f"layer_types={self.layer_types!r} must hold some of {LAYER_TYPES}")
         self._set(layer_types=kinds)
-        self._set(overrides={p: None if own is None else dict(own) for p, own in self.overrides.items()})
-        for pattern, changes in self.overrides.items():
-            _check_pattern(pattern)
-            if changes is not None:
-                self._overridden(pattern, changes)
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides must map patterns to changed fields or None, got {self.overrides!r}")
+        self._set(overrides={pattern: self._checked(pattern, own) for pattern, own in self.overrides.items()})
+
+    def _checked(self, pattern: Any, changes: Any) -> dict[str, Any] | None:
+        """A copy of an override's changes, their values as `LayerConfig` keeps them."""
+        _check_pattern("overrides", pattern)
+        if changes is None:
+            return None
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"override {pattern!r} must be a dict of changed fields, or None, got {changes!r}")
+        changed = self._overridden(pattern, changes)
+        return {name: getattr(changed, name) for name in changes}
+
+    def _key(self) -> tuple:
+        """What makes two configs equal: overrides in their order too, for the first match wins."""
+        overrides = ((p, None if own is None else frozenset(own.items())) for p, own in self.overrides.items())
+        return *(getattr(self, f.name) for f in fields(self) if f.name != "overrides"), tuple(overrides)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))  # Overrides are a dict, which has no hash of its own.
+        return hash(self._key())
 
     @property
     def layer(self) -> LayerConfig:
@@ -110,19 +128,18 @@ class QuantConfig(LayerConfig):
             raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(known))}")
         return self.layer.changed(changes)
 
-    def selects(self, name: str) -> bool:
-        """Whether ``include`` and ``exclude`` let the layer of that name be quantized."""
-        return any(matches(name, p) for p in self.include) and not any(matches(name, p) for p in self.exclude)
+    def selects(self, *names: str) -> bool:
+        """Whether ``include`` and ``exclude`` let the layer be quantized that has these names, usually one."""
+        return _any_match(names, self.include) and not _any_match(names, self.exclude)
 
-    def saves(self, name: str) -> bool:
-        """Whether ``modules_to_save`` names the module, or one that it is part of."""
-        parts = name.split(".")
-        return any(names_module(".".join(parts[:i]), p) for p in self.modules_to_save for i in range(1, len(parts) + 1))
+    def saves(self, *names: str) -> bool:
+        """Whether ``modules_to_save`` names the module with these names, or one that it is part of."""
+        return any(names_module(whole, p) for p in self.modules_to_save for name in names for whole in _prefixes(name))
 
-    def for_layer(self, name: str) -> LayerConfig | None:
-        """What the layer of that name gets, by the first override that matches it; None where that leaves it dense."""
+    def for_layer(self, *names: str) -> LayerConfig | None:
+        """What the layer with these names gets, by the first override that matches one; None leaves it dense."""
         for pattern, changes in self.overrides.items():
-            if matches(name, pattern):
+            if _any_match(names, (pattern,)):
                 return None if changes is None else self._overridden(pattern, changes)
         return self.layer
 
@@ -136,5 +153,17 @@ class QuantConfig(LayerConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """What `to_dict` gave, perhaps with fields left out. Raises ValueError for unknown ones."""
-        overrides = {p: None if own is None else from_json(own) for p, own in values.get("overrides", {}).items()}
+        overrides = values.get("overrides", {})
+        if isinstance(overrides, Mapping):
+            overrides = {p: from_json(own) if isinstance(own, Mapping) else own for p, own in overrides.items()}
         return super().from_dict({**values, "overrides": overrides})
+
+
+def _any_match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(matches(name, pattern) for pattern in patterns for name in names)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The name and those of the modules that hold it, the outermost first."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts) + 1))

@@ -18,6 +18,7 @@ from loftq_kernels.models.select import (
     LEFT_DENSE,
     Candidate,
     Selection,
+    check_overrides,
     in_batches,
     select_layers,
     why_dense,
@@ -61,7 +62,8 @@ def quantize_model(
             the rest, and all of layers that the plan does not name.
         progress: show a bar on standard error.
         freeze: also set requires_grad=False on every parameter that is neither an adapter's nor named by
-            ``cfg.modules_to_save``.
+            ``cfg.modules_to_save``; what PEFT has in the model stays as PEFT has set it. Without it biases of replaced
+            layers keep theirs.
         device: where to compute, if not where the weights are.
 
     Returns a `QuantizationReport`, which accounts for every byte of the model. Raises ValueError, before anything is
@@ -86,7 +88,7 @@ def quantize_model(
     try:
         with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
             for batch in in_batches(candidates):
-                report.layers += _replace(model, batch, device, bar, freeze)
+                report.layers += _replace(model, batch, device, bar)
     finally:  # Layers that were swapped before an interruption are as they would be after a whole run.
         if freeze:
             train_only_adapters(model)
@@ -104,6 +106,7 @@ def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None)
     selection = select_layers(model, cfg)
     if plan is not None:
         plan.check_model(_planned_shapes(model, selection, plan, cfg))
+    check_overrides(model, cfg, selection)
     if not selection.candidates and not selection.already:
         raise ValueError(
             f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {selection.skipped}"
@@ -118,7 +121,7 @@ def _check_weights(candidates: list[Candidate]) -> None:
 
 def _train_saved(model: nn.Module, cfg: QuantConfig) -> None:
     """requires_grad = True for what ``cfg.modules_to_save`` names."""
-    for name, module in named_modules(model):
+    for name, module in named_modules(model, remove_duplicate=False):
         if cfg.saves(name):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(parameter.is_floating_point())
@@ -133,9 +136,7 @@ def _planned_shapes(
     """
     shapes = {c.name: tuple(c.weight.shape) for c in selection.candidates}
     modules = dict(named_modules(model))
-    for name in plan.layers:
-        if name in shapes or name not in modules:
-            continue
+    for name in (name for name in plan.layers if name in modules and name not in shapes):
         kind, reason = kind_of(modules[name]), selection.skipped.get(name)
         if name in selection.already or reason == LEFT_DENSE:
             shapes[name] = matrix_shape(modules[name])
@@ -163,21 +164,19 @@ def initialize_batch(batch: list[Candidate], device: torch.device | str | None, 
 
 
 def _replace(
-    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: tqdm, freeze: bool
+    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: tqdm
 ) -> Iterator[LayerReport]:
     """Initialize the layers of a batch together, then swap each in; the batch is emptied."""
     inits = initialize_batch(batch, device, bar)[::-1]
     while batch:
-        yield _swap(model, batch.pop(0), inits.pop(), freeze)
+        yield _swap(model, batch.pop(0), inits.pop())
 
 
-def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit, freeze: bool) -> LayerReport:
+def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit) -> LayerReport:
     """Put the quantized layer in the place of the dense one."""
     old, kind = candidate.module, candidate.kind
     layer = kind.place(old, init, candidate.cfg.adapter_dtype).train(old.training)
     carry_over(old, layer, kind)
-    if not freeze and layer.bias is not None:
-        layer.bias.requires_grad_(old.bias.requires_grad)
     for name in candidate.names:
         set_submodule(model, name, layer)
     return LayerReport(

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from loftq_kernels.nn.adapters import peft_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
-from loftq_kernels.nn.wrappers import named_modules
+from loftq_kernels.nn.wrappers import named_modules, unwrapped
 
 PACKED_STATE, ADAPTER, DENSE, BUFFER = "packed", "adapter", "dense", "buffer"
 _NAMED = 3  # of what is left dense, in the summary
@@ -54,7 +55,8 @@ class LayerReport:
 class TensorReport:
     """One parameter or buffer of the model: its bytes, what they are, and for dense ones why they are still dense.
 
-    ``state`` is "packed" (codes, scales, offsets, code books), "adapter" (lora_A, lora_B), "dense" or "buffer".
+    ``state`` is "packed" (codes, scales, offsets, code books), "adapter" (lora_A, lora_B, and those of PEFT), "dense"
+    or "buffer".
     """
 
     name: str
@@ -66,7 +68,8 @@ class TensorReport:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{self.name:<44} {shape:>13} left dense, {_size(self.nbytes)}: {self.reason}"
+        trained = ", trained" if self.trained else ""
+        return f"{self.name:<44} {shape:>13} left dense{trained}, {_size(self.nbytes)}: {self.reason}"
 
 
 @dataclass
@@ -182,16 +185,17 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / _MIB:.1f} MiB" if nbytes >= _MIB // 10 else f"{nbytes / 1024:.1f} KiB"
 
 
-def account(model: nn.Module, why_dense: Callable[[str, nn.Module, Tensor], str]) -> list[TensorReport]:
+def account(model: nn.Module, why_dense: Callable[[str, nn.Module, Tensor], str] = lambda *_: "") -> list[TensorReport]:
     """Every parameter and buffer of a model once, with its bytes. ``why_dense(module's name, module, parameter)``."""
     seen: set[int] = set()
+    foreign = peft_adapters(unwrapped(model))
     tensors = []
     for owner, module in named_modules(model):
         for key, tensor, is_buffer in _own_tensors(module):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            state = _state(module, key, is_buffer)
+            state = ADAPTER if id(tensor) in foreign else _state(module, key, is_buffer)
             reason = why_dense(owner, module, tensor) if state == DENSE else ""
             name = f"{owner}.{key}" if owner else key
             tensors.append(TensorReport(name, tuple(tensor.shape), tensor.nbytes, state, tensor.requires_grad, reason))

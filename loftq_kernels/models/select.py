@@ -13,7 +13,7 @@ from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import InputStatistics, LayerConfig
 from loftq_kernels.models.config import HEAD_NAMES, QuantConfig, matches
 from loftq_kernels.models.patterns import check_patterns
-from loftq_kernels.nn.adapters import is_peft_layer, quantized_layers
+from loftq_kernels.nn.adapters import peft_parts, quantized_layers
 from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
@@ -58,11 +58,13 @@ class Selection:
 def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
     """The layers of a model that cfg asks for.
 
-    Raises ValueError for a pattern that matches nothing (see `check_patterns`), for an override that changes no layer,
-    and for a model that is itself a layer.
+    Raises ValueError for a pattern that matches nothing (see `check_patterns`), for a model that is itself a layer, and
+    for modules_to_save that are quantized already.
     """
     check_patterns(model, cfg)
     selection = Selection(already=list(quantized_layers(model)))
+    if saved := [name for name in selection.already if cfg.saves(name)]:
+        raise ValueError(f"modules_to_save: {saved[0]!r} is quantized already and cannot be trained in full")
     context = Context(model, cfg)
     for module, names in context.names_of.items():
         kind = kind_of(module)
@@ -73,26 +75,41 @@ def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
                 f"the model is itself an nn.{type(module).__name__} and cannot replace itself: use "
                 "QuantLoRALinear.from_linear, QuantLoRAConv2d.from_conv or QuantLoRAEmbedding.from_embedding"
             )
-        layer_cfg = cfg.for_layer(names[0])
-        reason = context.reason_to_skip(module, names[0], kind, layer_cfg)
+        layer_cfg = cfg.for_layer(*names)
+        reason = context.reason_to_skip(module, names, kind, layer_cfg)
         if reason is None:
             limited, note = limited_rank(layer_cfg, tuple(kind.matrix_of(module).shape))
             selection.candidates.append(Candidate(tuple(names), module, kind, limited, note=note))
         else:
             selection.skipped[names[0]] = reason
-    _check_overrides(cfg, selection)
     return selection
 
 
-def _check_overrides(cfg: QuantConfig, selection: Selection) -> None:
-    """An override with changes must change something: a layer that it names may be left dense for another reason."""
-    chosen = [*(candidate.name for candidate in selection.candidates), *selection.already]
+def check_overrides(model: nn.Module, cfg: QuantConfig, selection: Selection) -> None:
+    """An override must take effect: raise ValueError for one that names no layer, one that is left dense for another
+    reason, or only such as an earlier and wider override takes."""
+    modules = dict(named_modules(model, remove_duplicate=False))
+    chosen = {name for candidate in selection.candidates for name in candidate.names} | {*selection.already}
+    reached: dict[str, set[str]] = {}  # pattern -> names of modules that it matches
     for pattern, changes in cfg.overrides.items():
-        if changes is None or any(matches(name, pattern) for name in chosen):
+        mine = {name for name in modules if matches(name, pattern)}
+        if first := next((earlier for earlier, names in reached.items() if mine < names), None):
+            raise ValueError(f"overrides: {first!r} stands before {pattern!r} and matches all of it: put it behind")
+        reached[pattern] = mine
+        if changes is None or not mine or chosen & mine:
             continue
-        left = next((name for name in selection.skipped if matches(name, pattern)), None)
-        if left is not None:
-            raise ValueError(f"overrides: {pattern!r} changes no layer: {left!r} {selection.skipped[left]}")
+        if reason := _no_effect(cfg, selection, pattern, {name: modules[name] for name in sorted(mine)}):
+            raise ValueError(f"overrides: {pattern!r} changes no layer: {reason}")
+
+
+def _no_effect(cfg: QuantConfig, selection: Selection, pattern: str, matched: dict[str, nn.Module]) -> str | None:
+    """Why an override of these modules changes no layer; None for that of a whole block without layers of the types."""
+    if left := next((name for name in selection.skipped if name in matched), None):
+        return f"{left!r} {selection.skipped[left]}"
+    kinds = {kind.layer_type for module in matched.values() if (kind := kind_of(module)) is not None}
+    if not kinds:
+        return f"{next(iter(matched))!r} is no layer that can be quantized"
+    return None if pattern.endswith(".*") else f"layer_types={cfg.layer_types} leaves out {', '.join(sorted(kinds))}"
 
 
 class Context:
@@ -102,31 +119,34 @@ class Context:
         self.cfg = cfg
         self.names_of: dict[nn.Module, list[str]] = defaultdict(list)
         self.owners: dict[int, list[str]] = defaultdict(list)  # id of a parameter -> names
-        self.inside_peft: set[int] = set()  # ids of modules that are PEFT's adapters
         for name, module in named_modules(model, remove_duplicate=False):
             if module not in self.names_of:
                 for key, parameter in module.named_parameters(recurse=False):
                     self.owners[id(parameter)].append(f"{name}.{key}" if name else key)
-                if is_peft_layer(module):
-                    self.inside_peft |= _peft_parts(module)
             self.names_of[module].append(name)
-        self.head = output_head(model)
+        self.of_peft = peft_parts(unwrapped(model))
+        self.read_by_peft = {base for part in self.of_peft if (base := _read_directly(part)) is not None}
+        self.heads = output_heads(model)
 
     def reason_to_skip(
-        self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig | None
+        self, module: nn.Module, names: list[str], kind: LayerKind, layer_cfg: LayerConfig | None
     ) -> str | None:
-        return self.reason_of_name(module, name, layer_cfg) or self._reason_of_module(module, name, kind, layer_cfg)
+        return self.reason_of_name(module, names, layer_cfg) or self._reason_of_module(
+            module, names[0], kind, layer_cfg
+        )
 
-    def reason_of_name(self, module: nn.Module, name: str, layer_cfg: LayerConfig | None) -> str | None:
+    def reason_of_name(self, module: nn.Module, names: list[str], layer_cfg: LayerConfig | None) -> str | None:
         """Why cfg leaves a layer dense, whatever its weight is; None where it does not."""
-        if self.cfg.saves(name):
+        if self.cfg.saves(*names):
             return "stays dense and is trained, as modules_to_save says"
-        if id(module) in self.inside_peft:
-            return "is an adapter of PEFT"
-        if not self.cfg.selects(name):
+        if module in self.of_peft:
+            return "is PEFT's: an adapter, a copy in its modules_to_save or a prompt encoder"
+        if not self.cfg.selects(*names):
             return "excluded by include/exclude patterns"
-        if not self.cfg.quantize_head and (module is self.head or any(matches(name, p) for p in HEAD_NAMES)):
+        if not self.cfg.quantize_head and (module in self.heads or any(_is_head_name(name) for name in names)):
             return "is the output head, which quantize_head=True quantizes"
+        if layer_cfg is not None and module in self.read_by_peft:
+            return "has a weight that PEFT reads directly, for target_parameters or trainable_token_indices"
         return LEFT_DENSE if layer_cfg is None else None
 
     def _reason_of_module(self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig) -> str | None:
@@ -141,21 +161,30 @@ class Context:
         )
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output head as transformers' models tell it; None where a model does not."""
-    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
-    try:
-        head = get_head() if callable(get_head) else None
-    except (NotImplementedError, AttributeError):  # of models that have no head
-        head = None
-    return head if isinstance(head, nn.Module) else None
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """The output heads as transformers' models tell them, of the model and of models inside it; PEFT may wrap them."""
+    heads: set[nn.Module] = set()
+    for _, module in named_modules(model):
+        get_head = getattr(module, "get_output_embeddings", None)
+        try:
+            head = get_head() if callable(get_head) else None
+        except (NotImplementedError, AttributeError):  # of models that have no head
+            continue
+        while isinstance(head, nn.Module):
+            heads.add(head)
+            head = getattr(head, "base_layer", None)
+    return heads
 
 
-def _peft_parts(layer: nn.Module) -> set[int]:
-    """Ids of the modules inside one of PEFT's layers, except those of the layer that it wraps."""
-    base = getattr(layer, "base_layer", None)
-    wrapped = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
-    return {id(module) for module in layer.modules()} - wrapped - {id(layer)}
+def _is_head_name(name: str) -> bool:
+    name = name.removesuffix(".base_layer")  # where PEFT keeps the layer that it wraps
+    return any(matches(name, pattern) for pattern in HEAD_NAMES)
+
+
+def _read_directly(module: nn.Module) -> nn.Module | None:
+    """The layer inside one of PEFT's wrappers that does not call it, but reads its weight; None for other modules."""
+    reads = type(module).__name__ in ("ParamWrapper", "TrainableTokensLayer")
+    return getattr(module, "base_layer", None) if reads else None
 
 
 def _reason_of_weight(weight: Tensor) -> str | None:
@@ -204,16 +233,21 @@ def limited_rank(cfg: LayerConfig, shape: tuple[int, int]) -> tuple[LayerConfig,
 def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
+    for group in _alike(candidates):
+        while group:
+            batch = group[:_LAYERS_PER_BATCH]
+            del group[:_LAYERS_PER_BATCH]
+            yield batch
+
+
+def _alike(candidates: list[Candidate]) -> list[list[Candidate]]:
+    """In groups that can go together; by a function of its own, whose variables hold no layer while batches run."""
     groups: dict[tuple, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         weight, known = candidate.weight, candidate.statistics is not None
         groups[tuple(weight.shape), weight.dtype, weight.device, candidate.cfg, known].append(candidate)
     candidates.clear()
-    for group in groups.values():
-        while group:
-            batch = group[:_LAYERS_PER_BATCH]
-            del group[:_LAYERS_PER_BATCH]
-            yield batch
+    return list(groups.values())
 
 
 def why_dense(cfg: QuantConfig, selection: Selection):

@@ -27,29 +27,45 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def train_only_adapters(model: nn.Module) -> None:
     """requires_grad = True for every lora_A and lora_B of quantized layers, False for all other parameters.
 
-    The adapters of PEFT on top of them stay as PEFT has set them.
+    What PEFT has in the model stays as PEFT has set it: its adapters, and everything else in a `PeftModel`, such as
+    biases that a config with bias="all" trains.
     """
     model = unwrapped(model)
     adapters = {id(parameter) for parameter in adapter_parameters(model).values()}
-    foreign = foreign_adapters(model)
+    foreign = {id(p) for module in peft_parts(model) for p in module.parameters(recurse=False)}
+    foreign |= {id(p) for module in model.modules() if _is_a(module, "PeftModel") for p in module.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in foreign:
+        if id(parameter) in adapters or id(parameter) not in foreign:
             parameter.requires_grad_(id(parameter) in adapters)
 
 
-def foreign_adapters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that PEFT's tuner layers of a model hold beside the layer that each of them wraps."""
-    found: set[int] = set()
+def peft_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model that are PEFT's: adapters, copies in modules_to_save, prompt encoders; imports nothing.
+
+    PEFT's tuner layers themselves are among them, the layers that they wrap are not.
+    """
+    found: set[nn.Module] = set()
     for module in model.modules():
-        if is_peft_layer(module):
-            base = {id(p) for p in module.base_layer.parameters()} if hasattr(module, "base_layer") else set()
-            found |= {id(p) for p in module.parameters()} - base
+        if _is_a(module, "BaseTunerLayer", "AuxiliaryTrainingWrapper"):
+            base = getattr(module, "base_layer", None)
+            found |= set(module.modules())  # of wrappers inside wrappers, too, which come after those around them
+            found -= set(base.modules()) if isinstance(base, nn.Module) else set()
+        elif _is_a(module, "PeftModel"):
+            encoder = getattr(module, "prompt_encoder", None)
+            found |= set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
     return found
 
 
-def is_peft_layer(module: nn.Module) -> bool:
-    """Whether module is one of PEFT's tuner layers, which hold adapters beside a base layer; imports nothing."""
-    return any(c.__name__ in ("BaseTunerLayer", "AuxiliaryTrainingWrapper") for c in type(module).__mro__)
+def peft_adapters(model: nn.Module) -> set[int]:
+    """Ids of the parameters of PEFT's adapters and prompt encoders: not of the copies in its modules_to_save."""
+    copies = (m for m in model.modules() if _is_a(m, "ModulesToSaveWrapper"))
+    dense = {id(parameter) for module in copies for parameter in module.parameters()}
+    return {id(p) for module in peft_parts(model) for p in module.parameters(recurse=False)} - dense
+
+
+def _is_a(module: nn.Module, *classes: str) -> bool:
+    """Whether a module's class, or one that it is derived from, is one of PEFT's with one of these names."""
+    return any(c.__name__ in classes and c.__module__.startswith("peft.") for c in type(module).__mro__)
 
 
 def merge_adapters(model: nn.Module, *, requantize: bool = False, scale_search: bool = False) -> dict[str, float]:

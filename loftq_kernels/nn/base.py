@@ -73,7 +73,7 @@ class QuantLoRAModule(Mergeable):
         self.scaling = adapter_scaling(rank, lora_alpha, use_rslora)
         self.adapter_enabled = True
         self.format, self.group_size = packed.format, packed.group_size
-        self._columns = columns
+        self._columns = packed.shape[1]
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         adapter_dtype = default_adapter_dtype(self.dtype) if adapter_dtype is None else adapter_dtype
 

@@ -40,7 +40,7 @@ def first_layers(
 
     Args:
         model: holds its blocks (layers, as the paper calls them) in an `nn.ModuleList` or `nn.Sequential`.
-        n: 0 .. the number of blocks.
+        n: 0 .. the number of blocks; those without layers inside count, and get no override.
         changes: a format, or `LayerConfig` fields, for the layers inside the first n blocks.
         blocks: the list's name, e.g. "model.layers"; None takes the list with the most parameters.
 
@@ -63,7 +63,10 @@ def first_layers(
     overrides = {}
     for child, block in itertools.islice(module._modules.items(), n):
         escaped = glob.escape(prefix + child)
-        overrides[escaped if kind_of(block) is not None else f"{escaped}.*"] = changes
+        if kind_of(unwrapped(block)) is not None:
+            overrides[escaped] = changes
+        elif any(kind_of(inner) is not None for inner in block.modules()):  # A pattern must match a layer.
+            overrides[f"{escaped}.*"] = changes
     return overrides
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loftq_kernels import arguments
 from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops.convolution import ConvGeometry, conv_tensors
@@ -55,12 +56,11 @@ class _QuantLoRAConv(QuantLoRAModule):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ):
-        _check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        dense = self._dense_class(  # It checks and completes the arguments; the meta device allocates nothing.
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
-        )
+        checked = _checked_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        # It checks and completes the arguments; the meta device allocates nothing.
+        dense = self._dense_class(*checked, False, padding_mode, "meta")
         super().__init__(
-            out_channels,
+            dense.out_channels,
             dense.weight[0].numel(),
             bias,
             format=format,
@@ -77,7 +77,7 @@ class _QuantLoRAConv(QuantLoRAModule):
             setattr(self, name, getattr(dense, name))
         self._kernel = tuple(dense.weight.shape[1:])
         self._pads, inside = _split_padding(dense)
-        self._geometry = ConvGeometry(self._kernel, group_size, self.stride, inside, self.dilation, groups)
+        self._geometry = ConvGeometry(self._kernel, group_size, self.stride, inside, self.dilation, self.groups)
 
     @classmethod
     def from_conv(cls, conv: nn.Module, cfg: LayerConfig | None = None) -> _QuantLoRAConv:
@@ -196,16 +196,21 @@ class QuantLoRAConv2d(_QuantLoRAConv):
     _dense_class = nn.Conv2d
 
 
-def _check_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups) -> None:
-    """Raise for what PyTorch reports only at the first call, or as a division by zero."""
-    least = {"in_channels": 1, "out_channels": 1, "groups": 1, "kernel_size": 1, "stride": 1, "dilation": 1}
-    values = (in_channels, out_channels, groups, kernel_size, stride, dilation)
-    for (name, minimum), value in zip([*least.items(), ("padding", 0)], [*values, padding], strict=True):
-        if name == "padding" and isinstance(value, str):
-            continue  # nn.Conv2d itself checks the names.
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if type(number) is not int or number < minimum:
-                raise ValueError(f"{name}={value!r} must hold integers >= {minimum}")
+def _checked_geometry(*values: int | str | tuple[int, ...]) -> list[int | str | tuple[int, ...]]:
+    """As plain ints. Raises ValueError for what PyTorch leaves to the first call, or to a division by zero."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return [_checked(name, value, 0 if name == "padding" else 1) for name, value in zip(names, values, strict=True)]
+
+
+def _checked(name: str, value: int | str | tuple[int, ...], least: int) -> int | str | tuple[int, ...]:
+    if name == "padding" and isinstance(value, str):
+        return value  # nn.Conv2d knows the names
+    several = isinstance(value, tuple | list)
+    try:
+        plain = tuple(arguments.whole_number(name, number, least) for number in (value if several else (value,)))
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} must hold integers >= {least}") from error
+    return plain if several else plain[0]
 
 
 def _split_padding(dense: nn.Conv1d | nn.Conv2d) -> tuple[list[int], tuple[int, ...]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loftq_kernels import arguments
 from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import dequantize_tensors
@@ -35,6 +36,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
     dense_copy = "merged_embedding"
     geometry_names = ("padding_idx",)
     bias: None
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # nn.Embedding's, which PEFT reads
 
     def __init__(
         self,
@@ -69,8 +71,8 @@ class QuantLoRAEmbedding(QuantLoRAModule):
             dtype=dtype,
             adapter_dtype=adapter_dtype,
         )
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = _padding_row(padding_idx, num_embeddings)
+        self.num_embeddings, self.embedding_dim = self.packed.shape
+        self.padding_idx = _padding_row(padding_idx, self.num_embeddings)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, cfg: LayerConfig | None = None) -> QuantLoRAEmbedding:
@@ -161,6 +163,6 @@ def _padding_row(padding_idx: int | None, num_embeddings: int) -> int | None:
     """padding_idx as nn.Embedding reads it: a negative one counts from the end."""
     if padding_idx is None:
         return None
-    if type(padding_idx) is not int or not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx={padding_idx!r} is outside the table of num_embeddings={num_embeddings}")
-    return padding_idx % num_embeddings
+    note = f" (the table of num_embeddings={num_embeddings})"
+    row = arguments.whole_number("padding_idx", padding_idx, -num_embeddings, num_embeddings - 1, note=note)
+    return row % num_embeddings

@@ -18,6 +18,12 @@ def _own_attributes(cls: type[nn.Module], arity: int) -> frozenset[str]:
         return frozenset(vars(cls(*(1,) * arity)))
 
 
+@cache
+def _names_of_replacement(cls: type[nn.Module], arity: int) -> frozenset[str]:
+    """Attributes, methods included, of the quantized layers of a class."""
+    return frozenset(dir(cls(*(1,) * arity, rank=None, device="meta"))) - frozenset(dir(nn.Module()))
+
+
 def _extras(module: nn.Module, kind: LayerKind) -> dict[str, Any]:
     own = _own_attributes(type(module), kind.arity)
     return {name: value for name, value in vars(module).items() if name not in own}
@@ -31,6 +37,8 @@ def reason_of_extras(module: nn.Module, kind: LayerKind) -> str | None:
         if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
             return f"its {key} has hooks, which a replacement would lose"
     extras = _extras(module, kind)
+    if taken := [name for name in extras if name in _names_of_replacement(kind.layer, kind.arity)]:
+        return f"has an attribute {taken[0]!r} of its own, which means something else in a quantized layer"
     if functions := [name for name, value in extras.items() if callable(value) and not isinstance(value, type)]:
         return f"has {functions[0]!r} of its own, which a replacement would lose"
     held = [*module._parameters, *module._buffers, *module._modules]
@@ -41,7 +49,9 @@ def reason_of_extras(module: nn.Module, kind: LayerKind) -> str | None:
 
 
 def carry_over(old: nn.Module, new: nn.Module, kind: LayerKind) -> None:
-    """Give a replacement the attributes that somebody has set on the module before it."""
+    """Give a replacement the attributes that somebody has set on the module before it, and on its bias."""
     for name, value in _extras(old, kind).items():
-        if not hasattr(new, name):
-            setattr(new, name, value)
+        setattr(new, name, value)
+    if new.bias is not None:
+        vars(new.bias).update(vars(old.bias))
+        new.bias.requires_grad_(old.bias.requires_grad)

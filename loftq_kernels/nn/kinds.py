@@ -66,7 +66,10 @@ class LayerKind:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D: y = x @ weight + bias with weight [in, out]; imports nothing."""
-    cls = type(module)
+    return _is_conv1d_class(type(module))
+
+
+def _is_conv1d_class(cls: type) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
@@ -136,8 +139,8 @@ _LINEAR = LayerKind(
 _TRANSPOSED_LINEAR = LayerKind(  # transformers' Conv1D; once quantized it is a linear layer like any other
     name="linear",
     layer_type="linear",
-    owns=is_conv1d,
-    why_not=lambda module: None,
+    owns=lambda module: any(map(_is_conv1d_class, type(module).__mro__)),
+    why_not=lambda m: None if is_conv1d(m) else f"is a {type(m).__name__}, which may read its weight directly",
     layer=QuantLoRALinear,
     matrix=lambda weight: weight.T,
     place=_linear,

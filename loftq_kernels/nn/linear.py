@@ -75,7 +75,7 @@ class QuantLoRALinear(QuantLoRAModule):
             dtype=dtype,
             adapter_dtype=adapter_dtype,
         )
-        self.in_features, self.out_features = in_features, out_features
+        self.out_features, self.in_features = self.packed.shape
 
     @classmethod
     def from_linear(

@@ -50,13 +50,18 @@ class RilqConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.weight <= 1:
+        weight, share = arguments.plain_number(self.weight), arguments.plain_number(self.validation_share)
+        if weight is None or not 0 <= weight <= 1:
             raise ValueError(f"weight={self.weight!r} is outside 0..1")
-        arguments.number("lr", self.lr, above=0)
+        if share is None or not 0 < share < 1:
+            raise ValueError(f"validation_share={self.validation_share!r} is outside 0..1")
+        plain = {"weight": weight, "validation_share": share, "lr": arguments.number("lr", self.lr, above=0)}
+        plain["gradient_checkpointing"] = arguments.flag("gradient_checkpointing", self.gradient_checkpointing)
+        plain["seed"] = arguments.whole_number("seed", self.seed, -(2**63), 2**64 - 1)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         for name in ("steps", "accumulate", "validate_every", "patience"):
             object.__setattr__(self, name, arguments.whole_number(name, getattr(self, name), 1))
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share!r} is outside 0..1")
 
 
 @dataclass
