@@ -77,7 +77,7 @@ class LayerConfig:
             layers, as in PEFT: the 8 significant bits of a bfloat16 would lose training steps of 1e-5.
         init: one of `initializer_names()`. Only "loftq" and "qlora" support adapter="qalora", without statistics.
         num_iter, svd, order: as for `loftq_init`; order="svd_first" only with init="loftq" and adapter="lora".
-        seed: of everything random; what a layer draws (lora_A of init="qlora") follows from it and the name of the layer.
+        seed: of everything random; what a layer draws (lora_A of init="qlora") follows from it and the layer's name.
         rank_energy, outlier_channels: as for `aser_init`. rank_energy is only for init="aser": ``rank`` is then the
             largest rank that a layer may have, and scaling is still computed from ``rank``.
 
