@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.checkpoints.architecture import architecture_of, is_linear, model_class, plain_model
+from loftq_kernels.checkpoints.architecture import (
+    HOW_TO_GIVE_A_MODEL,
+    architecture_of,
+    is_linear,
+    model_class,
+    plain_model,
+)
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.models.config import matches
 from loftq_kernels.nn.wrappers import named_tensors, submodule, unwrapped
@@ -17,7 +23,7 @@ from loftq_kernels.storage import files
 _SCALES = ("scale", "scale_inv", "scales", "SCB", "absmax", "qzeros")  # of weights that others have quantized
 _NAME_LAYERS = (
     "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), "
-    "or give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
+    f"or give the model that the tensors belong to ({HOW_TO_GIVE_A_MODEL})"
 )
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from loftq_kernels.checkpoints import architecture
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, TENSOR_FILE, CheckpointConfig, LayerSpec
-from loftq_kernels.checkpoints.tensor_file import check_places, check_tensors, dtype_of, tensor_names, with_dtypes
+from loftq_kernels.checkpoints.tensor_file import (
+    check_places,
+    check_tensors,
+    dtype_of,
+    tensor_names,
+    with_dtypes,
+    with_ties,
+)
 from loftq_kernels.formats import PackedTensor
 from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
@@ -199,7 +206,8 @@ def load_quantized(
         target = unwrapped(model)
         if sharded := [name for name, tensor in named_tensors(target) if is_sharded(tensor)]:
             raise ValueError(f"{sharded[0]!r} is sharded: load into the whole model, then call fully_shard")
-        check_places(target, config.layers)
+        check_places(target, config)
+        config = with_ties(config, target, stored) if config.plain else config
         layers = {name: spec.build() for name, spec in config.layers.items()}
         check_tensors(target, layers, config, stored)
         tensors = {name: stored.get_tensor(name).to(device) for name in tensor_names(stored)}
