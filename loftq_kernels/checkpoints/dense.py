@@ -17,7 +17,7 @@ from loftq_kernels.checkpoints.architecture import (
 )
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.models.config import matches
-from loftq_kernels.nn.wrappers import named_tensors, submodule, unwrapped
+from loftq_kernels.nn.wrappers import named_tensors, submodule, tensor_of, unwrapped
 from loftq_kernels.storage import files
 
 _SCALES = ("scale", "scale_inv", "scales", "SCB", "absmax", "qzeros")  # of weights that others have quantized
@@ -114,15 +114,10 @@ def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         ) from error
     for first, *others in shared.values():
         for name in others:
-            setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], _get(target, first))
+            setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], tensor_of(target, first))
     if empty := [name for name, tensor in named_tensors(target) if tensor.is_meta]:
         raise ValueError(f"{type(target).__name__} has no values for {', '.join(empty[:5])}: do not build it on meta")
     return model.eval()
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    return getattr(submodule(model, owner), key)
 
 
 def _named_layers(path: Path, tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> nn.Module:

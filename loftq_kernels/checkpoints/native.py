@@ -37,6 +37,7 @@ from loftq_kernels.nn.wrappers import (
     named_tensors,
     set_submodule,
     submodule,
+    tensor_of,
     unwrapped,
 )
 from loftq_kernels.ops.checks import is_sharded
@@ -219,10 +220,10 @@ def load_quantized(
     for name, tensor in tensors.items():
         _assign(target, name, tensor)
     for name, source in config.tied.items():
-        _assign(target, name, _get(target, source))
+        _assign(target, name, tensor_of(target, source))
     train_only_adapters(target)
     for name in config.trained:
-        _get(target, name).requires_grad_(True)
+        tensor_of(target, name).requires_grad_(True)
     return model
 
 
@@ -272,11 +273,6 @@ def _whole(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return plain(tensor)
     return tensor.detach().full_tensor().to("cpu" if torch.distributed.get_rank() == 0 else "meta")
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    parent, _, attribute = name.rpartition(".")
-    return getattr(submodule(model, parent), attribute)
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
