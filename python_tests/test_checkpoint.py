@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
+from loftq_kernels.checkpoints.dense import load_dense
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.storage import files
 
@@ -679,3 +680,37 @@ class TestEarlierVersion:
         edit(tmp_path / "copy", loftq_format_version=version)
         with pytest.raises(ValueError, match="loftq_format_version is .*, this version reads 1"):
             lk.load_quantized(tmp_path / "copy", Mixed().eval())
+
+
+class TestLayersNamedInPlainFiles:
+    """Plain files are quantized by names; that the names were right shows when a model is there."""
+
+    def quantized(self, model, pattern, tmp_path):
+        tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, tmp_path / "model.safetensors")
+        named = load_dense(tmp_path, layers=[pattern])
+        lk.quantize_model(named, lk.QuantConfig("int8", rank=4), progress=False)
+        lk.save_quantized(named, tmp_path / "quantized")
+        return tmp_path / "quantized"
+
+    @pytest.mark.parametrize("pattern", ["*.attn.c_proj", "re:.*h.1.attn.c_proj"])
+    def test_square_conv1d(self, pattern, tmp_path):
+        """Its weight is [in, out]; of a square one no shape tells that it was quantized as [out, in]."""
+        folder = self.quantized(tiny_gpt2(), pattern, tmp_path)
+        model = tiny_gpt2()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=r"'transformer.h.\d.attn.c_proj' is a Conv1D.*--model-class"):
+            lk.load_quantized(folder, model)
+        assert_unchanged(model, before)
+
+    def test_tied_head_is_stored_once(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(**sizes, vocab_size=50, tie_word_embeddings=True)
+        torch.manual_seed(0)
+        dense = transformers.LlamaForCausalLM(config).eval()
+        folder = self.quantized(dense, "*_proj", tmp_path)
+        loaded = lk.load_quantized(folder, transformers.LlamaForCausalLM(config).eval())
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        wanted = dense(TOKENS).logits
+        assert (loaded(TOKENS).logits - wanted).norm() < 0.02 * wanted.norm()

@@ -289,6 +289,23 @@ class TestFailures:
         assert "Denied" in self.refused(capsys, "quantize", bert, tmp_path / "out", *quick)
 
     @pytest.mark.parametrize(
+        ("command", "output", "message"),
+        [
+            ("quantize", "file", "file is a file, not a folder"),
+            ("quantize", "file/x/y", "file is not a folder: "),
+            ("plan", "folder", "folder is a folder, not a file"),
+            ("plan", "file/plan.json", "file is not a folder: "),
+            ("plan", "nowhere/plan.json", "nowhere is not a folder: "),
+        ],
+    )
+    def test_outputs_are_checked_before_the_run(self, tmp_path, capsys, command, output, message):
+        """Before anything is read: the model's folder does not even exist."""
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "folder").mkdir()
+        budget = ["--budget", 3] if command == "plan" else []
+        assert message in self.refused(capsys, command, tmp_path / "model", tmp_path / output, *budget)
+
+    @pytest.mark.parametrize(
         "error",
         [
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore advice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_folders_make_no_circle(graph):
 def test_every_folder_has_its_floor():
     rooms = {name.split(".")[0] for name in modules()}
     assert rooms <= set(FLOORS)
+
+
+def test_contributing_names_every_file():
+    """In the row of its folder."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = {folder: set(re.findall(r"\w+", row)) for folder, row in re.findall(r"^\| `(\w+)/` \|(.*)$", text, re.M)}
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE and path.stem != "__init__"]
+    folders = {path: path.relative_to(PACKAGE).parts[0] for path in files}
+    assert not sorted(str(path) for path, folder in folders.items() if path.stem not in rows[folder])
 
 
 def test_no_file_is_too_long():

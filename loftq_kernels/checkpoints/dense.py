@@ -8,16 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.checkpoints.architecture import architecture_of, is_linear, model_class, plain_model
+from loftq_kernels.checkpoints.architecture import (
+    HOW_TO_GIVE_A_MODEL,
+    architecture_of,
+    is_linear,
+    model_class,
+    plain_model,
+)
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.models.config import matches
-from loftq_kernels.nn.wrappers import named_tensors, submodule, unwrapped
+from loftq_kernels.nn.wrappers import named_tensors, submodule, tensor_of, unwrapped
 from loftq_kernels.storage import files
 
 _SCALES = ("scale", "scale_inv", "scales", "SCB", "absmax", "qzeros")  # of weights that others have quantized
 _NAME_LAYERS = (
     "name the layers whose weights are [out_features, in_features] (layers=, on the command line --include PATTERN), "
-    "or give the model that the tensors belong to (model=, --model-class MODULE:CLASS)"
+    f"or give the model that the tensors belong to ({HOW_TO_GIVE_A_MODEL})"
 )
 
 
@@ -108,15 +114,10 @@ def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         ) from error
     for first, *others in shared.values():
         for name in others:
-            setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], _get(target, first))
+            setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], tensor_of(target, first))
     if empty := [name for name, tensor in named_tensors(target) if tensor.is_meta]:
         raise ValueError(f"{type(target).__name__} has no values for {', '.join(empty[:5])}: do not build it on meta")
     return model.eval()
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    return getattr(submodule(model, owner), key)
 
 
 def _named_layers(path: Path, tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> nn.Module:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from loftq_kernels.checkpoints import architecture
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, TENSOR_FILE, CheckpointConfig, LayerSpec
-from loftq_kernels.checkpoints.tensor_file import check_places, check_tensors, dtype_of, tensor_names, with_dtypes
+from loftq_kernels.checkpoints.tensor_file import (
+    check_places,
+    check_tensors,
+    dtype_of,
+    tensor_names,
+    with_dtypes,
+    with_ties,
+)
 from loftq_kernels.formats import PackedTensor
 from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
@@ -30,6 +37,7 @@ from loftq_kernels.nn.wrappers import (
     named_tensors,
     set_submodule,
     submodule,
+    tensor_of,
     unwrapped,
 )
 from loftq_kernels.ops.checks import is_sharded
@@ -199,7 +207,8 @@ def load_quantized(
         target = unwrapped(model)
         if sharded := [name for name, tensor in named_tensors(target) if is_sharded(tensor)]:
             raise ValueError(f"{sharded[0]!r} is sharded: load into the whole model, then call fully_shard")
-        check_places(target, config.layers)
+        check_places(target, config)
+        config = with_ties(config, target, stored) if config.plain else config
         layers = {name: spec.build() for name, spec in config.layers.items()}
         check_tensors(target, layers, config, stored)
         tensors = {name: stored.get_tensor(name).to(device) for name in tensor_names(stored)}
@@ -211,10 +220,10 @@ def load_quantized(
     for name, tensor in tensors.items():
         _assign(target, name, tensor)
     for name, source in config.tied.items():
-        _assign(target, name, _get(target, source))
+        _assign(target, name, tensor_of(target, source))
     train_only_adapters(target)
     for name in config.trained:
-        _get(target, name).requires_grad_(True)
+        tensor_of(target, name).requires_grad_(True)
     return model
 
 
@@ -264,11 +273,6 @@ def _whole(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return plain(tensor)
     return tensor.detach().full_tensor().to("cpu" if torch.distributed.get_rank() == 0 else "meta")
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    parent, _, attribute = name.rpartition(".")
-    return getattr(submodule(model, parent), attribute)
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.checkpoints.manifest import CheckpointConfig, LayerSpec
+from loftq_kernels.checkpoints.architecture import HOW_TO_GIVE_A_MODEL
+from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.formats import get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import reason_of_extras
-from loftq_kernels.nn.kinds import kind_of, matrix_shape
+from loftq_kernels.nn.kinds import is_conv1d, kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_tensors, submodule
 from loftq_kernels.ops.checks import DTYPES_BY_NAME
 from loftq_kernels.ops.constant import Constant
@@ -60,6 +61,18 @@ def with_dtypes(config: CheckpointConfig, stored: safe_open) -> CheckpointConfig
     return replace(config, layers=layers)
 
 
+def with_ties(config: CheckpointConfig, model: nn.Module, stored: safe_open) -> CheckpointConfig:
+    """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough."""
+    names = set(tensor_names(stored))
+    source_of = {id(tensor): name for name, tensor in named_tensors(model) if name in names}
+    ties = {
+        name: source
+        for name, tensor in named_tensors(model)
+        if name not in names and (source := source_of.get(id(tensor))) is not None
+    }
+    return replace(config, tied=ties | config.tied)
+
+
 def tensor_reports(path: str | Path) -> list[TensorReport]:
     """Every tensor of a checkpoint, with its bytes and whether it is packed, an adapter, dense or a buffer.
 
@@ -88,8 +101,9 @@ def _state(name: str, config: CheckpointConfig) -> str:
     return BUFFER if name in config.buffers else DENSE
 
 
-def check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
+def check_places(model: nn.Module, config: CheckpointConfig) -> None:
     """Every layer of the checkpoint has a layer of its kind, shape and geometry to replace."""
+    layers = config.layers
     for name, spec in layers.items():
         inner = [other for other in layers if other.startswith(f"{name}.")]
         if inner:
@@ -102,6 +116,11 @@ def check_places(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
         if kind is None or kind.name != spec.kind:
             raise ValueError(
                 f"layer {name!r} is a {type(old).__name__}, the checkpoint holds a layer of kind {spec.kind}"
+            )
+        if config.plain and is_conv1d(old):  # a square matrix does not tell which way round it is
+            raise ValueError(
+                f"layer {name!r} is a Conv1D, whose weight is [in_features, out_features], but was quantized by its "
+                f"name as [out_features, in_features]: quantize the folder with a model ({HOW_TO_GIVE_A_MODEL})"
             )
         if (shape := matrix_shape(old)) != (spec.out_features, spec.in_features):
             raise ValueError(

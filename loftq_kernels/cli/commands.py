@@ -34,6 +34,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def quantize(args: argparse.Namespace) -> None:
     options.check_device(args.device)
+    options.check_output(args.output_dir, folder=True)
     plan = None if args.plan is None else lk.BitPlan.load(args.plan)
     statistics = options.statistics(args)
     cfg = options.config(args)
@@ -47,6 +48,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     options.check_device(args.device)
+    options.check_output(args.plan_file, folder=False)
     if args.source is not None:
         given = {name: getattr(args, name) for name in ("candidate", "count", "absolute", "calibration")}
         if measured := [f"--{name}" for name, value in given.items() if value]:

@@ -158,6 +158,18 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def check_output(path: Path, *, folder: bool) -> None:
+    """Raise, before a long run, where its result could not be written: a folder, which is made, or a file in one."""
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is a {'file, not a folder' if folder else 'folder, not a file'}")
+    parents = path.absolute().parents
+    place = next(place for place in (path, *parents) if place.exists()) if folder else parents[0]
+    if not place.is_dir():
+        raise ValueError(f"{place} is not a folder: {path} cannot be written")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{place} is read-only: {path} cannot be written")
+
+
 def _override(text: str) -> tuple[str, dict | None]:
     pattern, equals, format_name = text.rpartition("=")
     if not (pattern and equals):

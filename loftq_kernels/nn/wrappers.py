@@ -78,6 +78,12 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a name that `named_tensors` gives."""
+    owner, _, key = name.rpartition(".")
+    return getattr(submodule(model, owner), key)
+
+
 def set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place of the one of that name; a wrapper around that one stays around the new one."""
     parent, _, attribute = name.rpartition(".")
