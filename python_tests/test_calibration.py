@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
+import random
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -175,7 +178,7 @@ class TestSharedInputs:
     def test_computed_and_stored_once(self, monkeypatch):
         counted = []
         add = collector._Sums.add
-        monkeypatch.setattr(collector._Sums, "add", lambda own, x, rows: counted.append(1) or add(own, x, rows))
+        monkeypatch.setattr(collector._Sums, "add", lambda own, rows: counted.append(1) or add(own, rows))
         batches = [gaussian(40, 16, seed=seed) for seed in range(3)]
         own = collect(Attention(), batches)
         assert own["q"] is own["k"] is own["v"] is not own["out"] and len(own.distinct()) == 2
@@ -223,20 +226,179 @@ class TestSharedInputs:
     def test_parted_later(self, change):
         class Parting(Attention):
             def forward(self, x, parted: bool):
-                y = self.q(x)
+                y = self.q(x) + self.v(x)
                 if not parted:
                     return y + self.k(x)
                 return y + self.k(x + 1) if change == "other tensor" else y
 
-        batches = [(gaussian(40, 16), False), (gaussian(40, 16), True)]
-        with pytest.raises(ValueError, match="'q', 'k' .* not in batch 1: pass share_inputs=False"):
-            collect(Parting(), batches)
-        own = collect(Parting(), batches, share_inputs=False)
-        assert own["q"].tokens == 80 and own["k"].tokens == (80 if change == "other tensor" else 40)
+        batches = [(gaussian(40, 16, seed=seed), parted) for seed, parted in enumerate((False, True, False))]
+        own = collect(Parting(), batches)
+        assert own["q"] is own["v"] is not own["k"]
+        assert_sums(own["q"], torch.cat([x for x, _ in batches]))
+        others = [batches[1][0] + 1] if change == "other tensor" else []
+        assert_sums(own["k"], torch.cat([batches[0][0], batches[2][0], *others]))
 
     def test_an_expert_that_comes_late(self):
         own = collect(Attention(), [(gaussian(40, 16), False), (gaussian(30, 16), True)])
         assert own["expert"].tokens == 30 and own["q"].tokens == 70
+
+
+class Program(nn.Module):
+    """Linear layers a to d, called as a text says for each batch: "ax" gives layer a the tensor x, "!x" writes to x in
+    place, "~x" makes it another tensor. A convolution and a layer of its outputs run after every call."""
+
+    def __init__(self, *texts: str):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(8, 4) for name in "abcd"})
+        self.conv, self.other = nn.Conv1d(5, 5, 1), nn.Linear(8, 4)
+        self.texts = texts
+        self.rows = {}  # by layer: what it was given, in float64
+        self.history = {name: [] for name in "abcd"}  # by layer and batch: which inputs, in any order
+
+    def forward(self, x: Tensor, number: int, attention_mask: Tensor | None = None) -> None:
+        tensors = {name: x + i for i, name in enumerate("xyz")}
+        states = dict.fromkeys("xyz", 0)
+        given = {name: [] for name in "abcd"}
+        for what, name in self.texts[number].split():
+            if what in "!~":
+                states[name] += 1
+                tensors[name] = tensors[name].mul_(1.5) if what == "!" else tensors[name] - 0.25
+                continue
+            given[what].append((name, states[name]))
+            self.call(f"layers.{what}", tensors[name], attention_mask)
+            self.call("other", self.conv(tensors[name]), attention_mask)
+        for name, own in given.items():
+            self.history[name].append(tuple(sorted(own)))
+
+    def call(self, name: str, x: Tensor, mask: Tensor | None) -> None:
+        rows = x.flatten(0, 1) if mask is None else x[mask]
+        self.rows.setdefault(name, []).append(rows.double())
+        self.get_submodule(name)(x)
+
+
+def assert_program(texts: tuple[str, ...], masked: bool = False, every_share: bool = True) -> lk.ActivationStatistics:
+    """Each layer's statistics are its own; layers have one object if, and only if, they had the same inputs."""
+    batches = [{"x": gaussian(3, 5, 8, seed=i), "number": i} for i in range(len(texts))]
+    for i, batch in enumerate(batches if masked else ()):
+        batch["attention_mask"] = torch.arange(5) < torch.tensor([[5], [1 + i % 3], [3]])
+    model, alone = Program(*texts), Program(*texts)
+    alone.load_state_dict(model.state_dict())
+    own, single = collect(model, batches), collect(alone, batches, share_inputs=False)
+    assert own.keys() == single.keys() == model.rows.keys() and len(single.distinct()) == len(single)
+    for name in own:
+        assert_sums(own[name], torch.cat(model.rows[name]))
+        assert_same(own[name], single[name], rtol=1e-6)
+    called = [name for name in "abcd" if f"layers.{name}" in own]
+    for first, second in itertools.combinations(called, 2):
+        shared = own[f"layers.{first}"] is own[f"layers.{second}"]
+        same = model.history[first] == model.history[second]
+        assert shared == same if every_share else same or not shared, (first, second)
+    return own
+
+
+class TestPartedInputs:
+    """Layers that share some of their inputs, within a batch and across batches."""
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize(
+        ("texts", "objects"),
+        [
+            (("ax bx cx",) * 3, 1),
+            (("ax bx cx ay",) * 2, 2),
+            (("ax bx cx", "ax bx cx ay", "ax bx cx"), 2),
+            (("ax bx ay by",) * 2, 1),
+            (("ax bx ax bx",) * 2, 1),
+            (("ax ax bx bx",) * 2, 1),
+            (("ax ay bx by",) * 2, 1),
+            (("ax ay by bx",) * 2, 1),
+            (("ax by ay bx",) * 2, 1),
+            (("ax bx ax",) * 2, 2),
+            (("ax bx cx dx", "ax cx dx", "ax bx cx dx"), 2),
+            (("ax bx", "", "ax bx"), 1),
+            (("ax bx cx", "ax by cz"), 3),
+            (("ax bx cx dx", "ax bx cy dy", "ax by cx dy"), 4),
+            (("ax bx ay by", "ax by bx ay"), 1),
+            (("ax !x bx",) * 2, 2),
+            (("ax bx", "ax !x bx"), 2),
+            (("ax bx cx", "ax bx !x cx", "ax bx cx"), 2),
+            (("ax bx !x ax bx",) * 2, 1),
+            (("ax bx cx", "ax ~x bx ax bx cx"), 3),
+            (("ax bx ~x ax bx ~x bx ax",) * 2, 1),
+            (("ax bx", "ax bx cx dx", "ax bx cx dx"), 2),
+            (("ax ay az by bz bx cz cy cx", "ax bx ay by cy cx"), 1),
+        ],
+        ids=lambda own: ", ".join(own) if isinstance(own, tuple) else None,
+    )
+    def test_cases(self, texts, objects, masked):
+        own = assert_program(texts, masked)
+        assert len({id(own[name]) for name in own if name != "other"}) == objects
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_any_program(self, seed):
+        draw = random.Random(seed)
+        whole = "ax bx cx dx" if seed % 2 else "ax bx cx ay by"  # so that the layers share something
+        calls = [f"{what}{name}" for what in "abcd!~" for name in "xyz"]
+        parts = [" ".join(draw.choices(calls, k=draw.choice((0, 0, 1, 6)))) for _ in range(4)]
+        texts = [f"{part} {whole}" if draw.random() < 0.5 else f"{whole} {part}" for part in parts]
+        most = max(text.count(what) for text in texts for what in "abcd")
+        assert_program(tuple(texts), masked=seed % 3 == 0, every_share=most <= 4)
+
+    def live_sums(self, monkeypatch, model: nn.Module, batches) -> tuple[int, lk.ActivationStatistics]:
+        """The most sums that are held at a time."""
+        live, most = weakref.WeakSet(), 0
+        add = collector._Sums.add
+
+        def added(own, rows):
+            nonlocal most
+            live.add(own)
+            most = max(most, len(live))
+            return add(own, rows)
+
+        monkeypatch.setattr(collector._Sums, "add", added)
+        return collect(model, batches), most
+
+    def test_memory_of_the_ordinary_case(self, monkeypatch):
+        """One for each different input, and one for what q, but not yet k and v, has been given."""
+        own, most = self.live_sums(monkeypatch, nn.Sequential(*(Attention() for _ in range(5))), [gaussian(9, 16)] * 3)
+        assert len(own.distinct()) == 10 and most <= 11
+
+    def test_one_layer_far_ahead(self, monkeypatch):
+        """Of many inputs that are alive at once, few are kept apart."""
+
+        class Ahead(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+            def forward(self, x):
+                many = [x + i for i in range(40)]
+                return [layer(own) for layer in (self.a, self.b) for own in many]
+
+        batches = [gaussian(9, 8, seed=seed) for seed in range(2)]
+        own, most = self.live_sums(monkeypatch, Ahead(), batches)
+        for name in "ab":
+            assert_sums(own[name], torch.cat([x + i for x in batches for i in range(40)]))
+        assert most <= 2 * (1 + collector._OPEN_AT_MOST + 1)
+
+    def test_one_tensor_of_which_different_tokens_count(self):
+        """The encoder's padding is not the decoder's, though both are given the same tensor."""
+
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder, self.down = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
+
+            def get_encoder(self):
+                return self.encoder
+
+            def forward(self, x, decoder_input_ids, attention_mask):
+                return self.encoder(x), self.down(x)
+
+        x, mask = gaussian(9, 5, 8), torch.arange(5) < torch.tensor([[3]] + [[5]] * 8)
+        batch = {"x": x, "attention_mask": mask, "decoder_input_ids": torch.zeros(9, 5, dtype=torch.long)}
+        own = collect(Both(), [batch] * 2)
+        assert_sums(own["encoder.0"], torch.cat([x[mask]] * 2))
+        assert_sums(own["down"], torch.cat([x] * 2))
 
 
 class TestMask:

@@ -37,9 +37,14 @@ def collect_activations(
 
     Of a layer's tokens x_t [K]: S = sum_t x_t x_t^T / n, means of x and |x|, max |x|, n. Products are made in float32
     (float64 for float64 inputs), 1024 tokens at a time, and summed in float64; results are float32. Memory does not
-    grow with the number of tokens: 8 K^2 bytes for each different input until the end, 4 K^2 after. Layers that were
-    given the same tensor object (q, k and v) have one input. Where a whole model is too much, collect some of the
-    layers in one run (``cfg.include``), quantize these, and go on.
+    grow with the number of tokens: 8 K^2 bytes for each different input until the end, 4 K^2 after. Where a whole model
+    is too much, collect some of the layers in one run (``cfg.include``), quantize these, and go on.
+
+    Layers that have all been given the same tensor objects (q, k and v), in any order, have one input: its products
+    are made once. They take 8 K^2 bytes more from the first of these layers to the last. Layers that shared their
+    inputs until one of them was given another, or missed one, get sums of their own then: 8 K^2 bytes for each part,
+    and one product per part from then on. Either way each layer's statistics are those of its own inputs. Layers also
+    part where one is four inputs ahead of another within a batch, which bounds what is kept.
 
     Args:
         model: with nn.Linear, transformers' Conv1D or `QuantLoRALinear` layers; run in eval mode without gradients, and
@@ -56,8 +61,8 @@ def collect_activations(
         cfg: which layers, by ``include``, ``exclude`` and ``overrides``; default `QuantConfig()`.
         progress: show a bar on standard error.
         device: where the sums are kept; default: where the inputs are.
-        share_inputs: False treats every layer on its own, for models in which layers have a common input in one batch
-            and different ones in the next.
+        share_inputs: False treats every layer on its own: the same statistics, at the cost of one product and one
+            object per layer.
 
     Inputs that do not depend on the batch (see `Provenance`), such as DeBERTa's relative positions, are left out,
     except in layers that have no others. Compiled models are run uncompiled. Layers that no token reached, such as
