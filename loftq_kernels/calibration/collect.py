@@ -44,7 +44,7 @@ def collect_activations(
     are made once. They take 8 K^2 bytes more from the first of these layers to the last. Layers that shared their
     inputs until one of them was given another, or missed one, get sums of their own then: 8 K^2 bytes for each part,
     and one product per part from then on. Either way each layer's statistics are those of its own inputs. Layers also
-    part where one is four inputs ahead of another within a batch, which bounds what is kept.
+    part where one is more than four inputs ahead of another within a batch, which bounds what is kept.
 
     Args:
         model: with nn.Linear, transformers' Conv1D or `QuantLoRALinear` layers; run in eval mode without gradients, and

@@ -111,10 +111,9 @@ class _Input:
         x = self.x()
         return x is None or self.version is None or _version(x) != self.version
 
-    def fits(self, layer: Layer, x: Tensor, counts: tuple) -> bool:
-        """Whether it is what the layer is given now. An id alone may be another tensor's by now."""
-        same = self.x() is x and self.counts[0] is counts[0] and self.counts[1] == counts[1]
-        return same and layer not in self.takers
+    def fits(self, layer: Layer, counts: tuple) -> bool:
+        """Whether the layer, given x, is given this: as many times as an input comes, so many of these it takes."""
+        return self.counts[0] is counts[0] and self.counts[1] == counts[1] and layer not in self.takers
 
 
 def _version(x: Tensor) -> int | None:
@@ -208,10 +207,10 @@ class Collector:
         return _Sums(x.shape[-1], x.device if self.device is None else torch.device(self.device))
 
     def _found(self, layer: Layer, x: Tensor, counts: tuple) -> _Input | None:
-        entries = self.inputs.get(id(x), ())
-        for entry in [entry for entry in entries if entry.is_over()]:
+        entries = self.inputs.get(id(x), [])
+        for entry in [entry for entry in entries if entry.is_over()]:  # of another tensor at this address, or its past
             self._settle(entry)
-        return next((entry for entry in self.inputs.get(id(x), ()) if entry.fits(layer, x, counts)), None)
+        return next((entry for entry in entries if entry.fits(layer, counts)), None)
 
     def _new_input(self, layer: Layer, x: Tensor, counts: tuple) -> _Input:
         entry = _Input(x, counts, self._empty_sums(x))
