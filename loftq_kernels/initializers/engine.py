@@ -12,7 +12,7 @@ from loftq_kernels.initializers.drivers import compiled, plain, weighted
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.initializers.statistics import InputStatistics, check_statistics
-from loftq_kernels.ops import checks
+from loftq_kernels.ops import checks, differentiation
 from loftq_kernels.ops.backends import select_backend
 from loftq_kernels.ops.values import check_finite, check_finite_scales, check_zero_scales, kernel_dtype
 
@@ -38,6 +38,8 @@ def run_batch(
     ``packed`` holds weights that are quantized already and only get an adapter. ``left_out`` holds, for each weight,
     int64 indices of the columns that Q leaves out and the adapter holds whole. Both need statistics.
     """
+    for name, weight in zip(names, weights, strict=True):
+        differentiation.refuse_quantizing(name, weight)
     source = weights[0].device
     target = source if device is None else torch.device(device)
     if target.type == "meta":

@@ -15,7 +15,7 @@ from loftq_kernels.initializers import nearest
 from loftq_kernels.initializers.config import LayerConfig
 from loftq_kernels.initializers.options import check_scaling, check_schedule
 from loftq_kernels.initializers.result import AdapterInit
-from loftq_kernels.ops import checks
+from loftq_kernels.ops import checks, differentiation
 from loftq_kernels.ops.values import check_finite, check_finite_scales
 from loftq_kernels.storage import packing
 
@@ -60,6 +60,7 @@ def qalora_init(
     """
     arguments.choice("init", init, QALORA_STARTS)
     checks.check_weight(name, weight)
+    differentiation.refuse_quantizing(name, weight)
     scaling = check_scaling(scaling)
     num_iter, seed = check_schedule(num_iter, "quantize_first", "auto", seed)
     group_size = packing.check_group_size(group_size)

@@ -99,6 +99,22 @@ def refuse_multi(names: Sequence[str]) -> None:
         )
 
 
+def refuse_quantizing(name: str, weight: Tensor) -> None:
+    """Raise RuntimeError for a weight that is traced by a transform of torch.func, or carries a tangent.
+
+    One that merely requires a gradient is taken: what is quantized is detached, as the replacement of a layer needs it.
+    """
+    if functorch.is_gradtrackingtensor(weight) or functorch.is_batchedtensor(weight):
+        found = "is traced by a transform of torch.func"
+    elif forward_mode() and _has_tangent(weight):
+        found = "carries a tangent"
+    else:
+        return
+    raise RuntimeError(
+        f"{name} {found}, but choosing codes and adapters has no derivative: quantize outside of the transform"
+    )
+
+
 def refuse_packed(flags_or_tangents: Sequence[object]) -> None:
     """`refuse_constants` by the flags of needs_input_grad or the tangents of codes, scale, offset and codebook."""
     refuse_constants(

@@ -27,13 +27,15 @@ def quantize_tensors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """weight [N, K] -> codes, scale, offset (None unless affine). The algorithm is stated in `reference.quantize`.
 
-    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or scales that do not fit scale_dtype.
+    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or scales that do not fit scale_dtype;
+    RuntimeError for a weight with a tangent, or within a transform of torch.func.
     """
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
     if backend == "triton":
         raise ValueError("backend='triton' has kernels for products and dequantize; quantize has none there")
+    differentiation.refuse_quantizing(name, weight)
     weight = kernel_dtype(weight.detach(), name)
     with torch.inference_mode(False):  # A backward cannot save tensors made in inference mode.
         codes, scale, offset = kernels_of(backend, weight.device).quantize(
