@@ -30,9 +30,8 @@ import loftq_kernels as lk
     ids=str,
 )
 def test_refused_in_words(fields, message):
-    for make in (lambda: lk.QuantConfig(**fields), lambda: lk.QuantConfig.from_dict(fields)):
-        with pytest.raises((TypeError, ValueError), match=message):
-            make()
+    with pytest.raises((TypeError, ValueError), match=message):
+        lk.QuantConfig(**fields)
 
 
 @pytest.mark.parametrize("cls", [lk.LayerConfig, lk.QuantConfig])

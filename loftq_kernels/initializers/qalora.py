@@ -60,7 +60,6 @@ def qalora_init(
     """
     arguments.choice("init", init, QALORA_STARTS)
     checks.check_weight(name, weight)
-    differentiation.refuse_quantizing(name, weight)
     scaling = check_scaling(scaling)
     num_iter, seed = check_schedule(num_iter, "quantize_first", "auto", seed)
     group_size = packing.check_group_size(group_size)
@@ -71,9 +70,15 @@ def qalora_init(
         start.lora_A, start.lora_B = _zero_start(weight, rank, start.packed.scale.shape[1], seed)
         start.adapter = "qalora"
         return start
-    check_finite(weight, name)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return _alternate(weight.detach().float(), format, rank, num_iter, scaling, options)
+    weight = differentiation.to_quantize(name, weight)
+    with (
+        differentiation.outside_transforms(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(weight.device.type, enabled=False),
+    ):
+        check_finite(weight, name)
+        return _alternate(weight.float(), format, rank, num_iter, scaling, options)
 
 
 def _zero_start(weight: Tensor, rank: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,16 @@ packed weight is made of is a constant: a derivative with respect to it raises R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
+)
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function, forward_ad
@@ -99,20 +104,36 @@ def refuse_multi(names: Sequence[str]) -> None:
         )
 
 
-def refuse_quantizing(name: str, weight: Tensor) -> None:
-    """Raise RuntimeError for a weight that is traced by a transform of torch.func, or carries a tangent.
+def to_quantize(name: str, weight: Tensor) -> Tensor:
+    """The weight's values, without what torch.func wrapped around them; quantize them within `outside_transforms`.
 
-    One that merely requires a gradient is taken: what is quantized is detached, as the replacement of a layer needs it.
+    Raises RuntimeError where a transform wants a derivative of it or maps over it, or it carries a tangent. One that
+    merely requires a gradient is taken: what is quantized is detached, as the replacement of a layer needs it.
     """
-    if functorch.is_gradtrackingtensor(weight) or functorch.is_batchedtensor(weight):
-        found = "is traced by a transform of torch.func"
+    wrapped = functorch.is_functorch_wrapped_tensor(weight)
+    if _is_mapped(weight) or (wrapped and differentiated({name: weight})):
+        found = "is an argument of a transform of torch.func"
     elif forward_mode() and _has_tangent(weight):
         found = "carries a tangent"
     else:
-        return
+        return list(_layers(weight))[-1].detach()
     raise RuntimeError(
         f"{name} {found}, but choosing codes and adapters has no derivative: quantize outside of the transform"
     )
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether vmap has a dimension of the tensor, at any level."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def outside_transforms() -> AbstractContextManager:
+    """Where tensors are plain ones, although a transform of torch.func is under way."""
+    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
 def refuse_packed(flags_or_tangents: Sequence[object]) -> None:
