@@ -110,6 +110,8 @@ def to_quantize(name: str, weight: Tensor) -> Tensor:
     Raises RuntimeError where a transform wants a derivative of it or maps over it, or it carries a tangent. One that
     merely requires a gradient is taken: what is quantized is detached, as the replacement of a layer needs it.
     """
+    if torch.compiler.is_compiling():  # which has no such tensors, and cannot trace the questions
+        return weight.detach()
     wrapped = functorch.is_functorch_wrapped_tensor(weight)
     if _is_mapped(weight) or (wrapped and differentiated({name: weight})):
         found = "is an argument of a transform of torch.func"
@@ -133,7 +135,9 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 def outside_transforms() -> AbstractContextManager:
     """Where tensors are plain ones, although a transform of torch.func is under way."""
-    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def refuse_packed(flags_or_tangents: Sequence[object]) -> None:
