@@ -641,7 +641,35 @@ class TestStateDict:
         with pytest.warns(UserWarning, match="what the adapter of table is scaled by: it keeps scaling=8"):
             mixed(5, lora_alpha=32).load_state_dict(old)
 
-    @pytest.mark.parametrize("state", [[0.0, 1.0], [1.0, 2.0], [float("nan"), 1.0], [1.0], [1.0, 1.0, 1.0]], ids=str)
+    def test_warns_once_per_load(self):
+        old = {name: tensor for name, tensor in mixed().state_dict().items() if not name.endswith("_extra_state")}
+        model = mixed(5, lora_alpha=32)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="and so does every other layer without this entry") as caught:
+                model.load_state_dict(old)
+            assert len(caught) == 1
+
+    def test_of_two_numbers(self):
+        """As they were before they had in_features."""
+        state = {name: t[:2] if name.endswith("_extra_state") else t for name, t in mixed().state_dict().items()}
+        other = mixed(5, lora_alpha=32)
+        other.load_state_dict(state)
+        assert torch.equal(other(IDS), mixed()(IDS))
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_of_another_width(self, assign):
+        """63 columns are packed into as many bytes, scales and group means as 64."""
+        options = {"adapter": "qalora", "rank": 1, "format": "int4", "dtype": torch.float32}
+        narrow, wide = (nn.Sequential(lk.QuantLoRALinear(k, 8, **options)) for k in (63, 64))
+        for one, two, sizes in ((narrow, wide, "63, this layer's is 64"), (wide, narrow, "64, this layer's is 63")):
+            before = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+            with pytest.raises(RuntimeError, match=f"0.in_features is {sizes}"):
+                two.load_state_dict(one.state_dict(), assign=assign)
+            torch.testing.assert_close(two.state_dict(), before, rtol=0, atol=0)
+            with pytest.raises(ValueError, match=f"in_features is {sizes}"):
+                two[0].set_extra_state(one[0].get_extra_state())
+
+    @pytest.mark.parametrize("state", [[0.0, 1.0], [1.0, 2.0], [float("nan"), 1.0], [1.0], [1.0] * 4], ids=str)
     def test_tampered(self, state):
         model = mixed()
         with pytest.raises(ValueError, match="_extra_state must be"):

@@ -173,9 +173,8 @@ class TestSkips:
         report = quantize(model, rank=11, lora_alpha=20)  # the head has 10 rows
         assert not report.skipped and [layer.rank for layer in report.layers] == [11, 11, 11, 11, 10]
         assert model.head.rank == 10 and model.head.scaling == 2
-        assert report.layers[-1].note == "rank 11 limited to 10, its smaller side" and report.layers[-1].note in str(
-            report
-        )
+        note = report.layers[-1].note
+        assert note == "rank 11 limited to 10, its smaller side; scaling 2" and note in str(report)
 
     def test_meta(self):
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))

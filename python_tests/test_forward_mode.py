@@ -466,3 +466,51 @@ class TestTraced:
         compare(torch.func.functionalize(f, remove=remove)(*arguments()), twin(*arguments()))
         inside = grad(total(torch.func.functionalize(f, remove=remove)))(*arguments())
         compare(inside, grad(total(twin))(*arguments()))
+
+
+STATISTICS = lk.InputStatistics.from_inputs(gaussian(90, 70))
+INITIALIZERS = {
+    "quantize": lambda w: lk.quantize(w),
+    "qlora": lambda w: lk.qlora_init(w, rank=4).packed,
+    "loftq": lambda w: lk.loftq_init(w, rank=4, num_iter=1).packed,
+    "qalora": lambda w: lk.qalora_init(w, rank=1, num_iter=1).packed,
+    "eora": lambda w: lk.eora_init(w, STATISTICS, rank=4).packed,
+    "aser": lambda w: lk.aser_init(w, STATISTICS, rank=4).packed,
+}
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+class TestQuantizing:
+    """Choosing codes has no derivative: refused, where it would be zero or fail inside."""
+
+    def decoded(self, name: str):
+        return lambda w: INITIALIZERS[name](w).dequantize()
+
+    def test_transforms(self, name):
+        f, w = self.decoded(name), gaussian(70, 70)
+        for run in (
+            lambda: jvp(f, (w,), (w,)),
+            lambda: grad(lambda w: f(w).sum())(w),
+            lambda: vjp(f, w),
+            lambda: jacfwd(f)(w),
+        ):
+            with pytest.raises(RuntimeError, match=r"is an argument of a transform of torch\.func.*quantize outside"):
+                run()
+
+    def test_a_tangent(self, name):
+        w = gaussian(70, 70)
+        with fwd.dual_level(), pytest.raises(RuntimeError, match="carries a tangent.*has no derivative"):
+            self.decoded(name)(fwd.make_dual(w, w))
+
+    def test_constants_within_a_transform(self, name):
+        """The derivative in x of a product with a weight that is quantized on the way."""
+        w, x = gaussian(70, 70), gaussian(3, 70)
+        f = self.decoded(name)
+        torch.manual_seed(0)
+        torch.testing.assert_close(grad(lambda x: (x @ f(w)).sum())(x), f(w).sum(1).expand(3, -1))
+
+    def test_a_weight_that_requires_a_gradient(self, name):
+        w = gaussian(70, 70)
+        f = self.decoded(name)
+        result = f(w.clone().requires_grad_())
+        assert not result.requires_grad and torch.equal(result, f(w))

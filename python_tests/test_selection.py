@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -194,6 +195,25 @@ class TestModulesToSave:
         reasons = {tensor.reason for tensor in report.tensors if tensor.name in names}
         assert all("modules_to_save" in reason for reason in reasons)
 
+    def test_training_the_adapters_alone_again(self):
+        model = tiny_model()
+        quantize(model, modules_to_save="head")
+        before = trained(model)
+        lk.train_only_adapters(model, also=("head",))
+        assert trained(model) == before >= {"head.weight", "head.bias"}
+        lk.train_only_adapters(model)
+        assert trained(model) == {name for name in before if "lora_" in name}
+
+    def test_training_biases_of_quantized_layers(self):
+        model = tiny_model()
+        quantize(model)
+        adapters = trained(model)
+        lk.train_only_adapters(model, also="layers.1")
+        assert trained(model) == adapters | {"layers.1.up.bias", "layers.1.down.bias"}
+        with pytest.raises(ValueError, match="also: the pattern 'haed' matches no module of the model"):
+            lk.train_only_adapters(model, also=("norm", "haed"))
+        assert trained(model) == adapters | {"layers.1.up.bias", "layers.1.down.bias"}
+
     def test_not_calibrated(self):
         cfg = lk.QuantConfig(modules_to_save=("head", "layers.1"))
         assert sorted(lk.collect_activations(tiny_model(), [gaussian(9, 64)], cfg, progress=False)) == sorted(
@@ -366,6 +386,103 @@ class TestWhatALayerCarries:
         assert not quantize(model).skipped
 
 
+def frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+STRANGE = {
+    "sparse": (lambda: frozen(torch.eye(64).to_sparse()), "torch.sparse_coo", 64 * (2 * 8 + 4)),
+    "csr": (lambda: frozen(torch.eye(64).to_sparse_csr()), "torch.sparse_csr", (65 + 64) * 8 + 64 * 4),
+    "csc": (lambda: frozen(torch.eye(64).to_sparse_csc()), "torch.sparse_csc", (65 + 64) * 8 + 64 * 4),
+    "vector": (lambda: frozen(torch.ones(64)), r"shape \(64,\)", 256),
+    "scalar": (lambda: frozen(torch.ones(())), r"shape \(\)", 4),
+    "stack": (lambda: frozen(torch.ones(2, 64, 64)), r"shape \(2, 64, 64\)", 2 * 64 * 64 * 4),
+    "bool": (lambda: frozen(torch.ones(64, 64, dtype=torch.bool)), "torch.bool", 64 * 64),
+    "complex": (lambda: frozen(torch.ones(64, 64, dtype=torch.complex64)), "torch.complex64", 64 * 64 * 8),
+    "integer": (lambda: frozen(torch.ones(64, 64, dtype=torch.int8)), "torch.int8", 64 * 64),
+    "none": (lambda: None, "NoneType", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C.. tensor support is in beta state")
+class TestStrangeWeights:
+    """What somebody has put in a weight's place is left as it is, with the reason, and counted to the byte."""
+
+    @pytest.mark.parametrize("kind", DENSE)
+    @pytest.mark.parametrize("case", STRANGE)
+    def test_skipped_with_the_reason(self, case, kind):
+        make, message, nbytes = STRANGE[case]
+        model = nn.ModuleDict({"a": DENSE[kind](), "b": nn.Linear(64, 64)})
+        model["a"].weight = weight = make()
+        report = quantize(model, layer_types=("linear", "embedding", "conv"))
+        assert re.search(message, report.skipped["a"]) and [layer.name for layer in report.layers] == ["b"]
+        assert model["a"].weight is weight
+        assert [t.nbytes for t in report.tensors if t.name == "a.weight"] == ([] if nbytes is None else [nbytes])
+
+    @pytest.mark.parametrize("fields", [{}, {"modules_to_save": "a"}], ids=str)
+    @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(10), lambda: nn.LazyConv2d(8, 3)])
+    def test_without_a_shape_yet(self, make, fields):
+        """It is frozen or trained as any other, and gets its shape when the model runs."""
+        model = nn.ModuleDict({"a": make(), "b": nn.Linear(64, 64)})
+        report = quantize(model, layer_types=("linear", "conv"), **fields)
+        assert fields or "without a shape: run the model once" in report.skipped["a"]
+        assert [(t.shape, t.nbytes) for t in report.tensors if t.name == "a.weight"] == [((), 0)]
+        model["a"](torch.zeros(1, 3, 64, 64))
+        assert model["a"].weight.numel() > 0 and model["a"].weight.requires_grad == bool(fields)
+        if not fields and type(model["a"]) is nn.Linear:
+            assert [layer.name for layer in quantize(model).layers] == ["a"]
+
+    def test_sparse_parameters_of_other_modules(self):
+        model = nn.ModuleDict({"norm": nn.LayerNorm(64), "b": nn.Linear(64, 64)})
+        model["norm"].register_parameter("mask", frozen(torch.eye(64).to_sparse()))
+        assert [t.nbytes for t in quantize(model).tensors if t.name == "norm.mask"] == [64 * 20]
+
+    def test_no_layer_is_left(self):
+        """The error counts layers by reason, and does not list them all."""
+        model = nn.ModuleList([nn.Linear(64, 64) for _ in range(9)] + [nn.Linear(4, 64), nn.Embedding(64, 64)])
+        model[3].weight = frozen(torch.ones(64))
+        with pytest.raises(ValueError, match="skipped: 8 such as '0' .excluded by.*1 such as '9' .packed") as info:
+            quantize(model, exclude="[0-24-8]", include=("[0-8]", "9"))
+        assert "'1'" not in str(info.value) and "1 such as '3' (its weight has shape (64,)" in str(info.value)
+
+
+class TestSharedBias:
+    def pair(self, *parts: nn.Module) -> nn.ModuleDict:
+        model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": parts[0] if parts else nn.Linear(64, 64)})
+        model["b"].bias = model["a"].bias
+        return model
+
+    @pytest.mark.parametrize("freeze", [True, False])
+    def test_of_two_layers_stays_one(self, freeze):
+        model = self.pair()
+        report = quantize(model, freeze)
+        assert len(report.layers) == 2 and model["a"].bias is model["b"].bias
+        assert model["a"].bias.requires_grad is not freeze
+        assert report.model_bytes == sum(p.nbytes for p in model.parameters())
+
+    def test_with_a_module_that_stays_dense(self):
+        model = self.pair(nn.LayerNorm(64))
+        quantize(model)
+        assert type(model["a"]) is lk.QuantLoRALinear and model["a"].bias is model["b"].bias
+
+    def test_is_saved(self, tmp_path):
+        model = self.pair()
+        quantize(model, format="int8")
+        with torch.no_grad():
+            model["a"].bias.fill_(3)
+        lk.save_quantized(model, tmp_path / "saved")
+        other = lk.load_quantized(tmp_path / "saved", self.pair())
+        assert torch.equal(other["b"](torch.zeros(1, 64)), torch.full((1, 64), 3.0))
+
+    def test_of_another_dtype(self):
+        """The layer would have it in the weight's dtype."""
+        model = self.pair()
+        model["a"].weight.data = model["a"].weight.data.bfloat16()
+        report = quantize(model)
+        assert "its bias, torch.float32 on cpu, is shared" in report.skipped["a"]
+        assert model["a"].bias is model["b"].bias
+
+
 class TestSizes:
     @pytest.mark.parametrize(
         ("layer", "packed", "dense"),
@@ -393,7 +510,8 @@ class TestSizes:
         report = quantize(model, rank=16, **fields)
         layer = next(layer for layer in report.layers if layer.name == "0")
         assert layer.rank == model[0].rank == 10 and model[0].scaling == pytest.approx(scaling)
-        assert layer.note == "rank 16 limited to 10, its smaller side" and layer.note in str(report)
+        scaled = f"; scaling {scaling:g}" if fields else ""
+        assert layer.note == f"rank 16 limited to 10, its smaller side{scaled}" and layer.note in str(report)
         assert model[1].rank == 16
 
     def test_rank_above_the_groups(self):
@@ -407,7 +525,7 @@ class TestSizes:
         cfg = lk.QuantConfig(init="aser", rank=32, rank_energy=0.999, lora_alpha=16)
         report = lk.quantize_model(model, cfg, statistics=statistics, progress=False)
         assert report.layers[-1].name == "head" and model.head.rank <= 10
-        assert report.layers[-1].note == "rank 32 limited to 10, its smaller side"
+        assert report.layers[-1].note == "rank 32 limited to 10, its smaller side; scaling 1.6"
 
 
 class TestAdapterDtype:

@@ -173,9 +173,9 @@ class LayerConfig:
     def changed(self, changes: Mapping[str, Any]) -> LayerConfig:
         """This config with some fields changed. Options that the new method does not use are reset."""
         draft = {**{f.name: getattr(self, f.name) for f in layer_fields()}, **changes}
-        method = _METHODS.get(draft["init"])
+        method = _METHODS[arguments.choice("init", draft["init"], _METHODS, "init")]
         for name, unused in METHOD_OPTIONS.items():
-            if name not in changes and (method is None or name not in method.options or draft["adapter"] != "lora"):
+            if name not in changes and (name not in method.options or draft["adapter"] != "lora"):
                 draft[name] = unused
         return LayerConfig(**draft)
 
@@ -185,8 +185,11 @@ class LayerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerConfig:
-        """The config that `to_dict` described; fields may be left out. Raises ValueError for unknown ones."""
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        """The config that `to_dict` described; fields may be left out. Raises ValueError for unknown ones,
+        TypeError for what is no mapping."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict takes a mapping of fields to values, got {values!r}")
+        unknown = sorted(map(str, set(values) - {f.name for f in dataclasses.fields(cls)}))
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
         return cls(**from_json(values))
@@ -225,7 +228,7 @@ def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as `to_json` gave them, dtypes and tuples restored."""
     restored = {}
     for name, value in values.items():
-        if name.endswith("_dtype") and isinstance(value, str):
+        if isinstance(value, str) and str(name).endswith("_dtype"):
             value = DTYPES_BY_NAME.get(value, value)
         restored[name] = tuple(value) if isinstance(value, list) else value
     return restored

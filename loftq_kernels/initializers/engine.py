@@ -12,7 +12,7 @@ from loftq_kernels.initializers.drivers import compiled, plain, weighted
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
 from loftq_kernels.initializers.statistics import InputStatistics, check_statistics
-from loftq_kernels.ops import checks
+from loftq_kernels.ops import checks, differentiation
 from loftq_kernels.ops.backends import select_backend
 from loftq_kernels.ops.values import check_finite, check_finite_scales, check_zero_scales, kernel_dtype
 
@@ -38,6 +38,23 @@ def run_batch(
     ``packed`` holds weights that are quantized already and only get an adapter. ``left_out`` holds, for each weight,
     int64 indices of the columns that Q leaves out and the adapter holds whole. Both need statistics.
     """
+    weights = [differentiation.to_quantize(name, weight) for name, weight in zip(names, weights, strict=True)]
+    with differentiation.outside_transforms():
+        return _run_all(weights, names, options, device, backend, progress, statistics, packed, left_out)
+
+
+def _run_all(
+    weights: list[Tensor],
+    names: list[str],
+    options: SolverOptions,
+    device: torch.device | str | None,
+    backend: str | None,
+    progress: Callable[[int], None] | None,
+    statistics: Sequence[InputStatistics] | None,
+    packed: Sequence[PackedTensor] | None,
+    left_out: Sequence[Tensor] | None,
+) -> list[AdapterInit]:
+    """`run_batch` of plain tensors."""
     source = weights[0].device
     target = source if device is None else torch.device(device)
     if target.type == "meta":
@@ -63,7 +80,7 @@ def run_batch(
     for first in range(0, len(weights), chunk):
         these = slice(first, first + chunk)
         labels = names[these]
-        batch = [kernel_dtype(w.detach(), n).to(target) for w, n in zip(weights[these], labels, strict=True)]
+        batch = [kernel_dtype(w, n).to(target) for w, n in zip(weights[these], labels, strict=True)]
         calibration = None
         if statistics is not None:
             stored = None if packed is None else [p.to(target) for p in packed[these]]

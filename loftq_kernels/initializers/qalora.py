@@ -15,7 +15,7 @@ from loftq_kernels.initializers import nearest
 from loftq_kernels.initializers.config import LayerConfig
 from loftq_kernels.initializers.options import check_scaling, check_schedule
 from loftq_kernels.initializers.result import AdapterInit
-from loftq_kernels.ops import checks
+from loftq_kernels.ops import checks, differentiation
 from loftq_kernels.ops.values import check_finite, check_finite_scales
 from loftq_kernels.storage import packing
 
@@ -70,9 +70,15 @@ def qalora_init(
         start.lora_A, start.lora_B = _zero_start(weight, rank, start.packed.scale.shape[1], seed)
         start.adapter = "qalora"
         return start
-    check_finite(weight, name)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return _alternate(weight.detach().float(), format, rank, num_iter, scaling, options)
+    weight = differentiation.to_quantize(name, weight)
+    with (
+        differentiation.outside_transforms(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(weight.device.type, enabled=False),
+    ):
+        check_finite(weight, name)
+        return _alternate(weight.float(), format, rank, num_iter, scaling, options)
 
 
 def _zero_start(weight: Tensor, rank: int, groups: int, seed: int) -> tuple[Tensor, Tensor]:

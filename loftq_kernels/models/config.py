@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,28 +10,14 @@ from typing import Any
 from loftq_kernels import arguments
 from loftq_kernels.initializers.config import LayerConfig, from_json, layer_fields
 from loftq_kernels.nn.kinds import LAYER_TYPES
+from loftq_kernels.nn.names import matches, names_whole
 
-_WILDCARDS = re.compile(r"[*?[]")
 HEAD_NAMES = ("lm_head", "*.lm_head")  # output heads by name, in models that do not tell theirs
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a layer name matches a glob ("*" crosses dots), or wholly matches the regular expression after "re:"."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    if not _WILDCARDS.search(pattern):  # A plan has one such pattern per layer, and asks for every layer.
-        return name == pattern
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def names_module(name: str, pattern: str) -> bool:
-    """As `matches`; a pattern without wildcards also matches names that end with it, as PEFT's modules_to_save do."""
-    return matches(name, pattern) or name.endswith(f".{pattern}")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     """A lone pattern or several of them, as a tuple of valid ones."""
-    if not isinstance(value, str | Iterable):
+    if not isinstance(value, str | Iterable) or isinstance(value, bytes | Mapping):
         raise TypeError(f"{name} must be a pattern or a tuple of them, got {value!r}")
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
@@ -47,6 +32,19 @@ def _check_pattern(name: str, pattern: Any) -> None:
         matches("", pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _no_change(self, *args, **kwargs):
+    raise TypeError("a QuantConfig cannot be changed: make another, dataclasses.replace(cfg, overrides=...)")
+
+
+class _Fixed(dict):
+    """A dict that stays as it is, so that a config's hash does."""
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _no_change
+
+    def __reduce__(self):
+        return _Fixed, (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -89,14 +87,15 @@ class QuantConfig(LayerConfig):
         self._set(quantize_head=arguments.flag("quantize_head", self.quantize_head))
         kinds = self.layer_types
         kinds = tuple(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else (kinds,)
-        if not kinds or set(kinds) - set(LAYER_TYPES):
+        if not kinds or any(kind not in LAYER_TYPES for kind in kinds):
             raise ValueError(f"layer_types={self.layer_types!r} must hold some of {LAYER_TYPES}")
         self._set(layer_types=kinds)
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map patterns to changed fields or None, got {self.overrides!r}")
-        self._set(overrides={pattern: self._checked(pattern, own) for pattern, own in self.overrides.items()})
+        overrides = {pattern: self._checked(pattern, own) for pattern, own in self.overrides.items()}
+        self._set(overrides=_Fixed(overrides))
 
-    def _checked(self, pattern: Any, changes: Any) -> dict[str, Any] | None:
+    def _checked(self, pattern: Any, changes: Any) -> _Fixed | None:
         """A copy of an override's changes, their values as `LayerConfig` keeps them."""
         _check_pattern("overrides", pattern)
         if changes is None:
@@ -104,7 +103,7 @@ class QuantConfig(LayerConfig):
         if not isinstance(changes, Mapping):
             raise TypeError(f"override {pattern!r} must be a dict of changed fields, or None, got {changes!r}")
         changed = self._overridden(pattern, changes)
-        return {name: getattr(changed, name) for name in changes}
+        return _Fixed({name: getattr(changed, name) for name in changes})
 
     def _key(self) -> tuple:
         """What makes two configs equal: overrides in their order too, for the first match wins."""
@@ -124,7 +123,7 @@ class QuantConfig(LayerConfig):
 
     def _overridden(self, pattern: str, changes: Mapping[str, Any]) -> LayerConfig:
         known = {f.name for f in layer_fields()}
-        if unknown := sorted(set(changes) - known):
+        if unknown := sorted(map(str, set(changes) - known)):
             raise ValueError(f"override {pattern!r} sets {', '.join(unknown)}; it can set {', '.join(sorted(known))}")
         return self.layer.changed(changes)
 
@@ -134,7 +133,7 @@ class QuantConfig(LayerConfig):
 
     def saves(self, *names: str) -> bool:
         """Whether ``modules_to_save`` names the module with these names, or one that it is part of."""
-        return any(names_module(whole, p) for p in self.modules_to_save for name in names for whole in _prefixes(name))
+        return any(names_whole(name, self.modules_to_save) for name in names)
 
     def for_layer(self, *names: str) -> LayerConfig | None:
         """What the layer with these names gets, by the first override that matches one; None leaves it dense."""
@@ -153,17 +152,12 @@ class QuantConfig(LayerConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """What `to_dict` gave, perhaps with fields left out. Raises ValueError for unknown ones."""
-        overrides = values.get("overrides", {})
+        overrides = values.get("overrides", {}) if isinstance(values, Mapping) else None
         if isinstance(overrides, Mapping):
-            overrides = {p: from_json(own) if isinstance(own, Mapping) else own for p, own in overrides.items()}
-        return super().from_dict({**values, "overrides": overrides})
+            own = {p: from_json(own) if isinstance(own, Mapping) else own for p, own in overrides.items()}
+            values = {**values, "overrides": own}
+        return super().from_dict(values)
 
 
 def _any_match(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(matches(name, pattern) for pattern in patterns for name in names)
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """The name and those of the modules that hold it, the outermost first."""
-    parts = name.split(".")
-    return (".".join(parts[:i]) for i in range(1, len(parts) + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from loftq_kernels.models.select import (
     select_layers,
     why_dense,
 )
-from loftq_kernels.nn.adapters import train_only_adapters
+from loftq_kernels.nn.adapters import train_modules, train_only_adapters
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_modules, set_submodule, unwrapped
 from loftq_kernels.ops.values import check_finite
 from loftq_kernels.progress import tqdm
+
+_REASONS = 5  # of layers that are skipped, in the error where all are
 
 
 def quantize_model(
@@ -46,7 +49,8 @@ def quantize_model(
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
     reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module, hooks or a
-    forward of its own, a matrix that would grow, adapter="qalora" for any but a linear layer. A rank above the smaller
+    forward of its own, a matrix that would grow, adapter="qalora" for any but a linear layer. A bias that several
+    modules share stays shared. A rank above the smaller
     side becomes that side, with a note. Layers are swapped as they are done, each batch's dense ones freed then; so a
     model whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still works, and a second
     call goes on.
@@ -92,7 +96,7 @@ def quantize_model(
     finally:  # Layers that were swapped before an interruption are as they would be after a whole run.
         if freeze:
             train_only_adapters(model)
-        _train_saved(model, cfg)
+        train_modules(model, cfg.modules_to_save)
     report.layers.sort(key=lambda layer: order[layer.name])
     report.tensors = account(model, why_dense(cfg, selection))
     report.seconds = time.perf_counter() - started
@@ -109,22 +113,25 @@ def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None)
     check_overrides(model, cfg, selection)
     if not selection.candidates and not selection.already:
         raise ValueError(
-            f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, skipped: {selection.skipped}"
+            f"no layer to quantize: include={cfg.include}, exclude={cfg.exclude}, "
+            f"layer_types={cfg.layer_types}; skipped: {_by_reason(selection.skipped)}"
         )
     return selection
+
+
+def _by_reason(skipped: Mapping[str, str]) -> str:
+    """The commonest reasons of skipped layers, each with its count and the name of one layer."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in skipped.items():
+        names[reason].append(name)
+    order = sorted(names, key=lambda reason: -len(names[reason]))
+    parts = [f"{len(names[reason])} such as {names[reason][0]!r} ({reason})" for reason in order[:_REASONS]]
+    return ", ".join(parts + [f"{len(order) - _REASONS} more reasons"] * (len(order) > _REASONS)) or "none"
 
 
 def _check_weights(candidates: list[Candidate]) -> None:
     for candidate in candidates:
         check_finite(candidate.weight, f"{candidate.name}.weight")
-
-
-def _train_saved(model: nn.Module, cfg: QuantConfig) -> None:
-    """requires_grad = True for what ``cfg.modules_to_save`` names."""
-    for name, module in named_modules(model, remove_duplicate=False):
-        if cfg.saves(name):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _planned_shapes(
@@ -176,7 +183,7 @@ def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit) -> LayerRep
     """Put the quantized layer in the place of the dense one."""
     old, kind = candidate.module, candidate.kind
     layer = kind.place(old, init, candidate.cfg.adapter_dtype).train(old.training)
-    carry_over(old, layer, kind)
+    carry_over(old, layer, kind, same_bias=candidate.shares_bias)
     for name in candidate.names:
         set_submodule(model, name, layer)
     return LayerReport(

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from loftq_kernels.models.config import QuantConfig, matches, names_module
+from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.nn.kinds import kind_of
+from loftq_kernels.nn.names import matches, names_module
 from loftq_kernels.nn.wrappers import named_modules
 
 _NEAR = 3

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from loftq_kernels.nn.adapters import peft_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
@@ -16,6 +18,11 @@ from loftq_kernels.nn.wrappers import named_modules, unwrapped
 PACKED_STATE, ADAPTER, DENSE, BUFFER = "packed", "adapter", "dense", "buffer"
 _NAMED = 3  # of what is left dense, in the summary
 _MIB = 2**20
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,8 @@ def account(model: nn.Module, why_dense: Callable[[str, nn.Module, Tensor], str]
             state = ADAPTER if id(tensor) in foreign else _state(module, key, is_buffer)
             reason = why_dense(owner, module, tensor) if state == DENSE else ""
             name = f"{owner}.{key}" if owner else key
-            tensors.append(TensorReport(name, tuple(tensor.shape), tensor.nbytes, state, tensor.requires_grad, reason))
+            shape = () if is_lazy(tensor) else tuple(tensor.shape)
+            tensors.append(TensorReport(name, shape, bytes_of(tensor), state, tensor.requires_grad, reason))
     return tensors
 
 
@@ -218,4 +226,12 @@ def _state(module: nn.Module, key: str, is_buffer: bool) -> str:
 
 def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    return sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
+    return sum(bytes_of(tensor) for tensor in itertools.chain(module.parameters(), module.buffers()))
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's values, and of the indices of a sparse one; 0 of one that has no shape yet (lazy modules)."""
+    if is_lazy(tensor):
+        return 0
+    parts = _SPARSE_PARTS.get(tensor.layout)
+    return tensor.nbytes if parts is None else sum(getattr(tensor.detach(), part)().nbytes for part in parts)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import InputStatistics, LayerConfig
-from loftq_kernels.models.config import HEAD_NAMES, QuantConfig, matches
+from loftq_kernels.models.config import HEAD_NAMES, QuantConfig
 from loftq_kernels.models.patterns import check_patterns
 from loftq_kernels.nn.adapters import peft_parts, quantized_layers
 from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
+from loftq_kernels.nn.names import matches
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 from loftq_kernels.ops.checks import is_sharded
 from loftq_kernels.storage.packing import num_groups
@@ -35,6 +37,7 @@ class Candidate:
     cfg: LayerConfig
     statistics: InputStatistics | None = None
     note: str = ""  # what it gets other than its config says
+    shares_bias: bool = False  # with a module that keeps it
 
     @property
     def name(self) -> str:
@@ -79,7 +82,8 @@ def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
         reason = context.reason_to_skip(module, names, kind, layer_cfg)
         if reason is None:
             limited, note = limited_rank(layer_cfg, tuple(kind.matrix_of(module).shape))
-            selection.candidates.append(Candidate(tuple(names), module, kind, limited, note=note))
+            shared = context.shares_bias(module)
+            selection.candidates.append(Candidate(tuple(names), module, kind, limited, note=note, shares_bias=shared))
         else:
             selection.skipped[names[0]] = reason
     return selection
@@ -150,15 +154,33 @@ class Context:
         return LEFT_DENSE if layer_cfg is None else None
 
     def _reason_of_module(self, module: nn.Module, name: str, kind: LayerKind, layer_cfg: LayerConfig) -> str | None:
+        if is_lazy(module.weight):
+            return f"is a {type(module).__name__} without a shape: run the model once, then quantize it"
         if reason := kind.why_not(module):
             return reason
         if shared := [owner for owner in self.owners[id(module.weight)] if owner != f"{name}.weight"]:
             return f"its weight is shared with {', '.join(shared)}"
         return (
-            _reason_of_weight(module.weight)
+            _reason_of_weight(module.weight, kind)
+            or self._reason_of_bias(module)
             or reason_of_extras(module, kind)
             or _reason_of_size(module, kind, layer_cfg)
         )
+
+    def _reason_of_bias(self, module: nn.Module) -> str | None:
+        """Why a bias that other modules have, too, cannot stay one parameter."""
+        bias = getattr(module, "bias", None)
+        if not self.shares_bias(module) or (bias.dtype, bias.device) == (module.weight.dtype, module.weight.device):
+            return None
+        weight = module.weight
+        return (
+            f"its bias, {bias.dtype} on {bias.device}, is shared with other modules, and would become a copy in the "
+            f"weight's {weight.dtype} on {weight.device}"
+        )
+
+    def shares_bias(self, module: nn.Module) -> bool:
+        """Whether another module, or the same one by another name, has the same parameter as the module's bias."""
+        return len(self.owners[id(getattr(module, "bias", None))]) > 1
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
@@ -187,7 +209,7 @@ def _read_directly(module: nn.Module) -> nn.Module | None:
     return getattr(module, "base_layer", None) if reads else None
 
 
-def _reason_of_weight(weight: Tensor) -> str | None:
+def _reason_of_weight(weight: Tensor, kind: LayerKind) -> str | None:
     if is_sharded(weight):
         return "its weight is sharded: quantize the whole model, then call fully_shard"
     if type(weight) not in (Tensor, nn.Parameter):
@@ -198,6 +220,8 @@ def _reason_of_weight(weight: Tensor) -> str | None:
         return f"its weight is {weight.dtype}"
     if weight.layout != torch.strided:
         return f"its weight has layout {weight.layout}"
+    if weight.dim() != kind.dims:
+        return f"its weight has shape {tuple(weight.shape)}, not the {kind.dims} dimensions of its kind"
     return "its weight is on the meta device: it has no values" if weight.is_meta else None
 
 
@@ -227,7 +251,9 @@ def limited_rank(cfg: LayerConfig, shape: tuple[int, int]) -> tuple[LayerConfig,
     if cfg.rank is None or cfg.rank <= most:
         return cfg, ""
     what = "its groups" if cfg.has_qalora and inner < rows else "its smaller side"
-    return replace(cfg, rank=most), f"rank {cfg.rank} limited to {most}, {what}"
+    limited = replace(cfg, rank=most)
+    scaled = "" if cfg.lora_alpha is None else f"; scaling {limited.scaling:g}"
+    return limited, f"rank {cfg.rank} limited to {most}, {what}{scaled}"
 
 
 def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
@@ -261,6 +287,8 @@ def why_dense(cfg: QuantConfig, selection: Selection):
         kind = kind_of(module)
         if kind is not None and kind.layer_type not in cfg.layer_types:
             return f"layer_types={cfg.layer_types} leaves out {kind.layer_type!r}"
+        if is_lazy(tensor):
+            return f"a parameter of {type(module).__name__} without a shape before the model has run"
         if tensor.dim() < 2:
             return "a vector"
         return (

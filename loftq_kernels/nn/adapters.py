@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from loftq_kernels.nn import merging
-from loftq_kernels.nn.base import QuantLoRAModule
+from loftq_kernels.nn.base import PACKED, QuantLoRAModule
+from loftq_kernels.nn.names import names_module, names_whole
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 
 
@@ -24,19 +27,38 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def train_only_adapters(model: nn.Module) -> None:
+def train_only_adapters(model: nn.Module, also: Iterable[str] = ()) -> None:
     """requires_grad = True for every lora_A and lora_B of quantized layers, False for all other parameters.
+
+    ``also`` holds names or patterns of modules that are trained in full, as ``QuantConfig.modules_to_save``, which it
+    is to repeat where the call comes after `quantize_model`. Of quantized layers that it names it means the biases.
+    Raises ValueError for one that matches no module, before anything is changed.
 
     What PEFT has in the model stays as PEFT has set it: its adapters, and everything else in a `PeftModel`, such as
     biases that a config with bias="all" trains.
     """
     model = unwrapped(model)
+    also = (also,) if isinstance(also, str) else tuple(also)
+    names = [name for name, _ in named_modules(model, remove_duplicate=False)]
+    for pattern in also:
+        if not any(names_module(name, pattern) for name in names):
+            raise ValueError(f"also: the pattern {pattern!r} matches no module of the model")
     adapters = {id(parameter) for parameter in adapter_parameters(model).values()}
     foreign = {id(p) for module in peft_parts(model) for p in module.parameters(recurse=False)}
     foreign |= {id(p) for module in model.modules() if _is_a(module, "PeftModel") for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) in adapters or id(parameter) not in foreign:
-            parameter.requires_grad_(id(parameter) in adapters)
+            parameter.requires_grad = id(parameter) in adapters  # also of lazy modules, unlike requires_grad_
+    train_modules(model, also)
+
+
+def train_modules(model: nn.Module, patterns: Iterable[str]) -> None:
+    """requires_grad = True for the parameters of modules that patterns name, except for packed weights."""
+    for name, module in named_modules(model, remove_duplicate=False):
+        if names_whole(name, patterns):
+            for key, parameter in module.named_parameters(recurse=False):
+                if not (isinstance(module, QuantLoRAModule) and key in PACKED):
+                    parameter.requires_grad = parameter.is_floating_point() or parameter.is_complex()
 
 
 def peft_parts(model: nn.Module) -> set[nn.Module]:

@@ -23,6 +23,7 @@ from loftq_kernels.ops.constant import Constant, keep_dtypes, plain, restore_con
 
 PACKED = ("codes", "scale", "offset", "codebook")
 _STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
+_warned: list[list[str] | None] = [None]  # the missing keys of the load that warned last: one list for all its layers
 
 
 class QuantLoRAModule(Mergeable):
@@ -34,8 +35,8 @@ class QuantLoRAModule(Mergeable):
     holds the zero weight, lora_A Kaiming-uniform and lora_B zero. ``dtype`` is that of the dense layer whose place it
     takes: of the bias, and of what `weight` says it is.
 
-    Its state_dict holds the tensors by these names, and under "_extra_state" the scaling and whether the adapter is
-    enabled, without which the same tensors would compute something else.
+    Its state_dict holds the tensors by these names, and under "_extra_state" the scaling, whether the adapter is
+    enabled and in_features, without which the same tensors would compute something else.
 
     With ``adapter="qalora"`` lora_A is [rank, G], and `over_columns` of it stands above. ``offset``: have offsets also
     in a format without, as a layer has that such an adapter was merged into. Both are for `QuantLoRALinear` alone.
@@ -269,15 +270,23 @@ class QuantLoRAModule(Mergeable):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0], on the CPU."""
-        return torch.tensor([self.scaling, float(self.adapter_enabled)], dtype=torch.float64, device="cpu")
+        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0, in_features], on the CPU."""
+        values = self.scaling, float(self.adapter_enabled), float(self._columns)
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what `get_extra_state` returned. Raises ValueError for anything else."""
-        values = state.flatten().tolist() if isinstance(state, Tensor) and state.numel() == 2 else (0.0, None)
+        """Take over what `get_extra_state` returned, now or before it had in_features. Raises ValueError for others."""
+        values = state.flatten().tolist() if isinstance(state, Tensor) and state.numel() in (2, 3) else (0.0, None)
         if not 1e-30 < values[0] < 1e30 or values[1] not in (0.0, 1.0):
-            raise ValueError(f"_extra_state must be [scaling, adapter_enabled], got {state!r}")
+            raise ValueError(f"_extra_state must be [scaling, adapter_enabled, in_features], got {state!r}")
+        if message := self._other_width(state):
+            raise ValueError(message)
         self.scaling, self.adapter_enabled = values[0], bool(values[1])
+
+    def _other_width(self, state: object) -> str | None:
+        """What keeps an extra state from being this layer's: rows of 63 columns are packed as wide as rows of 64."""
+        width = state.flatten()[2].item() if isinstance(state, Tensor) and state.numel() == 3 else self._columns
+        return None if width == self._columns else f"in_features is {width:g}, this layer's is {self._columns}"
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -287,8 +296,9 @@ class QuantLoRAModule(Mergeable):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """Refuse a checkpoint of another format: shapes alone cannot tell nf2 from uniform2."""
+        """Refuse a checkpoint of another format or width: shapes alone cannot tell nf2 from uniform2, or 63 from 64."""
         wrong = [message for name in PACKED if (message := self._misfit(name, state_dict.get(prefix + name)))]
+        wrong += [message for message in [self._other_width(state_dict.get(prefix + _STATE))] if message]
         error_msgs.extend(prefix + message for message in wrong)
         if wrong:
             return
@@ -320,12 +330,15 @@ class QuantLoRAModule(Mergeable):
         """State dicts of earlier versions lack it: what the layer has stays, which is right for the same config."""
         if prefix + _STATE in missing_keys:
             missing_keys.remove(prefix + _STATE)
-        if self.lora_A is not None and (self.scaling != 1 or not self.adapter_enabled):
-            warnings.warn(
-                f"the state_dict does not say what the adapter of {prefix.rstrip('.') or 'the layer'} is scaled by: "
-                f"it keeps scaling={self.scaling:g}, adapter_enabled={self.adapter_enabled}",
-                stacklevel=2,
-            )
+        if self.lora_A is None or (self.scaling == 1 and self.adapter_enabled) or _warned[0] is missing_keys:
+            return
+        _warned[0] = missing_keys
+        warnings.warn(
+            f"the state_dict does not say what the adapter of {prefix.rstrip('.') or 'the layer'} is scaled by: "
+            f"it keeps scaling={self.scaling:g}, adapter_enabled={self.adapter_enabled}, and so does every other layer "
+            "without this entry",
+            stacklevel=2,
+        )
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager:

@@ -48,10 +48,15 @@ def reason_of_extras(module: nn.Module, kind: LayerKind) -> str | None:
     return None
 
 
-def carry_over(old: nn.Module, new: nn.Module, kind: LayerKind) -> None:
-    """Give a replacement the attributes that somebody has set on the module before it, and on its bias."""
+def carry_over(old: nn.Module, new: nn.Module, kind: LayerKind, *, same_bias: bool = False) -> None:
+    """Give a replacement the attributes that somebody has set on the module before it, and on its bias.
+
+    With ``same_bias`` its bias becomes the same parameter, which other modules have, too.
+    """
     for name, value in _extras(old, kind).items():
         setattr(new, name, value)
-    if new.bias is not None:
+    if same_bias:
+        new.bias = old.bias
+    elif new.bias is not None:
         vars(new.bias).update(vars(old.bias))
         new.bias.requires_grad_(old.bias.requires_grad)

@@ -36,6 +36,7 @@ class LayerKind:
         blank: (rows, columns, bias, geometry, ``**options``) -> a layer of zeros, to be filled from a file.
         observed: whether calibration observes its inputs as rows [tokens, in_features].
         arity: a dense module of this kind is made from so many ones, which shows what such modules have by themselves.
+        dims: of a dense module's weight.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerKind:
     blank: Blank | None = None
     observed: bool = False
     arity: int = 2
+    dims: int = 2
 
     def matrix_of(self, module: nn.Module) -> Tensor:
         """The matrix [out_features, in_features] of a dense module's weight, detached."""
@@ -111,7 +113,7 @@ def _of_lora(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("adapter", "offset")}
 
 
-def _conv_kind(name: str, dense: type[nn.Module], layer: type[QuantLoRAModule]) -> LayerKind:
+def _conv_kind(name: str, dense: type[nn.Module], layer: type[QuantLoRAModule], dims: int) -> LayerKind:
     return LayerKind(
         name=name,
         layer_type="conv",
@@ -122,6 +124,7 @@ def _conv_kind(name: str, dense: type[nn.Module], layer: type[QuantLoRAModule]) 
         place=lambda module, init, adapter_dtype: layer.from_init(init, module, adapter_dtype=adapter_dtype),
         blank=lambda rows, columns, bias, geometry, **options: layer(**geometry, bias=bias, **_of_lora(options)),
         arity=3,
+        dims=dims,
     )
 
 
@@ -168,8 +171,8 @@ _OTHER_CONVOLUTIONS = LayerKind(
 KINDS: tuple[LayerKind, ...] = (  # the first that owns a module is its kind
     _LINEAR,
     _TRANSPOSED_LINEAR,
-    _conv_kind("conv1d", nn.Conv1d, QuantLoRAConv1d),
-    _conv_kind("conv2d", nn.Conv2d, QuantLoRAConv2d),
+    _conv_kind("conv1d", nn.Conv1d, QuantLoRAConv1d, 3),
+    _conv_kind("conv2d", nn.Conv2d, QuantLoRAConv2d, 4),
     _EMBEDDING,
     _OTHER_CONVOLUTIONS,
 )

@@ -64,7 +64,9 @@ def all_plain(value: Any) -> Any:
 
 def refuse_gradient(asked: bool) -> None:
     if asked:
-        raise RuntimeError(f"a packed weight is constant and takes no gradient: {REMEDY}")
+        raise RuntimeError(
+            "a packed weight is constant and takes no gradient: lk.train_only_adapters(model) sets what trains"
+        )
 
 
 def rounding_of(tensor: Tensor) -> float:

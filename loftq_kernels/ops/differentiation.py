@@ -9,11 +9,16 @@ packed weight is made of is a constant: a derivative with respect to it raises R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import FuncTorchInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
+)
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import Function, forward_ad
@@ -97,6 +102,42 @@ def refuse_multi(names: Sequence[str]) -> None:
             f"adapter_ids is for inference: {', '.join(names)} would need a gradient or carries a tangent; use "
             "torch.no_grad(), and no forward-mode transform"
         )
+
+
+def to_quantize(name: str, weight: Tensor) -> Tensor:
+    """The weight's values, without what torch.func wrapped around them; quantize them within `outside_transforms`.
+
+    Raises RuntimeError where a transform wants a derivative of it or maps over it, or it carries a tangent. One that
+    merely requires a gradient is taken: what is quantized is detached, as the replacement of a layer needs it.
+    """
+    if torch.compiler.is_compiling():  # which has no such tensors, and cannot trace the questions
+        return weight.detach()
+    wrapped = functorch.is_functorch_wrapped_tensor(weight)
+    if _is_mapped(weight) or (wrapped and differentiated({name: weight})):
+        found = "is an argument of a transform of torch.func"
+    elif forward_mode() and _has_tangent(weight):
+        found = "carries a tangent"
+    else:
+        return list(_layers(weight))[-1].detach()
+    raise RuntimeError(
+        f"{name} {found}, but choosing codes and adapters has no derivative: quantize outside of the transform"
+    )
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether vmap has a dimension of the tensor, at any level."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def outside_transforms() -> AbstractContextManager:
+    """Where tensors are plain ones, although a transform of torch.func is under way."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def refuse_packed(flags_or_tangents: Sequence[object]) -> None:

@@ -27,21 +27,24 @@ def quantize_tensors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """weight [N, K] -> codes, scale, offset (None unless affine). The algorithm is stated in `reference.quantize`.
 
-    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or scales that do not fit scale_dtype.
+    Raises ValueError for NaN or Inf in weight (naming the row), a meta tensor, or scales that do not fit scale_dtype;
+    RuntimeError for a weight with a tangent, or within a transform of torch.func.
     """
     checks.check_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search)
     if weight.is_meta:
         raise ValueError(f"{name} {tuple(weight.shape)} is on the meta device: it has no values")
     if backend == "triton":
         raise ValueError("backend='triton' has kernels for products and dequantize; quantize has none there")
-    weight = kernel_dtype(weight.detach(), name)
-    with torch.inference_mode(False):  # A backward cannot save tensors made in inference mode.
+    weight = differentiation.to_quantize(name, weight)
+    # A backward cannot save tensors made in inference mode.
+    with differentiation.outside_transforms(), torch.inference_mode(False):
+        weight = kernel_dtype(weight, name)
         codes, scale, offset = kernels_of(backend, weight.device).quantize(
             weight, codebook, group_size, scale_rule, scale_dtype, scale_search
         )
-    affine = offset if scale_rule == "minmax" else None
-    check_scales(weight, scale, affine, group_size, name)
-    return codes, scale, affine
+        affine = offset if scale_rule == "minmax" else None
+        check_scales(weight, scale, affine, group_size, name)
+        return codes, scale, affine
 
 
 def linear_tensors(
