@@ -25,7 +25,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils.flop_counter import FlopCounterMode
 
 import loftq_kernels as lk
-from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, restore_constants
 
 NAMES = ("codes", "scale", "codebook")
 SIZE, RANK = 64, 4
@@ -53,7 +53,8 @@ class Toy(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+        with loading():
+            super()._load_from_state_dict(*args)
         restore_constants(self, NAMES)
 
 
@@ -192,6 +193,32 @@ def test_operands_that_were_rounded_before(scale_dtype):
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_average_written_straight_into_the_parameters(scale_dtype):
+    model, averaged = Toy(scale_dtype=scale_dtype), Toy(scale_dtype=scale_dtype)
+    before, rounded = bits(model), 0
+    with torch.no_grad():
+        for _ in range(20):
+            for old, new in zip(averaged.parameters(), model.parameters(), strict=True):
+                if old.is_floating_point():
+                    average = 0.9 * old + 0.1 * new
+                    rounded += int(type(old) is Constant and not torch.equal(average, new))
+                    old.copy_(average)
+    assert rounded, "which would have drifted"
+    assert_same(averaged, before)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_a_layer_loads_a_state_dict_to_the_last_bit(scale_dtype):
+    layer = lk.QuantLoRALinear(SIZE, 8, format="nf4", group_size=32, rank=4, scale_dtype=scale_dtype)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    state["scale"] = torch.nextafter(torch.ones_like(state["scale"]), torch.full_like(state["scale"], 2))
+    for start in (1, 1.5):
+        layer.load_state_dict({**state, "scale": torch.full_like(state["scale"], start)})
+        layer.load_state_dict(state)
+        assert torch.equal(layer.scale, state["scale"])
+
+
 @pytest.mark.parametrize("place", [0, 2**18 + 3, -1])
 def test_a_change_anywhere_in_a_large_constant(place):
     constant = Constant(torch.arange(2**18 + 40, dtype=torch.float32))
@@ -263,8 +290,11 @@ def test_copies_of_the_same_dtype_and_shape_write():
     assert torch.equal(constant, 2 * new)
     with pytest.raises(RuntimeError, match="constant"):
         constant.copy_(new.float())
-    one = Constant(torch.ones(3))
-    one.copy_(torch.full((3,), 1 + 2**-23))
+    one, next_to_one = Constant(torch.ones(3)), torch.full((3,), 1 + 2**-23)
+    one.copy_(next_to_one)
+    assert (one == 1).all(), "taken for an average"
+    with loading():
+        one.copy_(next_to_one)
     assert (one > 1).all(), "a state dict is loaded to the last bit"
 
 

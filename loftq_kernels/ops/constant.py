@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq_kernels.ops import constant_writes as rule
-from loftq_kernels.ops.constant_writes import Guarded, all_plain, plain
+from loftq_kernels.ops.constant_writes import Guarded, all_plain, loading, plain
 
 
 def _alias(tensor: Tensor) -> _Alias:
@@ -126,8 +126,8 @@ class Constant(Guarded, nn.Parameter):
     `torch.export`. What would compute a new value for it in place (averaging of models above all) is computed in
     float64 on the side: the constant stays exactly as it is if that is the old value up to rounding, and RuntimeError
     says what to do otherwise. So do `detach()` and `data`, through which averaging writes. `copy_` of a tensor of the
-    same dtype and shape writes, as `load_state_dict` needs it; through `detach()` or `data` a float tensor that
-    is the old one within 4 units in the last place is taken for an average of it, and not written.
+    same dtype and shape writes, but a float tensor that is the old one within 4 units in the last place is taken for
+    an average of it, and not written; only `loading()`, as `load_state_dict` of the layers does, writes that too.
 
     Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
     in compiled functions, `data` under a `TorchDispatchMode`, and DTensors, which `fully_shard` makes of it.
@@ -163,7 +163,7 @@ class Constant(Guarded, nn.Parameter):
             rule.settle(old, new, rule.rounding_of(new), f"data = a {new.dtype} tensor")
             new = old.to(new.device)
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
-        if moved or rule.admits_copy(old, new, exact=False):
+        if moved or rule.admits_copy(old, new):
             Tensor.data.__set__(self, new)
             self.held = new
 
@@ -180,7 +180,8 @@ class Constant(Guarded, nn.Parameter):
         return self
 
     def module_load(self, other: Tensor, assign: bool = False) -> Constant:
-        return Constant(other if assign else self.copy_(other))
+        with loading():
+            return Constant(other if assign else self.copy_(other))
 
     def __repr__(self) -> str:
         return f"Constant containing:\n{plain(self)!r}"
@@ -198,7 +199,7 @@ def _constant_method(name: str) -> Callable:
     func = getattr(Tensor, name)
 
     def method(self, *args, **kwargs):
-        rule.write(func, name, plain(self), args, kwargs, exact=True)
+        rule.write(func, name, plain(self), args, kwargs)
         return None if name == "__setitem__" else self
 
     method.__name__ = name
