@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed import Collectives, run_processes
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.swa_utils import (
@@ -25,7 +26,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils.flop_counter import FlopCounterMode
 
 import loftq_kernels as lk
-from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, restore_constants
 
 NAMES = ("codes", "scale", "codebook")
 SIZE, RANK = 64, 4
@@ -53,7 +54,8 @@ class Toy(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+        with loading():
+            super()._load_from_state_dict(*args)
         restore_constants(self, NAMES)
 
 
@@ -192,6 +194,32 @@ def test_operands_that_were_rounded_before(scale_dtype):
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_average_written_straight_into_the_parameters(scale_dtype):
+    model, averaged = Toy(scale_dtype=scale_dtype), Toy(scale_dtype=scale_dtype)
+    before, rounded = bits(model), 0
+    with torch.no_grad():
+        for _ in range(20):
+            for old, new in zip(averaged.parameters(), model.parameters(), strict=True):
+                if old.is_floating_point():
+                    average = 0.9 * old + 0.1 * new
+                    rounded += int(type(old) is Constant and not torch.equal(average, new))
+                    old.copy_(average)
+    assert rounded, "which would have drifted"
+    assert_same(averaged, before)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_a_layer_loads_a_state_dict_to_the_last_bit(scale_dtype):
+    layer = lk.QuantLoRALinear(SIZE, 8, format="nf4", group_size=32, rank=4, scale_dtype=scale_dtype)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    state["scale"] = torch.nextafter(torch.ones_like(state["scale"]), torch.full_like(state["scale"], 2))
+    for start in (1, 1.5):
+        layer.load_state_dict({**state, "scale": torch.full_like(state["scale"], start)})
+        layer.load_state_dict(state)
+        assert torch.equal(layer.scale, state["scale"])
+
+
 @pytest.mark.parametrize("place", [0, 2**18 + 3, -1])
 def test_a_change_anywhere_in_a_large_constant(place):
     constant = Constant(torch.arange(2**18 + 40, dtype=torch.float32))
@@ -243,14 +271,123 @@ def test_grouping_keeps_the_guard():
     assert type(grouped[0]) is type(alias) is not torch.Tensor
 
 
-def test_reading_gives_plain_tensors_and_the_constant_itself_stays_guarded():
+def test_reading_gives_plain_tensors_and_views_stay_guarded():
     constant = Constant(torch.arange(6.0).view(2, 3))
     alias = constant.detach()
-    for read in (alias + 1, alias.clone(), alias.double(), alias[0], alias.sum(), torch.stack([alias, alias])):
-        assert type(read) is torch.Tensor
-    for same in (alias.detach(), alias.data, alias.view_as(alias), alias.to("cpu"), alias.float(), alias.contiguous()):
-        assert type(same) is type(alias) and same.data_ptr() == constant.data_ptr()
-    assert type(constant + 1) is torch.Tensor
+    for own in (constant, alias):
+        for read in (own + 1, own.clone(), own.double(), own[[0]], own.sum(), torch.stack([own, own])):
+            assert type(read) is torch.Tensor
+        same = own.detach(), own.data, own.view_as(own), own.view(3, 2)
+        assert own.to("cpu") is own.float() is own.contiguous() is own
+        for view in (*same, own[0], own.T, own.mT, own.view(torch.int32), *own, *own.chunk(2), *torch.unbind(own, 1)):
+            assert type(view) is type(alias)
+            assert view.untyped_storage().data_ptr() == constant.data_ptr()
+
+
+WRITES = {
+    "zero_": lambda c: torch.zero_(c),
+    "fill_": lambda c: torch.fill_(c, 2),
+    "clamp_": lambda c: torch.clamp_(c, 1, 2),
+    "of Tensor": lambda c: torch.Tensor.mul_(c, 2),
+    "of aten": lambda c: torch.ops.aten.mul_.Tensor(c, torch.tensor(2, dtype=c.dtype)),
+    "aten, any overload": lambda c: torch.ops.aten.mul_(c, 2),
+    "index_put_": lambda c: torch.index_put_(c, (torch.tensor([1]),), torch.tensor(9, dtype=c.dtype)),
+    "out": lambda c: torch.add(c, 1, out=c),
+    "out of a view": lambda c: torch.add(c.view(-1), 1, out=c.view(-1)),
+    "foreach": lambda c: torch._foreach_mul_([c], 2),
+    "foreach with another": lambda c: torch._foreach_add_([torch.ones(4), c], [torch.ones(4), c]),
+    "foreach of views": lambda c: torch._foreach_mul_([c.view(-1)], 2),
+    "foreach copy": lambda c: torch._foreach_copy_([c], [c.double() + 1]),
+    "a flat average": lambda c: c.view(-1).mul_(0.9).add_(c.view(-1), alpha=0.1),
+    "a row": lambda c: c[1].zero_(),
+    "entries of a row": lambda c: c[1].__setitem__(slice(0, 2), 0),
+    "rows": lambda c: [row.zero_() for row in c],
+    "chunks": lambda c: [part.zero_() for part in c.chunk(2)],
+    "transposed": lambda c: c.T.zero_(),
+    "bits": lambda c: c.view(torch.uint8).bitwise_xor_(1),
+    "inplace": lambda c: nn.functional.threshold(c, 4, 7, inplace=True),
+    "init": lambda c: nn.init.constant_(c, 5),
+}
+
+
+@pytest.mark.parametrize("how", ["itself", "data", "detach"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+@pytest.mark.parametrize("write", WRITES)
+def test_every_way_to_write_is_refused(write, dtype, how):
+    values = torch.arange(12).view(3, 4).to(dtype)
+    constant = Constant(values.clone())
+    with pytest.raises(RuntimeError, match="is constant"), torch.no_grad():
+        WRITES[write](access(how, constant))
+    assert torch.equal(constant, values)
+
+
+def test_a_fused_optimizer_step_is_refused():
+    constant, plain = Constant(torch.ones(3)), torch.ones(2)
+    options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.5, "dampening": 0.0}
+    flags = {"nesterov": False, "maximize": False, "is_first_step": False}
+    torch._fused_sgd_([constant, plain], [torch.zeros(3), torch.ones(2)], [], **options, **flags)
+    assert torch.equal(constant, torch.ones(3)) and torch.equal(plain, torch.full((2,), 0.5))
+    with pytest.raises(RuntimeError, match="_fused_sgd_ would change"):
+        torch._fused_sgd_([constant, plain], [torch.ones(3), torch.ones(2)], [], **options, **flags)
+    assert torch.equal(constant, torch.ones(3)) and torch.equal(plain, torch.full((2,), 0.5))
+
+
+def test_a_constant_as_an_operand_of_what_writes_elsewhere():
+    constant, out = Constant(torch.arange(3.0)), torch.zeros(3)
+    assert torch.add(constant, 1, out=out) is out and torch.equal(out, torch.tensor([1.0, 2, 3]))
+    assert out.mul_(constant) is out and torch.equal(out, torch.tensor([0.0, 2, 6]))
+    torch._foreach_add_([out], [constant])
+    assert torch.equal(out, torch.tensor([0.0, 3, 8]))
+    index = torch.empty(0, dtype=torch.long)
+    values, _ = torch.max(constant.view(1, 3), 1, out=(torch.empty(0), index))
+    assert values.item() == index.item() == 2
+
+
+def test_lists_of_constants_themselves_are_averaged():
+    model, other = Toy(scale_dtype=torch.float32), Toy(scale_dtype=torch.float32)
+    before, after = bits(model), 0.75 * model.lora_A.detach() + 0.25
+    own, new = list(model.parameters()), list(other.parameters())
+    with torch.no_grad():
+        other.lora_A.fill_(1)
+        torch._foreach_lerp_(own, new, 0.25)
+        assert_same(model, before)
+        torch.testing.assert_close(model.lora_A.detach(), after)
+        torch._foreach_copy_(own, new)
+    assert_same(model, before)
+    assert torch.equal(model.lora_A, other.lora_A)
+
+
+def test_a_call_of_a_layer_does_not_pass_through_the_guard(monkeypatch):
+    layer, x = lk.QuantLoRALinear(SIZE, 8, format="nf4", group_size=32, rank=4), torch.randn(3, SIZE)
+    expected = layer(x)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a call costs more than it has to")
+
+    monkeypatch.setattr("loftq_kernels.ops.constant._apply", refuse)
+    assert torch.equal(layer(x), expected)
+    with pytest.raises(AssertionError, match="a call costs more"):
+        layer.codes.shape  # noqa: B018
+
+
+def test_changes_of_shape_and_memory_reach_the_tensor_that_ops_are_given():
+    constant = Constant(torch.arange(6.0).view(2, 3))
+    for own in (constant, Constant(torch.arange(6.0).view(2, 3)).detach()):
+        assert own.t_() is own and torch.equal(own.held, torch.arange(6.0).view(2, 3).T)
+        assert own.set_(torch.ones(5)) is own and torch.equal(own.held, torch.ones(5)) and own.shape == (5,)
+        own.data = torch.zeros(2)
+        assert torch.equal(own + 1, torch.ones(2))
+
+
+def test_fake_tensors_and_function_transforms():
+    constant, x = Constant(torch.arange(6.0).view(2, 3)), torch.randn(4, 2, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(constant)
+        assert (fake + 1).shape == (constant + fake.view(2, 3)).shape == (2, 3)
+    actual = torch.func.vmap(lambda x: constant * x + constant[1])(x)
+    assert torch.equal(actual, torch.arange(6.0).view(2, 3) * x + torch.tensor([3.0, 4, 5]))
+    gradient = torch.func.grad(lambda x: (constant.view(-1) * x.view(-1)).sum())(x[0])
+    assert torch.equal(gradient, torch.arange(6.0).view(2, 3))
 
 
 def test_copies_of_the_same_dtype_and_shape_write():
@@ -263,8 +400,11 @@ def test_copies_of_the_same_dtype_and_shape_write():
     assert torch.equal(constant, 2 * new)
     with pytest.raises(RuntimeError, match="constant"):
         constant.copy_(new.float())
-    one = Constant(torch.ones(3))
-    one.copy_(torch.full((3,), 1 + 2**-23))
+    one, next_to_one = Constant(torch.ones(3)), torch.full((3,), 1 + 2**-23)
+    one.copy_(next_to_one)
+    assert (one == 1).all(), "taken for an average"
+    with loading():
+        one.copy_(next_to_one)
     assert (one > 1).all(), "a state dict is loaded to the last bit"
 
 

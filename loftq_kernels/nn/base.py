@@ -19,7 +19,7 @@ from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank, is_sharded
-from loftq_kernels.ops.constant import Constant, keep_dtypes, plain, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, plain, restore_constants
 
 PACKED = ("codes", "scale", "offset", "codebook")
 _STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
@@ -302,9 +302,10 @@ class QuantLoRAModule(Mergeable):
         error_msgs.extend(prefix + message for message in wrong)
         if wrong:
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with loading():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
         restore_constants(self, PACKED)
         if prefix + _STATE not in state_dict:
             self._note_missing_state(prefix, missing_keys)

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq_kernels.ops import constant_writes as rule
-from loftq_kernels.ops.constant_writes import Guarded, all_plain, plain
+from loftq_kernels.ops.constant_writes import Guarded, all_plain, loading, plain
 
 
 def _alias(tensor: Tensor) -> _Alias:
-    return Tensor._make_subclass(_Alias, tensor)
+    made = Tensor._make_subclass(_Alias, tensor)
+    made.held = tensor
+    return made
 
 
 def _entry(value: Any, index: int | list[int], count: int) -> Any:
@@ -29,9 +32,9 @@ def _of_one(func: Callable) -> Callable:
 
 
 def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
-    """Apply torch._foreach_* in place: to ordinary tensors together, to each constant by `constant_writes.write`."""
+    """Apply torch._foreach_*_ or torch._fused_*_: to ordinary tensors together, to each constant by `rule.write`."""
     targets, rest, count = args[0], args[1:], len(args[0])
-    constants = [i for i, target in enumerate(targets) if isinstance(target, _Alias)]
+    constants = [i for i, target in enumerate(targets) if isinstance(target, Guarded)]
     others = [i for i in range(count) if i not in set(constants)]
 
     def of(index: int | list[int]) -> tuple[list, dict]:
@@ -49,46 +52,43 @@ def _write_each(func: Callable, name: str, args: tuple, kwargs: dict) -> None:
 
 
 def _write_out(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """Apply func with `out=`, which may hold constants."""
+    """Apply func with `out=`, which is or holds constants."""
     out = kwargs.pop("out")
     args, kwargs = all_plain((args, kwargs))
     results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
-        if isinstance(target, _Alias):
+        if isinstance(target, Guarded):
             rule.settle(plain(target), result, rule.rounding_of(result), f"{name}(out=)")
     for target, result in pairs:
-        if not isinstance(target, _Alias):
+        if not isinstance(target, Guarded):
             target.resize_(result.shape).copy_(result)
     return out
 
 
-class _Alias(Guarded, Tensor):
-    """What `Constant.detach()` and `Constant.data` return: the constant's memory, with the constant's rule for writes.
+class _GuardedTensor(Guarded, Tensor):
+    """Applies the constant's rule to every function that writes into it.
 
-    Reading it gives plain tensors, except those that are the constant itself again (`detach`, `view_as`, `to`).
+    Reading it gives plain tensors, except that views of its memory are guarded too.
     """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if torch.compiler.is_compiling():  # a compiled function reads the packed weight
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if rule.writes(name) and not args:  # as torch.nn.init passes it
-            args = (kwargs.pop(next(iter(kwargs))),)
         with torch._C.DisableTorchFunctionSubclass():
-            if kwargs.get("out") is not None:
-                return _write_out(func, name, args, kwargs)
-            if not rule.writes(name):
-                return _read(func, name, args, kwargs)
-            if name.startswith("_foreach_"):
-                return _write_each(func, name, args, kwargs)
-            if not isinstance(args[0], _Alias):  # The constant is only an operand.
-                return func(*all_plain(args), **all_plain(kwargs))
-            rule.write(func, name, plain(args[0]), args[1:], kwargs)
-            return None if name == "__setitem__" else args[0]
+            if torch.compiler.is_compiling():  # a compiled function reads the packed weight
+                return func(*args, **kwargs)
+            return _apply(func, args, kwargs)
+
+    def set_(self, *args, **kwargs) -> Tensor:  # the one in-place method that asks no `__torch_function__`
+        with torch._C.DisableTorchFunctionSubclass():
+            super().set_(*all_plain(args), **kwargs)
+            self.held = Tensor.detach(self)
+        return self
+
+
+class _Alias(_GuardedTensor):
+    """What `Constant.detach()`, `Constant.data` and views are: the constant's memory, with its rule for writes."""
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return memo.setdefault(id(self), plain(self).clone())
@@ -97,40 +97,85 @@ class _Alias(Guarded, Tensor):
         return plain(self).__reduce_ex__(protocol)
 
 
+def _name(func: Callable) -> str:
+    """Its name, by whose end `rule.writes` tells what writes; collectives and the like may do so unguarded."""
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        namespace, name = str(func).split(".")[:2]
+        return name if namespace == "aten" else f"{func}()"
+    return getattr(func, "__name__", str(func))
+
+
+def _listed(value: Any) -> list | tuple:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _apply(func: Callable, args: tuple, kwargs: dict) -> Any:
+    name = _name(func)
+    if any(isinstance(out, Guarded) for out in _listed(kwargs.get("out"))):
+        return _write_out(func, name, args, kwargs)
+    if not rule.writes(name) and kwargs.get("inplace") is not True:
+        return _read(func, name, args, kwargs)
+    if not args:  # as torch.nn.init passes it
+        args = (kwargs.pop(next(iter(kwargs))),)
+    if isinstance(args[0], (list, tuple)):
+        return _write_each(func, name, args, kwargs)
+    if not isinstance(args[0], Guarded):  # The constant is only an operand.
+        return func(*all_plain(args), **all_plain(kwargs))
+    rule.write(func, name, plain(args[0]), args[1:], kwargs)
+    return None if name == "__setitem__" else args[0]
+
+
+_OF_THE_OBJECT = ("__get__", "_is_view")  # What another tensor on the same memory may answer differently.
+
+
 def _read(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """Apply func, which writes no values. What is the constant itself again stays an alias."""
+    """Apply func, which writes no values."""
+    own = args[0] if args and isinstance(args[0], Guarded) else None
     if name == "requires_grad_" or func == Tensor.requires_grad.__set__:
         rule.refuse_gradient((*args[1:], *kwargs.values(), True)[0])
-        return args[0]
-    if name == "__set__":  # of an attribute, such as data: of this alias alone
-        return func(args[0], *all_plain(args[1:]))
-    result = func(*all_plain(args), **all_plain(kwargs))
-    return _guarded_again(result, args[0]) if args and isinstance(args[0], _Alias) else result
+        return own
+    if own is None:
+        return func(*all_plain(args), **all_plain(kwargs))
+    if name in _OF_THE_OBJECT:
+        return _guarded(func(own), own)
+    if name == "__iter__":
+        return iter(_guarded(plain(own).unbind(0), own))
+    if name == "__set__" or name.endswith("_") and not name.endswith("__"):  # of the shape or the memory, not of values
+        func(own, *all_plain(args[1:]), **all_plain(kwargs))
+        own.held = Tensor.detach(own)
+        return own
+    return _guarded(func(*all_plain(args), **all_plain(kwargs)), own)
 
 
-def _guarded_again(result: Any, constant: _Alias) -> Any:
-    """The result, as an alias again if it is all of the constant's memory in the constant's shape and dtype."""
-    if type(result) is not Tensor or result.dtype != constant.dtype or result.shape != constant.shape:
+def _guarded(result: Any, constant: Tensor) -> Any:
+    """The result, in which tensors on the constant's memory are aliases, or the constant itself again."""
+    if type(result) in (list, tuple):
+        return type(result)(_guarded(item, constant) for item in result)
+    if type(result) is not Tensor or not torch._C._is_alias_of(result, constant):
         return result
-    return _alias(result) if torch._C._is_alias_of(result, constant) else result
+    return constant if result is constant.held else _alias(result)  # `to` and `contiguous` return what they are given
 
 
 def _rebuild(data: Tensor) -> Constant:
     return Constant(data)
 
 
-class Constant(Guarded, nn.Parameter):
+class Constant(_GuardedTensor, nn.Parameter):
     """A frozen parameter [any shape, any dtype] that only a copy of its own dtype and shape changes.
 
     Sharding, moving and saving treat it as the parameter that it is, and so do operators, `torch.compile` and
     `torch.export`. What would compute a new value for it in place (averaging of models above all) is computed in
     float64 on the side: the constant stays exactly as it is if that is the old value up to rounding, and RuntimeError
     says what to do otherwise. So do `detach()` and `data`, through which averaging writes. `copy_` of a tensor of the
-    same dtype and shape writes, as `load_state_dict` needs it; through `detach()` or `data` a float tensor that
-    is the old one within 4 units in the last place is taken for an average of it, and not written.
+    same dtype and shape writes, but a float tensor that is the old one within 4 units in the last place is taken for
+    an average of it, and not written; only `loading()`, as `load_state_dict` of the layers does, writes that too.
 
-    Not guarded: views of a part, lists of constants themselves (rather than of `detach()`) in torch._foreach_*, writes
-    in compiled functions, `data` under a `TorchDispatchMode`, and DTensors, which `fully_shard` makes of it.
+    Views are guarded as well; so are lists of constants in torch._foreach_*, `out=`, `inplace=True` and torch.ops.aten.
+
+    Not guarded, so that they write: compiled and exported functions; `data` under a `TorchDispatchMode`; `set_`; what
+    reaches the memory without torch's Python functions (`numpy()`, DLPack, `untyped_storage()`, collectives such as
+    DDP's broadcast, C++ extensions); ops outside torch.ops.aten; a function that writes another argument than its first
+    and `out`, as `embedding(max_norm=...)` does; `held`, for ops; DTensors, which `fully_shard` makes of it.
     `nn.Parameter(constant)` is a RuntimeError of torch's; `Constant(constant)` makes another one on the same memory.
 
     Raises RuntimeError when it is to require a gradient.
@@ -163,7 +208,7 @@ class Constant(Guarded, nn.Parameter):
             rule.settle(old, new, rule.rounding_of(new), f"data = a {new.dtype} tensor")
             new = old.to(new.device)
         moved = old.device != new.device or old.shape != new.shape or torch._C._is_alias_of(old, new)
-        if moved or rule.admits_copy(old, new, exact=False):
+        if moved or rule.admits_copy(old, new):
             Tensor.data.__set__(self, new)
             self.held = new
 
@@ -180,7 +225,8 @@ class Constant(Guarded, nn.Parameter):
         return self
 
     def module_load(self, other: Tensor, assign: bool = False) -> Constant:
-        return Constant(other if assign else self.copy_(other))
+        with loading():
+            return Constant(other if assign else self.copy_(other))
 
     def __repr__(self) -> str:
         return f"Constant containing:\n{plain(self)!r}"
@@ -193,21 +239,6 @@ class Constant(Guarded, nn.Parameter):
     def __reduce_ex__(self, protocol):
         return _rebuild, (plain(self),)
 
-
-def _constant_method(name: str) -> Callable:
-    func = getattr(Tensor, name)
-
-    def method(self, *args, **kwargs):
-        rule.write(func, name, plain(self), args, kwargs, exact=True)
-        return None if name == "__setitem__" else self
-
-    method.__name__ = name
-    return method
-
-
-for _name in dir(Tensor):
-    if rule.writes(_name) and not _name.startswith("_") or _name in rule.IN_PLACE_OPERATORS:
-        setattr(Constant, _name, _constant_method(_name))
 
 # A pickle of a Constant names this function; torch.load(weights_only=True) is to accept it.
 torch.serialization.add_safe_globals([_rebuild])

@@ -6,8 +6,10 @@ on the constant's memory; `constant` has the tensor classes whose writes come he
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +30,24 @@ _NO_WRITES = frozenset(
     + ("resize_", "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_", "as_strided_")
     + ("squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "t_", "transpose_")
 )
+
+
+_loading = threading.local()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Where `copy_` writes a state dict's values into constants: however near to the old ones, to the last bit."""
+    before = is_loading()
+    _loading.now = True
+    try:
+        yield
+    finally:
+        _loading.now = before
+
+
+def is_loading() -> bool:
+    return getattr(_loading, "now", False)
 
 
 class Guarded:
@@ -101,16 +121,17 @@ def settle(target: Tensor, value: Tensor, rounding: float, name: str) -> None:
         )
 
 
-def admits_copy(target: Tensor, source: Any, *, exact: bool) -> bool:
+def admits_copy(target: Tensor, source: Any, *, exact: bool = False) -> bool:
     """Whether `source` is to be written into `target`. Only values of its own dtype and shape are; others `settle`.
 
-    Unless ``exact``, float values that equal the old ones up to rounding are taken for an average, and not written.
+    Float values that equal the old ones up to rounding are taken for an average, and not written; unless ``exact``,
+    or while a state dict is loaded.
     """
     source = torch.as_tensor(source, device=target.device)
     if source.dtype != target.dtype or source.shape != target.shape:
         settle(target, source.expand(target.shape), rounding_of(source), "copy_")
         return False
-    if exact or target.is_meta or source.is_meta or not target.is_floating_point():
+    if exact or is_loading() or target.is_meta or source.is_meta or not target.is_floating_point():
         return True
     return _change(target, source, rounding_of(source)) != 0
 
@@ -136,15 +157,14 @@ def _on_copies(func: Callable, target: Tensor, args: Iterable, kwargs: dict) -> 
     return wide, max(roundings)
 
 
-def write(func: Callable, name: str, target: Tensor, args: tuple, kwargs: dict, *, exact: bool = False) -> None:
+def write(func: Callable, name: str, target: Tensor, args: tuple, kwargs: dict) -> None:
     """Apply the in-place func to the constant whose memory is `target`: copy, leave it as it is, or RuntimeError."""
     if target.is_meta:
         return
     with torch.no_grad():
         if name == "copy_":
             source = args[0] if args else kwargs["src"]
-            exact = exact or isinstance(source, Guarded)
-            if admits_copy(target, plain(source), exact=exact):
+            if admits_copy(target, plain(source), exact=isinstance(source, Guarded)):
                 target.copy_(plain(source))
             return
         value, rounding = _on_copies(func, target, args, kwargs)
