@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from loftq_kernels.formats import PackedTensor, empty_packed, get_format
 from loftq_kernels.initializers import AdapterInit
@@ -19,7 +19,8 @@ from loftq_kernels.nn.merging import Mergeable
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank, is_sharded
-from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, plain, restore_constants
+from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, restore_constants
+from loftq_kernels.ops.functional import full_precision
 
 PACKED = ("codes", "scale", "offset", "codebook")
 _STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
@@ -151,8 +152,9 @@ class QuantLoRAModule(Mergeable):
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """codes, scale, offset and codebook as ops take them: plain tensors, except where a compiler traces."""
-        held = tuple(self._parameters[name] for name in PACKED)
-        return held if torch.compiler.is_compiling() else tuple(map(plain, held))
+        own = self._parameters  # nn.Module's own look-up of an attribute takes longer, eight times.
+        held = own["codes"], own["scale"], own["offset"], own["codebook"]
+        return held if is_compiling() else tuple([t.held if type(t) is Constant else t for t in held])
 
     @property
     def has_adapter(self) -> bool:
@@ -209,7 +211,7 @@ class QuantLoRAModule(Mergeable):
 
         With ``detach`` no gradient reaches the adapter.
         """
-        parameters = self._parameters  # nn.Module's own look-up of an attribute takes longer, eight times.
+        parameters = self._parameters
         codes, scale, offset, codebook = self.stored()
         adapted = self.adapter_enabled
         lora_A, lora_B = (parameters["lora_A"], parameters["lora_B"]) if adapted else (None, None)
@@ -340,11 +342,3 @@ class QuantLoRAModule(Mergeable):
             "without this entry",
             stacklevel=2,
         )
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Where sums of float32 stay in float32: autocast, if it is on, is switched off."""
-    kind = tensor.device.type
-    if tensor.is_meta or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)

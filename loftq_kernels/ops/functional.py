@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -142,6 +144,14 @@ def autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Where sums of float32 stay in float32: autocast, if it is on, is switched off."""
+    kind = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def dequantize_tensors(
