@@ -98,7 +98,7 @@ gpu:
 	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
+	rm -rf build dist *.egg-info loftq_kernels/libloftq_torch.so demo-output $(VENV)/.ext
 
 # ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
@@ -113,7 +113,7 @@ $(BIN)/python:
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
 	@$(PIP) torch numpy setuptools ninja pybind11
-	@rm -rf build/temp.* loftq_kernels/_C.*.so
+	@rm -rf build/temp.* loftq_kernels/libloftq_torch.so
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)
