@@ -72,9 +72,8 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. The headers
-# of pybind11 come with torch. Without ninja the files are compiled one after another; without nvcc the extension is
-# built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch.
+# Without ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
 # Builds for the architecture of the device only, with as many compilers as there are processors.
 gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
@@ -112,7 +111,7 @@ $(BIN)/python:
 # may be gigabytes larger.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
-	@$(PIP) torch numpy setuptools ninja pybind11
+	@$(PIP) torch numpy setuptools ninja
 	@rm -rf build/temp.* loftq_kernels/libloftq_torch.so
 	@touch $@
 
