@@ -72,9 +72,8 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. The headers
-# of pybind11 come with torch. Without ninja the files are compiled one after another; without nvcc the extension is
-# built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch.
+# Without ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
 # Builds for the architecture of the device only, with as many compilers as there are processors.
 gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
@@ -98,7 +97,7 @@ gpu:
 	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
+	rm -rf build dist *.egg-info loftq_kernels/libloftq_torch.so demo-output $(VENV)/.ext
 
 # ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
@@ -112,8 +111,8 @@ $(BIN)/python:
 # may be gigabytes larger.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
-	@$(PIP) torch numpy setuptools ninja pybind11
-	@rm -rf build/temp.* loftq_kernels/_C.*.so
+	@$(PIP) torch numpy setuptools ninja
+	@rm -rf build/temp.* loftq_kernels/libloftq_torch.so
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)

@@ -1,4 +1,4 @@
-"""Builds the C++ extension ``loftq_kernels._C``; everything else about the package is in pyproject.toml.
+"""Builds the C++ extension ``loftq_kernels/libloftq_torch.so``; everything else about the package is in pyproject.toml.
 
 The extension is optional: without torch at build time, a compiler, or a successful compilation the package installs as
 pure Python and says why. torch is deliberately not a build requirement: an isolated build would download a second one.
@@ -36,38 +36,48 @@ def headers() -> list[str]:
 
 
 def extension():
-    """The extension and its build command, for the torch that is importable now."""
+    """The extension and its build command, for the torch that is importable now.
+
+    It is a shared library and no Python module: it uses the stable C interface of torch alone, and runs with every
+    Python and with every torch from csrc/aten/version.h on. Its threads are those of torch, so it needs no OpenMP.
+    """
     import torch
+    from setuptools import Extension
     from torch.utils import cpp_extension
 
     # Contracting a * b + c into one rounding would make results depend on the instruction set.
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"]
-    link_flags = []
+    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+    link_flags = ["-Wl,-dead_strip", "-undefined", "dynamic_lookup"]
     if sys.platform == "linux":
-        flags.append("-fopenmp")
-        link_flags.append("-fopenmp")
+        flags += ["-ffunction-sections", "-fdata-sections"]
+        link_flags = ["-Wl,--gc-sections", "-Wl,--strip-all"]
     files = (
         sources("cpu", ".cpp")
+        + sources("aten", ".cpp")
         + sources("loftq", ".cpp")
-        + [path for path in sources("bindings", ".cpp") if not path.endswith("_cuda.cpp")]
+        + [path for path in sources("bindings", ".cpp") if not path.endswith(("_cuda.cpp", "schemas.cpp"))]
     )
     macros = []
+    libraries = ["torch_cpu"]
     with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources("cuda", ".cu"))
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         files += sources("cuda", ".cu") + sources("bindings", "_cuda.cpp")
         macros.append(("LOFTQ_WITH_CUDA", None))
-    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    module = make(
-        "loftq_kernels._C",
+        libraries += ["torch_cuda", "cudart"]
+    module = Extension(
+        "loftq_kernels.libloftq_torch",
         files,
-        include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc"), *cpp_extension.include_paths()],
+        library_dirs=cpp_extension.library_paths("cuda" if with_cuda else "cpu"),
+        libraries=libraries,
         define_macros=macros,
         depends=headers(),
+        language="c++",
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         extra_link_args=link_flags,
     )
-    return module, cpp_extension.BuildExtension
+    return module, cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)
 
 
 class Unavailable(Exception):

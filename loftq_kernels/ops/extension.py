@@ -1,18 +1,73 @@
-"""The compiled part, if it was built. Importing it registers the C++ kernels for CPU tensors with the dispatcher."""
+"""The compiled part, if it was built. Loading it registers the C++ kernels for CPU tensors with the dispatcher.
+
+It is a shared library and no Python module: one file serves every Python, and every torch from ``OLDEST_TORCH`` on.
+"""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import json
 import warnings
-from types import ModuleType
+from pathlib import Path
+
+import torch
+
+OLDEST_TORCH = (2, 10)  # The first one with the C interface that the library uses; csrc/aten/version.h says the same.
+LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
+HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++20 compiler)"
+
+
+class Library:
+    """What the compiled part tells about itself; its kernels are ops. Raises ImportError where it cannot be loaded."""
+
+    def __init__(self, path: Path, torch_version: str = torch.__version__):
+        if _release(torch_version) < OLDEST_TORCH:
+            raise ImportError(f"torch is {torch_version}, and it needs {_dotted(OLDEST_TORCH)} or later: upgrade torch")
+        if not path.exists():
+            raise ImportError(f"there is no {path}")
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._library.loftq_build_info.restype = ctypes.c_char_p
+            self._library.loftq_cpu_isa.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            raise ImportError(f"torch {torch_version} does not load it: {error}") from error
+        self._info = json.loads(self._library.loftq_build_info())
+        self.GROUP_SIZES = tuple(self._info.pop("group_sizes"))
+        self.CODE_BITS = tuple(self._info.pop("code_bits"))
+
+    def build_info(self) -> dict:
+        """What it was built with: torch, torch_at_least (the oldest one that it runs with), compiler and cuda."""
+        return dict(self._info)
+
+    def cpu_isa(self) -> str:
+        """The CPU instruction set in use; the environment variable LOFTQ_CPU_ISA forces one, or raises ValueError."""
+        reason = ctypes.c_char_p()
+        name = self._library.loftq_cpu_isa(ctypes.byref(reason))
+        if name is None:
+            raise ValueError(reason.value.decode())
+        return name.decode()
+
+    def cpu_isas(self) -> tuple[str, ...]:
+        """The CPU instruction sets that this machine and build have, widest first."""
+        names = (ctypes.c_char_p * 8)()
+        return tuple(name.decode() for name in names[: self._library.loftq_cpu_isas(names, len(names))])
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
 
 LOAD_ERROR: str | None = None
 try:
-    _C: ModuleType | None = importlib.import_module("loftq_kernels._C")
+    _C: Library | None = Library(LIBRARY)
 except ImportError as error:
     _C, LOAD_ERROR = None, str(error)
 
-HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++20 compiler)"
 _warned: set[str] = set()
 
 
