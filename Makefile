@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
+CONFIGURE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DLOFTQ_TESTS=ON \
+	-DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+# The library with its CUDA kernels, for one architecture: a test compiles them for all of them, and looks at the result.
+TEST_CUDA := $(if $(shell command -v nvcc),-DLOFTQ_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=90-real)
 
 # The number of compilers that run at once: each needs about 1 GB of memory for a file of kernels.
 export MAX_JOBS ?= 2
@@ -41,22 +45,20 @@ test-python: $(VENV)/.dev $(VENV)/.ext
 
 test-cpp: $(VENV)/.dev
 	@echo "==> Building the C++ tests"
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > $(VENV)/cmake.log \
-		|| { cat $(VENV)/cmake.log; exit 1; }
+	@$(CONFIGURE) -B $(CMAKE_BUILD) $(TEST_CUDA) > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
 	@$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(MAX_JOBS) -- --quiet
 	@echo "==> Running the C++ tests"
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
 # Finds what reads undefined memory or goes one element too far, even where the results come out right.
 sanitize: $(VENV)/.dev
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD)-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DLOFTQ_SANITIZE=ON -DLOFTQ_CUDA=OFF > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
+	@$(CONFIGURE) -B $(CMAKE_BUILD)-sanitize -DLOFTQ_SANITIZE=ON > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
 	@$(BIN)/cmake --build $(CMAKE_BUILD)-sanitize --parallel $(MAX_JOBS) -- --quiet
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD)-sanitize --output-on-failure
 
 # valgrind does not support AVX-512, but the scalar kernels share most of their code with the other instruction sets.
 memcheck: test-cpp
-	@for test in pack half quantize linear; do \
+	@for test in pack half quantize linear refusal; do \
 		echo "==> valgrind $${test}_test"; \
 		LOFTQ_CPU_ISA=scalar valgrind --quiet --error-exitcode=1 $(CMAKE_BUILD)/csrc/tests/$${test}_test || exit 1; \
 	done

@@ -10,6 +10,7 @@ pure Python and says why. torch is deliberately not a build requirement: an isol
 """
 
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -26,6 +27,12 @@ SKIP = os.environ.get("LOFTQ_SKIP_EXT") == "1"
 def sources(folder: str, suffix: str) -> list[str]:
     # The paths are relative, as setuptools requires, and sorted, so that builds are the same everywhere.
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+def version_tag() -> str:
+    """The inline namespace of the C++ code: "v0_1_0" for version 0.1.0. CMake makes the same of the same line."""
+    text = (ROOT / "loftq_kernels" / "__init__.py").read_text(encoding="utf-8")
+    return "v" + re.search(r"^__version__ = .*?(\d+\.\d+\.\d+)", text, re.M)[1].replace(".", "_")
 
 
 def headers() -> list[str]:
@@ -57,7 +64,7 @@ def extension():
         + sources("loftq", ".cpp")
         + [path for path in sources("bindings", ".cpp") if not path.endswith(("_cuda.cpp", "schemas.cpp"))]
     )
-    macros = []
+    macros = [("LOFTQ_VERSION", version_tag())]
     libraries = ["torch_cpu"]
     with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources("cuda", ".cu"))
     if with_cuda:

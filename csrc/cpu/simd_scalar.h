@@ -80,7 +80,7 @@ struct Scalar {
   struct CountBelow {
     const float* midpoints;
 
-    explicit CountBelow(const float* midpoints) : midpoints(midpoints) {}
+    explicit CountBelow(const float* ascending) : midpoints(ascending) {}
     Ints operator()(Floats x) const {
       Ints count = 0;
       // This multiplies instead of branching: a branch on a random bit costs more than the rest.

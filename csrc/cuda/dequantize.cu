@@ -1,5 +1,6 @@
 // launch_dequantize_cuda: out[n, k] = codebook[code] * scale[n, k / g] + offset[n, k / g], rounded once.
 #include "launch.cuh"
+#include "loftq/check.h"
 #include "loftq/cuda.h"
 #include "scale_rule.cuh"
 
@@ -53,10 +54,8 @@ cudaError_t launch_bits(const DequantizeParams& p, cudaStream_t stream) {
 }
 
 bool valid(const DequantizeParams& p) {
-  if (check_codes(p.n, p.k, p.bits) != nullptr || !is_group_size(p.group_size)) return false;
-  if (p.n == 0 || p.k == 0) return true;
-  if (p.codes == nullptr || p.scale == nullptr || p.codebook == nullptr || p.out == nullptr) return false;
-  return reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;
+  if (check_params(p) != nullptr) return false;
+  return p.n == 0 || p.k == 0 || reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;
 }
 
 }  // namespace

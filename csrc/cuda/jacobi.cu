@@ -1,5 +1,6 @@
 // launch_jacobi_cuda: small matrices in shared memory, larger ones in a workspace that L2 caches.
 #include "jacobi.cuh"
+#include "loftq/packing.h"
 
 namespace loftq {
 namespace {
@@ -22,6 +23,7 @@ bool valid(const JacobiParams<T>& p) {
   if (p.batch < 0 || p.n < 0 || p.m < p.n || p.max_sweeps < 0) return false;
   if (p.symmetric && (p.m != p.n || p.u != nullptr)) return false;
   if (p.batch == 0 || p.n == 0) return true;
+  if (!fits(p.batch, int64_t{p.m} * p.n)) return false;
   return p.a != nullptr && p.values != nullptr && p.v != nullptr && p.info != nullptr;
 }
 

@@ -3,6 +3,8 @@
 // for the same processors. Both settings hold for every later call of a kernel, in any thread.
 #pragma once
 
+#include "loftq/config.h"
+
 namespace loftq {
 
 // Calls task(context) `count` times, on as many threads as it likes, the calling thread among them, and returns when
@@ -10,11 +12,11 @@ namespace loftq {
 // find none left.
 using ParallelRunner = void (*)(int count, void (*task)(void* context), void* context);
 
-void set_parallel_runner(ParallelRunner runner);  // nullptr restores the default
+LOFTQ_API void set_parallel_runner(ParallelRunner runner);  // nullptr restores the default
 
 // Kernels use at most so many threads, whatever their callers ask for: the processors that a container's quota allows,
 // for example. A number below 1 removes the limit.
-void set_thread_limit(int threads);
-int thread_limit();  // INT_MAX where there is none
+LOFTQ_API void set_thread_limit(int threads);
+LOFTQ_API int thread_limit();  // INT_MAX where there is none
 
 }  // namespace loftq

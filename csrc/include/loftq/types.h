@@ -1,6 +1,8 @@
 // Plain data types shared by every kernel. This header does not need torch and may be vendored alone.
 #pragma once
 
+#include "loftq/config.h"  // first: it refuses machines that the library is not for
+
 #include <cstdint>
 
 #if defined(__CUDACC__)
