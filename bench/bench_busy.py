@@ -1,7 +1,8 @@
 """Every CPU path beside a process that spins on one core: with torch's number of threads, and with one.
 
-Rounds take turns: quiet, then beside the other process; within each, every path with all threads and with one. A sample is
-as many calls as take a twentieth of a second, so that it sees more than one slice of the scheduler's time.
+Rounds take turns: quiet, then beside the other process; within each, every path with all threads and with one. A sample
+is as many calls as take a twentieth of a second, so that it sees more than one slice of the scheduler's time. On a
+machine with other work to do even "quiet" is busy: run it on one that is idle.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ def run(output: Path, *, quick: bool) -> None:
 
 
 @contextmanager
-def another_process(spins: bool) -> Iterator[None]:
+def another_process(spins: bool) -> Iterator[subprocess.Popen | None]:
     """Within it, if ``spins``, a child of this process computes without end, on a core that the system chooses."""
     if not spins:
-        yield
+        yield None
         return
     with subprocess.Popen([sys.executable, "-c", SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         try:
             child.stdout.readline()
-            yield
+            yield child
         finally:
             child.kill()
 

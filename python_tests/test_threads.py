@@ -6,6 +6,8 @@ import contextlib
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +24,7 @@ from loftq_kernels import threads
 from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.config import LayerConfig
 from loftq_kernels.initializers.drivers import plain, weighted
+from loftq_kernels.models import convert, select
 
 CPU = torch.device("cpu")
 
@@ -546,6 +549,18 @@ def test_quantize_model(machine):
         assert same_bits(quantized(), expected)
 
 
+@pytest.mark.parametrize(("cpus", "sizes"), [(2, [16, 4]), (18, [18, 2]), (64, [20])])
+def test_batches_have_a_layer_for_each_thread(machine, monkeypatch, cpus, sizes):
+    seen, initialize = [], convert.initialize
+    monkeypatch.setattr(select, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(
+        convert, "initialize", lambda w, *args, **own: seen.append(len(w)) or initialize(w, *args, **own)
+    )
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    lk.quantize_model(model, lk.QuantConfig(rank=None), progress=False)
+    assert seen == sizes
+
+
 def test_plan(machine):
     pytest.importorskip("scipy")
     machine(1)
@@ -632,3 +647,24 @@ def test_small_decompositions_take_one_thread(machine, monkeypatch):
     monkeypatch.setattr(plain.Alternation, "step", lambda self: seen.append(torch.get_num_threads()) or step(self))
     lk.loftq_init(gaussian(520, 600), "nf4", 8, 1, svd="exact", backend="reference")
     assert seen == [3, (520, 3), (8, 1)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_other_process_of_the_benchmark_ends_with_it():
+    """Also where the benchmark is killed and cleans nothing up: the child's standard input ends."""
+    script = """
+import os, signal
+from bench.bench_busy import another_process
+
+with another_process(True) as child:
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    stat = Path(f"/proc/{int(killed.stdout)}/stat")
+    until = time.monotonic() + 60
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it spins on"
+        time.sleep(0.05)

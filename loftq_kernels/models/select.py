@@ -261,7 +261,8 @@ def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
     for group in _alike(candidates):
-        most = max(_LAYERS_PER_BATCH, available_cpus())  # so that each thread of the initializer finds a layer
+        # On a CPU each thread of the initializer takes a layer of its own.
+        most = max(_LAYERS_PER_BATCH, available_cpus()) if group[0].weight.is_cpu else _LAYERS_PER_BATCH
         while group:
             batch = group[:most]
             del group[:most]
