@@ -14,6 +14,7 @@ GPU_SUBJECTS = ("small_matrix", "gpu")
 SUBJECTS = (
     "quantize",
     "cpu",
+    "busy",
     "init",
     "init_quality",
     "init_h200",

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import harness
 from bench.bench_init import LLAMA_LAYER
 from loftq_kernels.formats import get_format
-from loftq_kernels.initializers import engine
+from loftq_kernels.initializers import engine, parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.models import select
@@ -114,7 +114,7 @@ def _streamed(part: str, size: float, flops: float = 0.0, dtype: str = "float32"
 
 def batches(at_most: float) -> int:
     """How often the driver is called, with as many matrices at a time as a quarter of the memory holds."""
-    sizes = {s: min(at_most, MEMORY / 4 // (engine._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
+    sizes = {s: min(at_most, MEMORY / 4 // (parallel.WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
     return sum(math.ceil(count * LAYERS / sizes[shape]) for shape, count in LLAMA_LAYER.items())
 
 

@@ -28,6 +28,7 @@ FLOORS = (
     "storage",
     "optim",
     "progress",
+    "threads",
     "arguments",
 )
 MOST_LINES = 350

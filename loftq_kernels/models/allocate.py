@@ -19,18 +19,17 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.initializers import AdapterInit, InputStatistics
+from loftq_kernels.initializers import AdapterInit, InputStatistics, parallel
 from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.config import QuantConfig
-from loftq_kernels.models.convert import initialize_batch
+from loftq_kernels.models.convert import check_weights, initialize_batch
 from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits, settings
 from loftq_kernels.models.report import DENSE, account
 from loftq_kernels.models.select import Candidate, check_overrides, in_batches, select_layers
 from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
-from loftq_kernels.ops.values import check_finite
 from loftq_kernels.progress import tqdm
 
 DEFAULT_CANDIDATES = ("nf2", "nf4", "int8")
@@ -256,19 +255,32 @@ def _measure(
             f"layer {unknown[0]!r} has no statistics: absolute errors of its weights and of other layers' outputs "
             "cannot be added; use relative errors"
         )
-    for name, weight in weights.items():
-        check_finite(weight, f"{name}.weight")
+    check_weights(weights)
     errors: dict[str, dict[str, float]] = {name: {} for name in weights}
     with tqdm(total=sum(map(len, found.values())), desc="plan", unit="layer", disable=not progress) as bar:
         for candidate, listed in found.items():
             for batch in in_batches(listed):
-                for own, init in zip(batch, initialize_batch(batch, device, bar), strict=True):
-                    errors[own.name][candidate] = _error(weights[own.name], init, grams[own.name], relative)
+                for name, error in _errors_of(batch, initialize_batch(batch, device, bar), grams, relative):
+                    errors[name][candidate] = error
     first = {name: next(iter(by_candidate)) for name, by_candidate in errors.items()}
     return {
         name: PlannedLayer(tuple(weight.shape), first[name], errors[name], adapter_bits[name])
         for name, weight in weights.items()
     }
+
+
+def _errors_of(
+    batch: list[Candidate], inits: list[AdapterInit], grams: Mapping[str, Tensor | None], relative: bool
+) -> list[tuple[str, float]]:
+    """Name and error of each layer of a batch."""
+
+    def error(pair: tuple[Candidate, AdapterInit]) -> tuple[str, float]:
+        own, init = pair
+        return own.name, _error(own.weight, init, grams[own.name], relative)
+
+    weight = batch[0].weight
+    division = parallel.divide(len(batch), weight.shape, weight.device)
+    return parallel.each(error, list(zip(batch, inits, strict=True)), division)
 
 
 def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: Candidate) -> Tensor | None:

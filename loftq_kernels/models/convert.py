@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, parallel
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import BitPlan
@@ -86,7 +86,7 @@ def quantize_model(
     selection = _checked_selection(model, cfg, plan)
     candidates = with_statistics(selection.candidates, statistics)
     selection.candidates.clear()
-    _check_weights(candidates)
+    check_weights({candidate.name: candidate.weight for candidate in candidates})
     report = QuantizationReport(skipped=selection.skipped, already=selection.already)
     order = {candidate.name: i for i, candidate in enumerate(candidates)}
     try:
@@ -129,9 +129,12 @@ def _by_reason(skipped: Mapping[str, str]) -> str:
     return ", ".join(parts + [f"{len(order) - _REASONS} more reasons"] * (len(order) > _REASONS)) or "none"
 
 
-def _check_weights(candidates: list[Candidate]) -> None:
-    for candidate in candidates:
-        check_finite(candidate.weight, f"{candidate.name}.weight")
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming layer and row, for the first weight with NaN or Inf."""
+    largest = max(weights.values(), key=Tensor.numel, default=None)
+    if largest is not None:
+        division = parallel.divide(len(weights), largest.shape, largest.device, copies=1)
+        parallel.each(lambda layer: check_finite(layer[1], f"{layer[0]}.weight"), list(weights.items()), division)
 
 
 def _planned_shapes(

@@ -21,6 +21,7 @@ from loftq_kernels.nn.names import matches
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 from loftq_kernels.ops.checks import is_sharded
 from loftq_kernels.storage.packing import num_groups
+from loftq_kernels.threads import available_cpus
 
 LEFT_DENSE = "left dense by an override"
 _LAYERS_PER_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers
@@ -260,9 +261,11 @@ def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
     for group in _alike(candidates):
+        # On a CPU each thread of the initializer takes a layer of its own.
+        most = max(_LAYERS_PER_BATCH, available_cpus()) if group[0].weight.is_cpu else _LAYERS_PER_BATCH
         while group:
-            batch = group[:_LAYERS_PER_BATCH]
-            del group[:_LAYERS_PER_BATCH]
+            batch = group[:most]
+            del group[:most]
             yield batch
 
 
