@@ -1,26 +1,37 @@
 """Builds the C++ extension ``loftq_kernels._C``; everything else about the package is in pyproject.toml.
 
-The extension is optional: without torch at build time, a compiler, or a successful compilation the package installs as
-pure Python and says why. torch is deliberately not a build requirement: an isolated build would download a second one.
+    pip install .           compiles it against the torch of the environment that installs; a failure fails the install
+    LOFTQ_SKIP_EXT=1        asks for a slow package in pure Python instead
+    LOFTQ_PREBUILT=FILE     packs this library, compiled before (its record ``_build.json`` lies beside it)
+    MAX_JOBS=2              compiles that many files at a time
+    CXX=g++-14              names the compiler
 
-    pip install --no-build-isolation -e .    builds the extension against the torch that is installed
-    LOFTQ_REQUIRE_EXT=1                      a failure to build it is an error
-    LOFTQ_SKIP_EXT=1                         does not build it
-    MAX_JOBS=2                               compiles that many files at a time
+torch is deliberately no build requirement: an isolated build would download a second one, of gigabytes. Where the
+isolated environment has none, that of the installing interpreter serves.
 """
 
+import itertools
+import json
 import os
+import re
 import shutil
 import sys
-import warnings
+import sysconfig
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
-REQUIRE = os.environ.get("LOFTQ_REQUIRE_EXT") == "1"
-SKIP = os.environ.get("LOFTQ_SKIP_EXT") == "1"
+NAME = "loftq_kernels._C"
+RECORD = "_build.json"  # what the library needs, read by loftq_kernels/ops/extension.py before it is loaded
+OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+PURE = "or set LOFTQ_SKIP_EXT=1 for a slow package in pure Python"
 
 
 def sources(folder: str, suffix: str) -> list[str]:
@@ -59,7 +70,7 @@ def extension():
         macros.append(("LOFTQ_WITH_CUDA", None))
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     module = make(
-        "loftq_kernels._C",
+        NAME,
         files,
         include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         define_macros=macros,
@@ -70,48 +81,166 @@ def extension():
     return module, cpp_extension.BuildExtension
 
 
+def record() -> dict[str, str]:
+    """The torch that the library was built with, and the versions that it works with: torch's C++ changes with each."""
+    import torch
+
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    return {"torch": torch.__version__, "from": f"{major}.{minor}", "before": f"{major}.{minor + 1}"}
+
+
 class Unavailable(Exception):
     """The extension cannot be built here."""
 
 
-def find_extension():
-    if SKIP:
-        raise Unavailable("LOFTQ_SKIP_EXT=1 is set")
+def find_torch() -> None:
+    """Make torch importable: an isolated build hides that of the interpreter which installs, the one that must fit."""
+    with suppress(ImportError):
+        import torch  # noqa: F401
+
+        return
+    sys.path.append(sysconfig.get_path("platlib"))
     try:
-        module, command = extension()
+        import torch  # noqa: F401
     except ImportError as error:
-        raise Unavailable(f"torch is needed ({error}); install torch, then use --no-build-isolation") from error
+        raise Unavailable(
+            f"it is compiled against torch, which cannot be imported ({error}): install torch first, and if it is "
+            f"there, use `pip install --no-build-isolation`, {PURE}"
+        ) from error
+
+
+def find_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        raise Unavailable(f"there is no C++ compiler {compiler!r} (set CXX)")
-    return module, command
+        raise Unavailable(
+            f"there is no C++ compiler {compiler!r}: install one (g++ 10 or newer) or name yours in CXX, {PURE}"
+        )
 
 
-def say_pure_python(reason: str) -> None:
-    if REQUIRE and not SKIP:
-        raise SystemExit(f"loftq_kernels: the C++ extension was not built: {reason}")
-    warnings.warn(f"loftq_kernels installs as pure Python, without its C++ extension: {reason}", stacklevel=2)
+def find_ninja() -> None:
+    """pip puts ninja beside a Python whose folder of programs is not on the path unless its environment is active."""
+    with suppress(ImportError):
+        from ninja import BIN_DIR
+
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), BIN_DIR))
 
 
-def optional_build(command):
-    """`command`, but a compilation that fails leaves a pure Python package, unless LOFTQ_REQUIRE_EXT=1."""
+def fail(reason: str) -> None:
+    raise SystemExit(f"loftq_kernels: the C++ extension was not built: {reason}")
 
-    class OptionalBuild(command):
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def short(line: str) -> str | None:
+    """A line of ninja's output as users want it: a command by its source file, the rest as it is."""
+    if command := re.match(r"\[(\d+)/(\d+)\] .* -c (\S+)", line):
+        done, total, source = command.groups()
+        return f"compiled {os.path.relpath(source.strip(chr(39)), ROOT)} ({done} of {total})"
+    return None if line.startswith("ninja: no work") else line
+
+
+@contextmanager
+def short_output():
+    """What programs write to standard output meanwhile goes to standard error, shortened line by line."""
+    sys.stdout.flush()
+    kept, (reading, writing) = os.dup(1), os.pipe()
+    os.dup2(writing, 1)
+    os.close(writing)
+
+    def forward() -> None:
+        with open(reading, errors="replace") as lines:
+            for text in filter(None, map(short, map(str.rstrip, lines))):
+                say(text)
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        thread.join()
+
+
+def told(command):
+    """`command`, which says what it has compiled, writes the library's record beside it, and fails with the remedy."""
+
+    class Build(command):
         def run(self):
             try:
-                super().run()
+                with short_output():
+                    super().run()
             except Exception as error:
-                if REQUIRE:
-                    raise
-                say_pure_python(f"its compilation failed: {error}")
-                self.extensions = []
+                fail(f"compiling failed, see above ({error}): it takes a C++20 compiler such as g++ 10, {PURE}")
+            folder = Path(self.get_ext_fullpath(NAME)).parent
+            (folder / RECORD).write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
 
-    return OptionalBuild
+        def build_extension(self, ext):
+            compile_one, number = self.compiler._compile, itertools.count(1)
+
+            def compile_and_say(obj, source, *rest):  # without ninja, files are compiled one by one
+                compile_one(obj, source, *rest)
+                say(f"compiled {source} ({next(number)} of {len(ext.sources)})")
+
+            self.compiler._compile = compile_and_say
+            super().build_extension(ext)
+
+    return Build
 
 
-try:
-    module, command = find_extension()
-    setup(ext_modules=[module], cmdclass={"build_ext": optional_build(command)})
-except Unavailable as reason:
-    say_pure_python(str(reason))
+def prebuilt(library: Path):
+    """A command that takes a library which was built before, and its record."""
+
+    class Take(build_ext):
+        def run(self):
+            folder = Path(self.get_ext_fullpath(NAME)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (library, library.with_name(RECORD)):
+                if not path.is_file():
+                    fail(f"LOFTQ_PREBUILT={library} needs {path}, which does not exist")
+                shutil.copy2(path, folder)
+
+    return Take
+
+
+def refused(reason: str):
+    """A command that fails: only building needs the extension, a source distribution does not."""
+
+    class Refuse(build_ext):
+        def run(self):
+            fail(reason)
+
+    return Refuse
+
+
+class ExtensionFirst(build):
+    """Its outcome comes before the hundred lines about files that are copied."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda entry: entry[0] != "build_ext")
+
+
+def find_extension():
+    if file := os.environ.get("LOFTQ_PREBUILT"):
+        return Extension(NAME, []), prebuilt(Path(file).resolve())
+    try:
+        find_torch()
+        find_compiler()
+    except Unavailable as reason:
+        return Extension(NAME, []), refused(str(reason))
+    find_ninja()
+    module, command = extension()
+    return module, told(command)
+
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"loftq_kernels: setuptools {setuptools.__version__} is too old: pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+    )
+if os.environ.get("LOFTQ_SKIP_EXT") == "1":
     setup()
+else:
+    module, command = find_extension()
+    setup(ext_modules=[module], cmdclass={"build_ext": command, "build": ExtensionFirst})
