@@ -275,7 +275,7 @@ class TestOddPlaces:
             USE,
             """
             assert lk.__file__.startswith(sys.path[0]), lk.__file__
-            print(*[w.message for w in caught if "loftq_kernels" in str(w.message)], sep="\n")
+            print(*[w.message for w in caught if "loftq_kernels" in str(w.message)], sep="\\n")
             """,
         )
         (warning,) = out.splitlines()
