@@ -27,7 +27,7 @@ help:
 	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make build     the C++ extension alone"
-	@echo "make wheel     a wheel of this Python and machine, in dist/"
+	@echo "make wheel     a wheel for every Python on this kind of machine, in dist/"
 	@echo "make clean     remove what was built (.venv stays)"
 
 demo: $(VENV)/.demo $(VENV)/.ext
@@ -104,7 +104,7 @@ gpu:
 	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info loftq_kernels/_C.*.so loftq_kernels/_build.json demo-output $(VENV)/.ext
+	rm -rf build dist *.egg-info loftq_kernels/*.so demo-output $(VENV)/.ext
 
 # ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
@@ -119,7 +119,7 @@ $(BIN)/python:
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
 	@$(PIP) torch numpy setuptools ninja
-	@rm -rf build/temp.* loftq_kernels/_C.*.so loftq_kernels/_build.json
+	@rm -rf build/temp.* loftq_kernels/*.so
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)

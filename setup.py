@@ -1,8 +1,8 @@
-"""Builds the C++ extension ``loftq_kernels._C``; everything else about the package is in pyproject.toml.
+"""Builds the C++ extension ``loftq_kernels/libloftq_torch.so``; everything else about the package is in pyproject.toml.
 
     pip install .           compiles it against the torch of the environment that installs; a failure fails the install
     LOFTQ_SKIP_EXT=1        asks for a slow package in pure Python instead
-    LOFTQ_PREBUILT=FILE     packs this library, compiled before (its record ``_build.json`` lies beside it)
+    LOFTQ_PREBUILT=FILE     packs this library, compiled before
     MAX_JOBS=2              compiles that many files at a time
     CXX=g++-14              names the compiler
 
@@ -11,7 +11,6 @@ isolated environment has none, that of the installing interpreter serves.
 """
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -22,15 +21,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
-from setuptools.command.build import build
-from setuptools.command.build_ext import build_ext
+
+OLDEST_SETUPTOOLS = (
+    77  # The first that reads pyproject.toml's license; older ones lack modules that are imported below.
+)
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"loftq_kernels: setuptools {setuptools.__version__} is too old to build it: "
+        f"pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).parent.resolve()
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
-NAME = "loftq_kernels._C"
-RECORD = "_build.json"  # what the library needs, read by loftq_kernels/ops/extension.py before it is loaded
-OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+NAME = "loftq_kernels.libloftq_torch"
+FILE = "libloftq_torch.so"
 PURE = "or set LOFTQ_SKIP_EXT=1 for a slow package in pure Python"
 
 
@@ -47,46 +56,47 @@ def headers() -> list[str]:
 
 
 def extension():
-    """The extension and its build command, for the torch that is importable now."""
+    """The extension and its build command, for the torch that is importable now.
+
+    It is a shared library and no Python module: it uses the stable C interface of torch alone, and runs with every
+    Python and with every torch from csrc/aten/version.h on.
+    """
     import torch
     from torch.utils import cpp_extension
 
     # Contracting a * b + c into one rounding would make results depend on the instruction set.
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"]
-    link_flags = []
+    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+    link_flags = ["-Wl,-dead_strip", "-undefined", "dynamic_lookup"]
     if sys.platform == "linux":
-        flags.append("-fopenmp")
-        link_flags.append("-fopenmp")
+        flags += ["-ffunction-sections", "-fdata-sections", "-fopenmp"]
+        link_flags = ["-Wl,--gc-sections", "-Wl,--strip-all", "-fopenmp"]
     files = (
         sources("cpu", ".cpp")
+        + sources("aten", ".cpp")
         + sources("loftq", ".cpp")
-        + [path for path in sources("bindings", ".cpp") if not path.endswith("_cuda.cpp")]
+        + [path for path in sources("bindings", ".cpp") if not path.endswith(("_cuda.cpp", "schemas.cpp"))]
     )
     macros = []
+    libraries = ["torch_cpu"]
     with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources("cuda", ".cu"))
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         files += sources("cuda", ".cu") + sources("bindings", "_cuda.cpp")
         macros.append(("LOFTQ_WITH_CUDA", None))
-    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    module = make(
+        libraries += ["torch_cuda", "cudart"]
+    module = Extension(
         NAME,
         files,
-        include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc"), *cpp_extension.include_paths()],
+        library_dirs=cpp_extension.library_paths("cuda" if with_cuda else "cpu"),
+        libraries=libraries,
         define_macros=macros,
         depends=headers(),
+        language="c++",
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         extra_link_args=link_flags,
     )
-    return module, cpp_extension.BuildExtension
-
-
-def record() -> dict[str, str]:
-    """The torch that the library was built with, and the versions that it works with: torch's C++ changes with each."""
-    import torch
-
-    major, minor = map(int, torch.__version__.split(".")[:2])
-    return {"torch": torch.__version__, "from": f"{major}.{minor}", "before": f"{major}.{minor + 1}"}
+    return module, cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)
 
 
 class Unavailable(Exception):
@@ -137,7 +147,7 @@ def short(line: str) -> str | None:
     """A line of ninja's output as users want it: a command by its source file, the rest as it is."""
     if command := re.match(r"\[(\d+)/(\d+)\] .* -c (\S+)", line):
         done, total, source = command.groups()
-        return f"compiled {os.path.relpath(source.strip(chr(39)), ROOT)} ({done} of {total})"
+        return f"compiling: {os.path.relpath(source, ROOT)} ({done} of {total})"
     return None if line.startswith("ninja: no work") else line
 
 
@@ -166,7 +176,7 @@ def short_output():
 
 
 def told(command):
-    """`command`, which says what it has compiled, writes the library's record beside it, and fails with the remedy."""
+    """`command`, which says what it has compiled, and fails with the remedy."""
 
     class Build(command):
         def run(self):
@@ -175,15 +185,13 @@ def told(command):
                     super().run()
             except Exception as error:
                 fail(f"compiling failed, see above ({error}): it takes a C++20 compiler such as g++ 10, {PURE}")
-            folder = Path(self.get_ext_fullpath(NAME)).parent
-            (folder / RECORD).write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
 
         def build_extension(self, ext):
             compile_one, number = self.compiler._compile, itertools.count(1)
 
-            def compile_and_say(obj, source, *rest):  # without ninja, files are compiled one by one
+            def compile_and_say(obj, source, *rest):  # Without ninja, files are compiled one by one.
+                say(f"compiling: {source} ({next(number)} of {len(ext.sources)})")
                 compile_one(obj, source, *rest)
-                say(f"compiled {source} ({next(number)} of {len(ext.sources)})")
 
             self.compiler._compile = compile_and_say
             super().build_extension(ext)
@@ -192,16 +200,15 @@ def told(command):
 
 
 def prebuilt(library: Path):
-    """A command that takes a library which was built before, and its record."""
+    """A command that takes a library which was built before."""
 
     class Take(build_ext):
         def run(self):
+            if not library.is_file():
+                fail(f"LOFTQ_PREBUILT={library} does not exist")
             folder = Path(self.get_ext_fullpath(NAME)).parent
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (library, library.with_name(RECORD)):
-                if not path.is_file():
-                    fail(f"LOFTQ_PREBUILT={library} needs {path}, which does not exist")
-                shutil.copy2(path, folder)
+            shutil.copy2(library, folder / FILE)
 
     return Take
 
@@ -214,6 +221,13 @@ def refused(reason: str):
             fail(reason)
 
     return Refuse
+
+
+class ForEveryPython(bdist_wheel):
+    """The library is no Python module: the wheel's tag names the machine alone."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 class ExtensionFirst(build):
@@ -235,12 +249,11 @@ def find_extension():
     return module, told(command)
 
 
-if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
-    raise SystemExit(
-        f"loftq_kernels: setuptools {setuptools.__version__} is too old: pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
-    )
 if os.environ.get("LOFTQ_SKIP_EXT") == "1":
     setup()
 else:
     module, command = find_extension()
-    setup(ext_modules=[module], cmdclass={"build_ext": command, "build": ExtensionFirst})
+    setup(
+        ext_modules=[module],
+        cmdclass={"build_ext": command, "build": ExtensionFirst, "bdist_wheel": ForEveryPython},
+    )

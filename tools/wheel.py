@@ -1,4 +1,4 @@
-"""``make wheel``: build a wheel of this Python and machine into dist/, give it an honest manylinux tag, look into it.
+"""``make wheel``: build a wheel for this kind of machine into dist/, give it an honest manylinux tag, look into it.
 
     python tools/wheel.py [--output FOLDER]      build, repair, check
     python tools/wheel.py --check FILE           check a wheel
@@ -10,7 +10,6 @@ before ours is loaded.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 # libgomp is torch's, too: two OpenMP runtimes in a process would each start a thread per core.
 OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libgomp*.so*", "libcudart.so*")
-KINDS = {".py", ".so", ".dylib", ".pyd"}
+LIBRARY = "libloftq_torch.so"
 MOST_BYTES = 100 * 2**20  # what package indexes take
 
 
@@ -48,31 +47,28 @@ def check(wheel: Path) -> str:
     """One line about the wheel; ValueError if something is missing or should not be there."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {PurePosixPath(info.filename): info.file_size for info in archive.infolist()}
-        records = [path for path in sizes if path.name == "_build.json"]
-        record = json.loads(archive.read(str(records[0]))) if records else None
-    if faults := list(_faults(set(sizes), record)):
+        (metadata,) = (path for path in sizes if path.name == "METADATA")
+        needs = [line for line in archive.read(str(metadata)).decode().splitlines() if "Requires-Dist: torch" in line]
+    if faults := list(_faults(set(sizes))):
         raise ValueError(f"{wheel.name}: {'; '.join(faults)}")
     if wheel.stat().st_size > MOST_BYTES:
         raise ValueError(f"{wheel.name} has {wheel.stat().st_size / 2**20:.1f} MiB, above {MOST_BYTES / 2**20:.0f}")
-    unpacked = sum(size for path, size in sizes.items() if path.suffix in KINDS - {".py"})
+    library = sum(size for path, size in sizes.items() if path.name == LIBRARY)
     return (
-        f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB, library {unpacked / 2**20:.1f} MiB; "
-        f"for torch from {record['from']}"
-        + (f" to before {record['before']}" if record["before"] else "")
-        + f", built with {record['torch']}"
+        f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB, library {library / 2**20:.1f} MiB; {', '.join(needs)}"
     )
 
 
-def _faults(paths: set[PurePosixPath], record: dict | None):
+def _faults(paths: set[PurePosixPath]):
     package = {path for path in paths if path.parts[0] == "loftq_kernels"}
     information = {path for path in paths if path.parts[0].endswith(".dist-info")}
-    if strays := paths - information - {path for path in package if path.suffix in KINDS or path.name == "_build.json"}:
+    if strays := paths - information - {path for path in package if path.suffix == ".py" or path.name == LIBRARY}:
         yield f"stray files {sorted(map(str, strays))}"
     modules = {PurePosixPath(path.relative_to(ROOT)) for path in (ROOT / "loftq_kernels").rglob("*.py")}
     if wrong := modules ^ {path for path in package if path.suffix == ".py"}:
         yield f"modules of the source tree or the wheel alone: {sorted(map(str, wrong))}"
-    if record is None or not any(path.name.startswith("_C.") for path in package):
-        yield "no compiled library, or no record of the torch that it needs"
+    if PurePosixPath("loftq_kernels", LIBRARY) not in package:
+        yield f"no {LIBRARY}"
     if not any(path.name == "LICENSE" for path in information):
         yield "no LICENSE"
 

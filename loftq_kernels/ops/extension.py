@@ -1,50 +1,75 @@
-"""The compiled part, if it was built. Importing it registers the C++ kernels for CPU tensors with the dispatcher."""
+"""The compiled part, if it was built. Loading it registers the C++ kernels for CPU tensors with the dispatcher.
+
+It is a shared library and no Python module: one file serves every Python, and every torch from ``OLDEST_TORCH`` on.
+"""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import json
-import re
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-# What the build wrote beside the library: the torch that it was built with, and the versions "from" and "before" which
-# it works with.
-RECORD = Path(__file__).parent.parent / "_build.json"
-
-HOW_TO_BUILD = "build it for this torch with: pip install --no-build-isolation . in the source tree (C++20 compiler)"
+OLDEST_TORCH = (2, 10)  # The first one with the C interface that the library uses; csrc/aten/version.h says the same.
+LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
+HOW_TO_BUILD = "build it with: pip install --no-build-isolation . in the source tree (needs a C++20 compiler)"
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+class Library:
+    """What the compiled part tells about itself; its kernels are ops. Raises ImportError where it cannot be loaded."""
+
+    def __init__(self, path: Path, torch_version: str = torch.__version__):
+        if _release(torch_version) < OLDEST_TORCH:
+            raise ImportError(f"torch is {torch_version}, and it needs {_dotted(OLDEST_TORCH)} or later: upgrade torch")
+        if not path.parent.is_dir():
+            raise ImportError(f"no library can be loaded from the archive {path.parents[1]}: unpack it")
+        if not path.exists():
+            raise ImportError(f"there is no {path}")
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._library.loftq_build_info.restype = ctypes.c_char_p
+            self._library.loftq_cpu_isa.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            raise ImportError(f"torch {torch_version} does not load it: {error}") from error
+        self._info = json.loads(self._library.loftq_build_info())
+        self.GROUP_SIZES = tuple(self._info.pop("group_sizes"))
+        self.CODE_BITS = tuple(self._info.pop("code_bits"))
+
+    def build_info(self) -> dict:
+        """What it was built with: torch, torch_at_least (the oldest one that it runs with), compiler and cuda."""
+        return dict(self._info)
+
+    def cpu_isa(self) -> str:
+        """The CPU instruction set in use; the environment variable LOFTQ_CPU_ISA forces one, or raises ValueError."""
+        reason = ctypes.c_char_p()
+        name = self._library.loftq_cpu_isa(ctypes.byref(reason))
+        if name is None:
+            raise ValueError(reason.value.decode())
+        return name.decode()
+
+    def cpu_isas(self) -> tuple[str, ...]:
+        """The CPU instruction sets that this machine and build have, widest first."""
+        names = (ctypes.c_char_p * 8)()
+        return tuple(name.decode() for name in names[: self._library.loftq_cpu_isas(names, len(names))])
 
 
-def _why_not(record: dict[str, str | None], torch_version: str) -> str | None:
-    """Why a library with this record must not be loaded: one for another torch could crash the process."""
-    first, end = record["from"], record["before"]
-    if _version(first) <= _version(torch_version) and (end is None or _version(torch_version) < _version(end)):
-        return None
-    fits = f"{first} or newer" if end is None else f"{first} to before {end}"
-    return f"it was built with torch {record['torch']} and needs torch {fits}, but this is torch {torch_version}"
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The library, or why there is none."""
-    try:
-        if RECORD.is_file() and (reason := _why_not(json.loads(RECORD.read_text("utf-8")), torch.__version__)):
-            return None, reason
-        return importlib.import_module("loftq_kernels._C"), None
-    except ImportError as error:
-        archive = None if RECORD.parent.is_dir() else RECORD.parents[1]
-        return None, str(error) if archive is None else f"no library can be loaded from the archive {archive}"
-    except (OSError, ValueError, KeyError) as error:
-        return None, f"{RECORD} cannot be read: {type(error).__name__}: {error}"
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
-_C, LOAD_ERROR = _load()
+LOAD_ERROR: str | None = None
+try:
+    _C: Library | None = Library(LIBRARY)
+except ImportError as error:
+    _C, LOAD_ERROR = None, str(error)
+
 _warned: set[str] = set()
 
 
