@@ -35,6 +35,7 @@ from setuptools import Extension, setup  # noqa: E402
 from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build import build  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.dist_info import dist_info  # noqa: E402
 
 ROOT = Path(__file__).parent.resolve()
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
@@ -104,19 +105,21 @@ class Unavailable(Exception):
 
 
 def find_torch() -> None:
-    """Make torch importable: an isolated build hides that of the interpreter which installs, the one that must fit."""
-    with suppress(ImportError):
-        import torch  # noqa: F401
-
-        return
-    sys.path.append(sysconfig.get_path("platlib"))
+    """Make torch importable: an isolated build hides that of the interpreter which installs, the one to run with."""
     try:
-        import torch  # noqa: F401
+        try:
+            import torch
+        except ImportError:
+            sys.path.append(sysconfig.get_path("platlib"))
+            import torch
     except ImportError as error:
         raise Unavailable(
             f"it is compiled against torch, which cannot be imported ({error}): install torch first, and if it is "
             f"there, use `pip install --no-build-isolation`, {PURE}"
         ) from error
+    oldest = re.findall(r"^#define LOFTQ_TORCH_\w+ (\d+)$", (ROOT / "csrc/aten/version.h").read_text(), re.M)
+    if [int(number) for number in torch.__version__.split(".")[:2]] < [int(number) for number in oldest]:
+        raise Unavailable(f"torch {torch.__version__} is too old: install {'.'.join(oldest)} or newer")
 
 
 def find_compiler() -> None:
@@ -147,7 +150,7 @@ def short(line: str) -> str | None:
     """A line of ninja's output as users want it: a command by its source file, the rest as it is."""
     if command := re.match(r"\[(\d+)/(\d+)\] .* -c (\S+)", line):
         done, total, source = command.groups()
-        return f"compiling: {os.path.relpath(source, ROOT)} ({done} of {total})"
+        return f"{done} of {total}: {os.path.relpath(source, ROOT)}"
     return None if line.startswith("ninja: no work") else line
 
 
@@ -184,13 +187,13 @@ def told(command):
                 with short_output():
                     super().run()
             except Exception as error:
-                fail(f"compiling failed, see above ({error}): it takes a C++20 compiler such as g++ 10, {PURE}")
+                fail(f"compiling failed ({error}), see above: it takes a C++20 compiler such as g++ 10, {PURE}")
 
         def build_extension(self, ext):
             compile_one, number = self.compiler._compile, itertools.count(1)
 
             def compile_and_say(obj, source, *rest):  # Without ninja, files are compiled one by one.
-                say(f"compiling: {source} ({next(number)} of {len(ext.sources)})")
+                say(f"{next(number)} of {len(ext.sources)}: {source}")
                 compile_one(obj, source, *rest)
 
             self.compiler._compile = compile_and_say
@@ -213,14 +216,13 @@ def prebuilt(library: Path):
     return Take
 
 
-def refused(reason: str):
-    """A command that fails: only building needs the extension, a source distribution does not."""
+def refusing(reason: str) -> dict[str, type]:
+    """Commands that fail; pip runs that of the metadata first, before it downloads what the package needs."""
 
-    class Refuse(build_ext):
-        def run(self):
-            fail(reason)
+    def refuse(command):
+        return type(command.__name__, (command,), {"run": lambda self: fail(reason)})
 
-    return Refuse
+    return {"build_ext": refuse(build_ext), "dist_info": refuse(dist_info)}
 
 
 class ForEveryPython(bdist_wheel):
@@ -236,24 +238,22 @@ class ExtensionFirst(build):
     sub_commands = sorted(build.sub_commands, key=lambda entry: entry[0] != "build_ext")
 
 
-def find_extension():
+def find_extension() -> tuple[Extension, dict[str, type]]:
+    """The extension, and the commands that make it; making a source distribution needs none of them."""
     if file := os.environ.get("LOFTQ_PREBUILT"):
-        return Extension(NAME, []), prebuilt(Path(file).resolve())
+        return Extension(NAME, []), {"build_ext": prebuilt(Path(file).resolve())}
     try:
         find_torch()
         find_compiler()
     except Unavailable as reason:
-        return Extension(NAME, []), refused(str(reason))
+        return Extension(NAME, []), refusing(str(reason))
     find_ninja()
     module, command = extension()
-    return module, told(command)
+    return module, {"build_ext": told(command)}
 
 
 if os.environ.get("LOFTQ_SKIP_EXT") == "1":
     setup()
 else:
-    module, command = find_extension()
-    setup(
-        ext_modules=[module],
-        cmdclass={"build_ext": command, "build": ExtensionFirst, "bdist_wheel": ForEveryPython},
-    )
+    module, commands = find_extension()
+    setup(ext_modules=[module], cmdclass={**commands, "build": ExtensionFirst, "bdist_wheel": ForEveryPython})
