@@ -60,7 +60,7 @@ def extension():
     """The extension and its build command, for the torch that is importable now.
 
     It is a shared library and no Python module: it uses the stable C interface of torch alone, and runs with every
-    Python and with every torch from csrc/aten/version.h on.
+    Python and with every torch from csrc/aten/version.h on. Its threads are those of torch, so it needs no OpenMP.
     """
     import torch
     from torch.utils import cpp_extension
@@ -69,8 +69,8 @@ def extension():
     flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     link_flags = ["-Wl,-dead_strip", "-undefined", "dynamic_lookup"]
     if sys.platform == "linux":
-        flags += ["-ffunction-sections", "-fdata-sections", "-fopenmp"]
-        link_flags = ["-Wl,--gc-sections", "-Wl,--strip-all", "-fopenmp"]
+        flags += ["-ffunction-sections", "-fdata-sections"]
+        link_flags = ["-Wl,--gc-sections", "-Wl,--strip-all"]
     files = (
         sources("cpu", ".cpp")
         + sources("aten", ".cpp")

@@ -16,12 +16,13 @@ from loftq_kernels.ops import extension
 
 REPOSITORY = Path(__file__).parent.parent
 BLOCK_EXTENSION = """
-    import importlib.abc, sys
-    class Block(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name == "loftq_kernels._C":
-                raise ImportError("no extension here")
-    sys.meta_path.insert(0, Block())
+    import ctypes
+    class Block(ctypes.CDLL):
+        def __init__(self, name, *args, **kwargs):
+            if "libloftq_torch" in str(name):
+                raise OSError("no extension here")
+            super().__init__(name, *args, **kwargs)
+    ctypes.CDLL = Block
 """
 
 
