@@ -18,7 +18,7 @@ SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test build clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test build wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make build     the C++ extension alone"
+	@echo "make wheel     a wheel for every Python on this kind of machine, in dist/"
 	@echo "make clean     remove what was built (.venv stays)"
 
 demo: $(VENV)/.demo $(VENV)/.ext
@@ -74,8 +75,14 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch.
-# Without ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# What is compiled already is not compiled again.
+wheel: $(VENV)/.dev $(VENV)/.ext
+	@echo "==> Building a wheel"
+	@$(BIN)/python tools/wheel.py
+
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. Without
+# ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more
+# packages (safetensors, hypothesis, ...) are skipped where those are missing.
 # Builds for the architecture of the device only, with as many compilers as there are processors.
 gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
@@ -88,7 +95,7 @@ gpu-build:
 		{ echo "make gpu-build: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"
 	@TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-		MAX_JOBS=$(GPU_JOBS) LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+		MAX_JOBS=$(GPU_JOBS) $(PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-test: gpu-build
 	@echo "==> Running the tests that need a CUDA device"
@@ -99,7 +106,7 @@ gpu:
 	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info loftq_kernels/libloftq_torch.so demo-output $(VENV)/.ext
+	rm -rf build dist *.egg-info loftq_kernels/*.so demo-output $(VENV)/.ext
 
 # ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
@@ -114,13 +121,12 @@ $(BIN)/python:
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
 	@$(PIP) torch numpy setuptools ninja
-	@rm -rf build/temp.* loftq_kernels/libloftq_torch.so
+	@rm -rf build/temp.* loftq_kernels/*.so
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)
-	@echo "==> Building the C++ extension (a minute or two)"
-	@PATH=$(abspath $(BIN)):$$PATH LOFTQ_REQUIRE_EXT=1 $(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/ext.log 2>&1 \
-		|| { cat $(VENV)/ext.log; exit 1; }
+	@echo "==> Building the C++ extension (some minutes)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # The extension is built above, incrementally. These targets install what the package and its users import.

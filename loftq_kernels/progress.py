@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 try:
-    from tqdm import tqdm
+    from tqdm import tqdm as _tqdm
+
+    class tqdm(_tqdm):
+        """tqdm's bar, which fails where a process has no standard error, as daemons have: there it shows nothing."""
+
+        def __init__(self, *args, disable: bool = False, **options):
+            super().__init__(*args, disable=disable or sys.stderr is None, **options)
+
 except ImportError:
 
     class tqdm:

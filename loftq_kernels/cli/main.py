@@ -33,7 +33,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="loftq-kernels", description=lk.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="loftq-kernels", description=(lk.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=lk.__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_demo, _add_quantize, _add_plan, _add_inspect, _add_check, _add_bench, _add_info):

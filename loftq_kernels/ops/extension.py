@@ -14,7 +14,7 @@ import torch
 
 OLDEST_TORCH = (2, 10)  # The first one with the C interface that the library uses; csrc/aten/version.h says the same.
 LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
-HOW_TO_BUILD = "build it with: LOFTQ_REQUIRE_EXT=1 pip install --no-build-isolation -e . (needs a C++20 compiler)"
+HOW_TO_BUILD = "build it with: pip install --no-build-isolation . in the source tree (needs a C++20 compiler)"
 
 
 class Library:
@@ -23,6 +23,8 @@ class Library:
     def __init__(self, path: Path, torch_version: str = torch.__version__):
         if _release(torch_version) < OLDEST_TORCH:
             raise ImportError(f"torch is {torch_version}, and it needs {_dotted(OLDEST_TORCH)} or later: upgrade torch")
+        if not path.parent.is_dir():
+            raise ImportError(f"no library can be loaded from the archive {path.parents[1]}: unpack it")
         if not path.exists():
             raise ImportError(f"there is no {path}")
         try:
@@ -79,7 +81,7 @@ def warn_slow(device_type: str, reason: str | None = None) -> None:
     if device_type in _warned or device_type == "meta" or (device_type == "cpu" and _C is not None):
         return
     _warned.add(device_type)
-    missing = f"the compiled extension is missing ({LOAD_ERROR}); {HOW_TO_BUILD}"
+    missing = f"the compiled extension did not load ({LOAD_ERROR}); {HOW_TO_BUILD}"
     reason = reason or (missing if _C is None else "there is no kernel")
     warnings.warn(
         f"loftq_kernels: {device_type} tensors are served by the slow plain-torch reference: {reason}", stacklevel=4

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -36,7 +37,11 @@ def enabled(device: torch.device) -> bool:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq_kernels" / "autotune"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # A user without a home, as in containers that run under a mere number.
+        caches = Path(tempfile.gettempdir())
+    return caches / "loftq_kernels" / "autotune"
 
 
 def device_name(device: torch.device) -> str:
