@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import load_dense
 from loftq_kernels.ops import extension
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)
@@ -50,7 +50,7 @@ def run_demo(output: Path, num_sentences: int) -> int:
     expected = embed(model, tokenizer, sentences)
     rows, identical = [], False
     configurations = [(name, rank) for name in FORMATS for rank in RANKS]
-    with tqdm(total=len(configurations), unit="model") as bar:
+    with progress_bar(total=len(configurations), unit="model", show=True) as bar:
         for name, rank in configurations:
             bar.set_description(f"{name}, {'no adapter' if rank is None else f'LoftQ r={rank}'}")
             quantized = copy.deepcopy(model)

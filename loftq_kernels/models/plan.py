@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_kernels import arguments
+from loftq_kernels import arguments, vocabulary
 from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import LayerConfig
 from loftq_kernels.models.config import QuantConfig, matches
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
 from loftq_kernels.storage import documents
+from loftq_kernels.vocabulary import CANDIDATE_FIELDS
 
 PLAN_VERSION = 1
-COUNTS = ("codes", "packed", "total")
-CANDIDATE_FIELDS = ("format", "group_size", "rank", "scale_dtype", "scale_search")
+COUNTS = tuple(vocabulary.COUNTS)
 _VERSION_KEY = "loftq_plan_version"
 
 
