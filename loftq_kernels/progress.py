@@ -21,13 +21,13 @@ def progress_bar(iterable: Iterable | None = None, *, show: bool | None, **optio
     show: None for a bar on a terminal and in a notebook and nothing elsewhere, True for lines elsewhere, False for
     nothing.
     """
-    watched = _is_watched()
+    watched = is_watched()
     if not (watched if show is None else show):
         return Lines(iterable, quiet=True, **options)
     return Lines(iterable, **options) if tqdm is None or not watched else tqdm(iterable, **options)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether standard error can go back to the start of a line: on a terminal, and in a notebook, which is none."""
     stream = sys.stderr
     if stream is None:

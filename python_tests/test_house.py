@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "integrations",
     "__init__",
+    "public",
     "checkpoints",
     "calibration",
     "tuning",
@@ -29,6 +30,7 @@ FLOORS = (
     "optim",
     "progress",
     "arguments",
+    "vocabulary",
 )
 MOST_LINES = 350
 

@@ -53,15 +53,20 @@ def load_dense(
     return _named_layers(path, _all_tensors(found), _given(path, layers))
 
 
-def outline(path: str | Path, *, layers: Iterable[str] | str | None = None) -> nn.Module | None:
+def outline(
+    path: str | Path, *, layers: Iterable[str] | str | None = None, model: nn.Module | None = None
+) -> nn.Module | None:
     """The model of `load_dense` without values, on the meta device, from config.json and the headers of the files.
 
+    A ``model`` that the files belong to has to be on that device.
     None where transformers cannot build its model there, which loading may all the same. Raises as `load_dense` for
     what needs no values.
     """
     path = Path(path)
     found = tensor_files(path)
     headers = _all_headers(found)
+    if model is not None:
+        return _filled(model, headers)
     if not (path / "config.json").is_file():
         return _named_layers(path, headers, _given(path, layers))
     cls = model_class(architecture_of(path / "config.json"))
@@ -162,7 +167,7 @@ def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         shared.setdefault(id(tensor), []).append(name)
     for names in shared.values():
         given = [name for name in names if name in tensors]
-        if any(not torch.equal(tensors[name], tensors[given[0]]) for name in given[1:]):
+        if any(not _equal(tensors[name], tensors[given[0]]) for name in given[1:]):
             raise ValueError(f"{type(target).__name__} shares {', '.join(given)}, which differ in the files")
         tensors.update(dict.fromkeys(names, tensors[given[0]]) if given else {})
     try:
@@ -174,9 +179,15 @@ def _filled(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     for first, *others in shared.values():
         for name in others:
             setattr(submodule(target, name.rpartition(".")[0]), name.rpartition(".")[2], tensor_of(target, first))
-    if empty := [name for name, tensor in named_tensors(target) if tensor.is_meta]:
+    held = any(not tensor.is_meta for tensor in tensors.values())
+    if held and (empty := [name for name, tensor in named_tensors(target) if tensor.is_meta]):
         raise ValueError(f"{type(target).__name__} has no values for {', '.join(empty[:5])}: do not build it on meta")
     return model.eval()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors hold the same; of those on the meta device, whether they can."""
+    return one.shape == other.shape if one.is_meta else torch.equal(one, other)
 
 
 def _named_layers(path: Path, tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> nn.Module:

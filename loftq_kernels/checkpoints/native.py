@@ -221,9 +221,9 @@ def load_quantized(
             carry_over(old, layer, kind_of(old))
         set_submodule(target, name, layer.train(old.training))
     for name, tensor in tensors.items():
-        _assign(target, name, tensor)
+        assign(target, name, tensor)
     for name, source in config.tied.items():
-        _assign(target, name, tensor_of(target, source))
+        assign(target, name, tensor_of(target, source))
     train_only_adapters(target)
     for name in config.trained:
         tensor_of(target, name).requires_grad_(True)
@@ -282,7 +282,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor().to("cpu" if torch.distributed.get_rank() == 0 else "meta")
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Put a buffer or parameter in the place of the one of that name."""
     parent, _, attribute = name.rpartition(".")
     owner = submodule(model, parent)

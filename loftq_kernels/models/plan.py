@@ -21,7 +21,7 @@ from loftq_kernels.vocabulary import CANDIDATE_FIELDS
 
 PLAN_VERSION = 1
 COUNTS = tuple(vocabulary.COUNTS)
-_VERSION_KEY = "loftq_plan_version"
+VERSION_KEY = "loftq_plan_version"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class BitPlan:
     def save(self, path: str | Path) -> None:
         """Write the JSON file; an existing one stays as it was if that fails."""
         values = {
-            _VERSION_KEY: PLAN_VERSION,
+            VERSION_KEY: PLAN_VERSION,
             "budget": self.budget,
             "count": self.count,
             "average_bits": round(self.average_bits, 6),  # For the reader; it is computed anew when the file is loaded.
@@ -134,7 +134,7 @@ class BitPlan:
     @classmethod
     def load(cls, path: str | Path) -> BitPlan:
         """Read what `save` wrote, edited or not. Raises FileNotFoundError, or ValueError naming what is wrong where."""
-        values = documents.read(path, _VERSION_KEY, PLAN_VERSION)
+        values = documents.read(path, VERSION_KEY, PLAN_VERSION)
         try:
             return _parse(values)
         except (TypeError, ValueError) as error:
