@@ -17,7 +17,7 @@ from torch import nn
 
 import loftq_kernels as lk
 from loftq_kernels import cli
-from loftq_kernels.models import allocate, solve
+from loftq_kernels.models import solve
 from loftq_kernels.models.solve import solve_plan
 
 CFG = lk.QuantConfig(rank=4, num_iter=1)

@@ -11,6 +11,7 @@ import loftq_kernels as lk
 from loftq_kernels.cli import companions, options, preflight
 from loftq_kernels.cli.check import run_checks
 from loftq_kernels.cli.demo import run_demo
+from loftq_kernels.cli.flags import spelled
 from loftq_kernels.cli.inspect import inspect
 from loftq_kernels.ops import extension
 
@@ -28,7 +29,7 @@ def quantize(args: argparse.Namespace) -> None:
     )
     lk.save_quantized(model, args.output_dir)
     companions.copy(args.model_dir, args.output_dir)
-    print(report)
+    print(spelled(str(report), args.parser.spelled))
     print(f"saved to {args.output_dir}")
 
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping
 
-_VALUE = r"'[^']*'|\([^()]*\)|[\w.+-]*[\w]|"
+_VALUE = r"'[^'\n]*'|\([^()]*\)|[\w.+-]*[\w]|"
 
 
 def spelled(message: str, options: Mapping[str, argparse.Action]) -> str:
@@ -17,7 +17,7 @@ def spelled(message: str, options: Mapping[str, argparse.Action]) -> str:
     if not options:
         return message
     names = "|".join(map(re.escape, sorted(options, key=len, reverse=True)))
-    pattern = re.compile(rf"(?<!\w)'[^']*'|^(?P<first>{names}):|(?<![\w.])(?P<name>{names})=(?P<value>{_VALUE})")
+    pattern = re.compile(rf"(?<!\w)'[^'\n]*'|^(?P<first>{names}):|(?<![\w.])(?P<name>{names})=(?P<value>{_VALUE})")
     return pattern.sub(lambda found: _spelled(found, options), message)
 
 

@@ -180,9 +180,8 @@ def dense_line(tensors: list[TensorReport]) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:_NAMED]
     named = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     share = dense / max(total, 1)
-    return f"left dense: {size_text(dense)} of the model's {size_text(total)}, {share:.1%}" + (
-        f" ({named})" if named else ""
-    )
+    line = f"left dense: {size_text(dense)} of the model's {size_text(total)}, {share:.1%}"
+    return f"{line} ({named})" if named else line
 
 
 def _kind_of_name(name: str) -> str:
