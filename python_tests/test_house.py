@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "integrations",
     "__init__",
+    "public",
     "checkpoints",
     "calibration",
     "tuning",
@@ -30,6 +31,7 @@ FLOORS = (
     "progress",
     "threads",
     "arguments",
+    "vocabulary",
 )
 MOST_LINES = 350
 

