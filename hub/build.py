@@ -25,7 +25,7 @@ def settings() -> dict[str, str]:
     """The plain values of build.toml's [general], and its list of capabilities."""
     text = (HERE / "build.toml").read_text(encoding="utf-8")
     values = dict(re.findall(r'^(name|version|license) = "?([^"\n]+)"?$', text, re.M))
-    return {**values, "archs": re.search(r"^cuda-capabilities = (\[.*\])$", text, re.M)[1]}
+    return {**values, "archs": re.search(r"^cuda_capabilities = (\[.*\])$", text, re.M)[1]}
 
 
 def write_package(folder: Path) -> None:
