@@ -24,7 +24,7 @@ COMMANDS = (
 @dataclass(frozen=True)
 class Block:
     document: str
-    section: str  # the last heading before it
+    section: str  # the last heading of the first or second level before it
     language: str  # "python", "sh" or any other; "text" for indented lines that are no commands
     text: str
     line: int
@@ -45,7 +45,7 @@ def blocks_of(document: str) -> list[Block]:
     while at < len(lines):
         line, start = lines[at], at
         at += 1
-        if line.startswith("#"):
+        if line.startswith(("# ", "## ")):
             section = line.lstrip("# ")
         elif line.startswith("```"):
             while not lines[at].startswith("```"):

@@ -11,6 +11,8 @@ float32, one per group of `group_size` columns (-1: one per row), offset None fo
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,8 @@ def qlora_linear(
     int32 or int64 as the leading dimensions of x: which of the S adapters a row has, -1 for none; a row with any other
     id becomes NaN. bias [N].
 
-    Differentiable once, in x, lora_A, lora_B and bias. Raises ValueError for shapes, dtypes and devices that do not fit,
-    and RuntimeError if a gradient is wanted with adapter_ids.
+    Differentiable once, in x, lora_A, lora_B and bias. Raises ValueError for shapes, dtypes and devices that do not
+    fit, and RuntimeError if a gradient is wanted with adapter_ids.
     """
     weight = codes, scale, offset, codebook, group_size
     _check_weight(weight, x.shape[-1] if x.dim() else 0)
@@ -86,7 +88,10 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """codebook[codes] * scale + offset [N, in_features], in float32, rounded once to dtype. Raises as `qlora_linear`."""
+    """codebook[codes] * scale + offset [N, in_features], in float32, rounded once to dtype.
+
+    Raises ValueError as `qlora_linear`.
+    """
     weight = codes, scale, offset, codebook, group_size
     _check_weight(weight, in_features)
     if dtype not in DTYPES:
@@ -158,6 +163,8 @@ def _check_weight(weight: tuple, in_features: int) -> None:
             _require(name, fits and tensor.device == codes.device, tensor, expected)
     if codes.is_cuda and device_of(codes.device).capability < OLDEST:
         raise ValueError(f"{codes.device} is too old: the kernels need compute capability {OLDEST / 10}")
+    if not codes.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the weight is on {codes.device}, the kernels take CUDA tensors (others: TRITON_INTERPRET=1)")
 
 
 def _check_rows(name: str, rows: Tensor, codes: Tensor) -> None:
