@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks_of
 from helpers import gaussian, tiny_model
 from torch import Tensor, nn
 
@@ -201,3 +202,36 @@ def test_aotinductor_without_the_ops(compiled):
         """,
     )
     assert done.returncode != 0 and "Could not find schema for loftq_kernels::qlora_linear" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """A folder with the C++ program of docs/vendoring.md, compiled, and with a package for it."""
+    folder = tmp_path_factory.mktemp("program")
+    (source,) = (block.text for block in blocks_of("docs/vendoring.md") if block.language == "cpp")
+    (folder / "run.cpp").write_text(source)
+    commands = [block.text for block in blocks_of("docs/vendoring.md") if block.first.startswith("c++ ")]
+    done = subprocess.run(
+        ["sh", "-ec", *commands],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "TORCH": str(Path(torch.__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no c++")
+def test_a_program_without_python_runs_the_package(program, torch_library):
+    model = nn.Sequential(nn.Linear(200, 96), nn.ReLU(), nn.Linear(96, 7))
+    exported = torch.export.export(quantized(model, "nf4", rank=8), (gaussian(3, 200),), dynamic_shapes=({0: BATCH},))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(program / "compiled.pt2"))
+    run = ["./run", str(torch_library), package]
+    done = subprocess.run(run, cwd=program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    y = torch.tensor([float(line) for line in done.stdout.split()]).view(2, 7)
+    torch.testing.assert_close(y, model(torch.ones(2, 200)).detach(), rtol=1e-5, atol=1e-5)
+    without = subprocess.run([run[0], "libm.so.6", package], cwd=program, capture_output=True, text=True)
+    assert without.returncode != 0 and "Could not find schema for loftq_kernels::qlora_linear" in without.stderr

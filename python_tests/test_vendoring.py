@@ -129,6 +129,8 @@ class TestACopyOfTheKernels:
 
     def test_refuses_what_does_not_fit(self, folder):
         code = """
+            import interpreter
+            interpreter.repair()
             import torch
             from some_pkg.vendored.functional import dequantize, qlora_linear, qlora_linear_grad_input
             K, N = 70, 9
@@ -170,7 +172,7 @@ class TestACopyOfTheKernels:
                 print(error)
             assert qlora_linear(**good, **lora).shape == (2, N)
         """
-        out = run("-c", textwrap.dedent(code), folder=folder)
+        out = run("-c", textwrap.dedent(code), folder=folder, PYTHONPATH=str(HERE))
         assert len(out.splitlines()) == 24 and "no_grad" in out
 
     def test_says_that_it_needs_a_gpu(self, folder):
