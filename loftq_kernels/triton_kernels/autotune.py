@@ -41,7 +41,11 @@ def holder() -> str:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / holder() / "autotune"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # A user without a home, as in containers that run under a mere number.
+        caches = Path(tempfile.gettempdir())
+    return caches / holder() / "autotune"
 
 
 def device_name(device: torch.device) -> str:
