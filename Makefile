@@ -18,7 +18,7 @@ SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test build wheel clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test hf-kernel build wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make bench     measure (python -m bench)"
 	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
+	@echo "make hf-kernel the Triton kernels as a kernel of the Hugging Face Hub, in dist/hf-kernel"
 	@echo "make build     the C++ extension alone"
 	@echo "make wheel     a wheel for every Python on this kind of machine, in dist/"
 	@echo "make clean     remove what was built (.venv stays)"
@@ -104,6 +105,10 @@ gpu-test: gpu-build
 # Everything within nine minutes, the build included; see bench/gpu_hour.py. With ARGS=--dry-run it shows the plan.
 gpu:
 	@PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m bench.gpu_hour --output $(RESULTS) $(ARGS)
+
+hf-kernel:
+	@$(PYTHON) hub/build.py dist/hf-kernel
+	@echo "dist/hf-kernel: see docs/vendoring.md"
 
 clean:
 	rm -rf build dist *.egg-info loftq_kernels/*.so demo-output $(VENV)/.ext

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,23 @@ def _quiet_and_seeded():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="loftq_kernels: .* served by the slow plain-torch reference")
         yield
+
+
+@pytest.fixture(scope="session")
+def torch_library(tmp_path_factory) -> Path:
+    """The library of the ops for programs without Python, built by CMake: that takes minutes."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("there is no cmake or no c++")
+    repository, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("torch_library")
+    options = ["-DLOFTQ_TORCH=ON", "-DLOFTQ_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    jobs = os.environ.get("MAX_JOBS", "2")
+    for command in (
+        ["cmake", "-S", repository, "-B", folder, *options],
+        ["cmake", "--build", folder, "--target", "loftq_torch", "-j", jobs],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "libloftq_torch.so"
 
 
 @pytest.fixture

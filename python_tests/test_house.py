@@ -52,10 +52,18 @@ def imports_of(path: Path, known: set[str]) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{_absolute(node, path)}.{alias.name}" for alias in node.names}
     own = {name.partition(".")[2] for name in names if name.split(".")[0] == "loftq_kernels"}
     return {_module_of(name, known) for name in own}
+
+
+def _absolute(node: ast.ImportFrom, path: Path) -> str:
+    """The dotted name of the module that a file imports from."""
+    if not node.level:
+        return node.module
+    folder = path.relative_to(PACKAGE.parent).parts[: -node.level]
+    return ".".join((*folder, *([node.module] if node.module else [])))
 
 
 def _module_of(name: str, known: set[str]) -> str:
@@ -105,6 +113,21 @@ def test_imports_make_no_circle(graph):
 def test_folders_make_no_circle(graph):
     arrows = {(name.split(".")[0], other.split(".")[0]) for name, others in graph.items() for other in others}
     assert not [(a, b) for a, b in arrows if a != b and (b, a) in arrows]
+
+
+def test_relative_imports():
+    """Within triton_kernels/ all are relative and none leaves the folder, for copies of it work in other packages;
+    elsewhere none is relative, for a full name says which floor it is of."""
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        alone = path.parent == PACKAGE / "triton_kernels"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            level, names = (node.level, [node.module]) if isinstance(node, ast.ImportFrom) else (0, names)
+            absolute = any((name or "").split(".")[0] == "loftq_kernels" for name in names if not level)
+            if level > 1 or (level and not alone) or (absolute and alone):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}")
+    assert not wrong
 
 
 def test_every_folder_has_its_floor():

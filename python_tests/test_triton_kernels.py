@@ -88,7 +88,7 @@ def test_qlora_linear(shape, device):
 @pytest.mark.parametrize("format, group_size", [("nf4", 64), ("int4", 32), ("nf2", -1), ("int8", 32)])
 def test_prefill_in_splits(format, group_size, splits, device, monkeypatch):
     """Programs share the columns of a tile; some have none. Twice, for the counters are to be left at zero."""
-    monkeypatch.setattr(triton_routes.launchers().configs, "splits", lambda *shape: splits)
+    monkeypatch.setattr(triton_routes.products().configs, "splits", lambda *shape: splits)
     packed, x, lora, bias = case(device, 37, 70, 420, 3, format, group_size, torch.float16, torch.bfloat16)
     arguments = *op_arguments(packed), group_size, *lora, 0.5, bias
     plain = lk.ops.functional.reference.qlora_linear(x, *arguments)

@@ -270,3 +270,14 @@ def restore_constants(module: nn.Module, names: Iterable[str]) -> None:
         parameter = module._parameters.get(name)
         if type(parameter) in (nn.Parameter, _Alias):
             module._parameters[name] = Constant(parameter)
+
+
+def plain_program(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program itself, now with ordinary frozen parameters in the place of its `Constant`s, on the same memory.
+
+    `torch.export.save` pickles tensors of other classes, so that only a process with this package could load the file.
+    """
+    for name, tensor in program.state_dict.items():
+        if isinstance(tensor, Constant):
+            program.state_dict[name] = nn.Parameter(plain(tensor), requires_grad=False)
+    return program

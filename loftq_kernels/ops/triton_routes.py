@@ -5,11 +5,10 @@ Triton is imported at the first call that needs it, never with the package.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
-from types import SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,40 +48,9 @@ def _is_installed() -> bool:
 
 
 @functools.cache
-def launchers() -> SimpleNamespace:
-    """The modules that import Triton, or are needed only beside those that do."""
-    from loftq_kernels.triton_kernels import (
-        autotune,
-        chunked,
-        configs,
-        decode_launch,
-        dequantize,
-        grad_input,
-        lora,
-        paths,
-        prefill_linear,
-        tiles,
-    )
-
-    return SimpleNamespace(
-        autotune=autotune,
-        chunked=chunked,
-        configs=configs,
-        decode=decode_launch,
-        dequantize=dequantize,
-        grad_input=grad_input,
-        lora=lora,
-        paths=paths,
-        prefill=prefill_linear,
-        tiles=tiles,
-    )
-
-
-def on(device: torch.device):
-    """A context in which `device` is the current one: Triton launches there, whatever device its arguments are on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def products() -> ModuleType:
+    """The module that launches the kernels, and with it imports Triton."""
+    return importlib.import_module("loftq_kernels.triton_kernels.products")
 
 
 _routes: dict[tuple, Plan | str] = {}
@@ -128,7 +96,7 @@ def route_of(
     _check(x, weight, lora_A, lora_B, adapter_ids, bias)
     route = _choose(x, weight, path)
     if route == "decode":
-        route = _plan(x, weight, lora_A, lora_B, adapter_ids, bias)
+        route = products().decode_plan(x, weight, lora_A, lora_B, adapter_ids, bias)
         key = None if key is None else (*key[:-1], codebook_values(codebook))
     if key is not None:
         _remember(key, route)
@@ -162,47 +130,9 @@ def _choose(x: Tensor, weight: tuple, path: str | None) -> str:
     """One of "decode", "prefill", "chunked", "empty" and "reference", for arguments that have been checked."""
     if x.dtype not in DTYPES or unavailable(x.device):
         return "reference"
-    rows, out_features = x.numel() // x.shape[-1] if x.shape[-1] else 0, weight[0].shape[0]
-    if rows == 0 or out_features == 0:
-        return "empty"
-    if path is None:
-        bits, device = weight[3].numel().bit_length() - 1, devices.device_of(x.device)
-        half = x.dtype != torch.float32
-        return launchers().paths.choose_linear(rows, out_features, x.shape[-1], bits, device, half=half)
+    chosen = products().choose_linear(x, weight)
+    if path is None or chosen == "empty":
+        return chosen
     if path not in ("decode", "prefill", "chunked"):
         raise ValueError(f"path={path!r} is none of decode, prefill and chunked")
     return path
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _readable(adapter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A contiguous adapter in a dtype that the kernel loads and converts by itself; a float64 one becomes dtype."""
-    return contiguous(adapter.to(dtype) if adapter is not None and adapter.dtype not in DTYPES else adapter)
-
-
-def decode_arguments(x, weight, lora_A, lora_B, adapter_ids, scaling, bias) -> tuple:
-    """What `decode_launch` takes: everything contiguous, x at a multiple of 16 bytes."""
-    codes, scale, offset, codebook, _ = weight
-    return (
-        x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format),
-        contiguous(codes),
-        contiguous(scale),
-        contiguous(offset),
-        contiguous(codebook),
-        _readable(lora_A, x.dtype),
-        _readable(lora_B, x.dtype),
-        adapter_ids,
-        scaling,
-        contiguous(bias),
-    )
-
-
-def _plan(x, weight, lora_A, lora_B, adapter_ids, bias) -> Plan:
-    """The plan of a decode launch. Where autotuning is on, making it launches kernels; no plan depends on scaling."""
-    ids = None if adapter_ids is None else adapter_ids.reshape(-1).contiguous()
-    arguments = decode_arguments(x, weight, lora_A, lora_B, ids, 1.0, bias)
-    with on(x.device):
-        return launchers().decode.plan_for(*arguments[:5], weight[4], *arguments[5:])

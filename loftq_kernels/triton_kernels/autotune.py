@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from loftq_kernels.storage import documents
-from loftq_kernels.triton_kernels import configs
-from loftq_kernels.triton_kernels.configs import Config, Key
+from . import configs
+from .configs import Config, Key
 
 VERSION = 1  # Of the file, and of what the fields of `Config` mean to the kernels.
 Run = Callable[[Config], object]
@@ -36,12 +35,17 @@ def enabled(device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
+def holder() -> str:
+    """The package that holds this folder, for which it keeps its cache and speaks: a copy elsewhere has its own."""
+    return __package__.rpartition(".")[0] or __package__
+
+
 def folder() -> Path:
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # A user without a home, as in containers that run under a mere number.
         caches = Path(tempfile.gettempdir())
-    return caches / "loftq_kernels" / "autotune"
+    return caches / holder() / "autotune"
 
 
 def device_name(device: torch.device) -> str:
@@ -114,12 +118,24 @@ class Cache:
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            documents.write_text(self.path, json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n")
+            _write_whole(self.path, json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n")
         except OSError as error:
             self._warn(f"cannot be written: {error}; what was found serves this process alone")
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"loftq_kernels: the autotune cache {self.path} {what}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{holder()}: the autotune cache {self.path} {what}", RuntimeWarning, stacklevel=3)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace the file by one with this text. Readers see the old or the new one, and a failure leaves the old one."""
+    number, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _why_invalid(key: Key, config: Config) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq_kernels.storage.packing import bits_of
-from loftq_kernels.triton_kernels.configs import cdiv
-from loftq_kernels.triton_kernels.dequantize import launch_dequantize
+from .configs import cdiv
+from .contract import bits_of
+from .dequantize import launch_dequantize
 
 # Chunks end where groups and tiles end. 256 is also a whole number of the library's own tiles.
 ALIGNMENT = 256

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loftq_kernels.storage.packing import code_bits
+from .contract import code_bits
 
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 EXPONENT_BIAS = {torch.bfloat16: 127, torch.float16: 15}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
-from loftq_kernels.triton_kernels.device import Device, architecture_of, describe
+from .contract import TILE
+from .device import Device, architecture_of, describe
 
-TILE = 64  # Columns of the storage contract's tile.
 KERNELS = ("decode", "prefill", "grad_input")
 SHAPES = ("small", "tall")
 DECODE_BLOCK_M = (8, 16)  # Columns of an mma instruction. Fewer rows of x are padded.

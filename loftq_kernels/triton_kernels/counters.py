@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from loftq_kernels.triton_kernels.configs import cdiv
+from .configs import cdiv
 
 T = TypeVar("T")
 

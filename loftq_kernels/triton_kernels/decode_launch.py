@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loftq_kernels.storage.packing import code_bits, num_groups
-from loftq_kernels.triton_kernels import autotune, configs
-from loftq_kernels.triton_kernels.codebooks import codebook_values, make_decoder
-from loftq_kernels.triton_kernels.configs import Config, cdiv
-from loftq_kernels.triton_kernels.counters import counter_zeros
-from loftq_kernels.triton_kernels.decode_linear import decode_linear_kernel
-from loftq_kernels.triton_kernels.decode_lora import CHUNK, down_plan
-from loftq_kernels.triton_kernels.device import Device, device_of
-from loftq_kernels.triton_kernels.lora import block_r
+from . import autotune, configs
+from .codebooks import codebook_values, make_decoder
+from .configs import Config, cdiv
+from .contract import TILE, code_bits, num_groups
+from .counters import counter_zeros
+from .decode_linear import decode_linear_kernel
+from .decode_lora import CHUNK, down_plan
+from .device import Device, device_of
+from .lora import block_r
 
 
 class Call(NamedTuple):
@@ -147,7 +147,7 @@ def make_plan(call: Call, device: Device, config: Config | None = None, splits: 
     row_blocks, tiles = cdiv(call.rows, block_m), cdiv(call.out_features, config.block_n)
     downs, counters, memory = down_plan(call.rank, call.columns, call.rows, block_m, by_row=call.by_row)
     parts = row_blocks * tiles * splits * config.block_n * block_m if splits > 1 else 0
-    row_units = cdiv(call.columns, configs.TILE) * call.bits
+    row_units = cdiv(call.columns, TILE) * call.bits
     return Plan(
         grid=(downs + tiles * splits, row_blocks),
         workspace=parts + row_blocks * memory,
@@ -238,7 +238,7 @@ def decode_linear(
 ) -> Tensor:
     """y = x @ (codebook[codes] * scale + offset).T + scaling * (x @ lora_A[id].T) @ lora_B[id].T + bias, in one launch.
 
-    It plans anew at every call, for tests and tools: `ops.triton_routes` remembers plans.
+    It plans anew at every call, for tests and tools: the ops remember plans.
 
     Args:
         x: [..., K] contiguous, float16, bfloat16 or float32, with M > 0 rows and K > 0; meant for M <= 16, right for

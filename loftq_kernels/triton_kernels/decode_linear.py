@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loftq_kernels.triton_kernels.codes import constant_like, decode, setup_decode
-from loftq_kernels.triton_kernels.decode_lora import counters_of, draw_ticket, lora_down, lora_up
-from loftq_kernels.triton_kernels.tiles import add_parts
+from .codes import constant_like, decode, setup_decode
+from .decode_lora import counters_of, draw_ticket, lora_down, lora_up
+from .tiles import add_parts
 
 # Columns of x and of the weight that are multiplied at a time. With 16 a thread's four bytes are four consecutive
 # columns of one instruction, and x leaves shared memory in the instruction's order of registers. With 32 columns each

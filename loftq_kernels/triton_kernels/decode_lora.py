@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loftq_kernels.triton_kernels.configs import cdiv
-from loftq_kernels.triton_kernels.lora import block_r
+from .configs import cdiv
+from .lora import block_r
 
 CHUNK = 256  # Columns of x that one program multiplies by lora_A.
 

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.storage.packing import bits_of
-from loftq_kernels.triton_kernels.configs import cdiv
-from loftq_kernels.triton_kernels.tiles import spread
+from .configs import cdiv
+from .contract import bits_of
+from .tiles import spread
 
 
 @triton.jit

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels.codes import decode, setup_decode
-from loftq_kernels.triton_kernels.configs import Config, cdiv
-from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import TileDecoder, scaled, spread, tile_of
+from .codes import decode, setup_decode
+from .configs import Config, cdiv
+from .lora import add_lora, block_r
+from .tiles import TileDecoder, scaled, spread, tile_of
 
 
 @triton.jit

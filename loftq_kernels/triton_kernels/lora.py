@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels.configs import cdiv
+from .configs import cdiv
 
 
 @triton.jit

@@ -6,9 +6,9 @@ the `Device`, and the smaller estimate is taken. `LOFTQ_AUTOTUNE` does not searc
 
 from __future__ import annotations
 
-from loftq_kernels.triton_kernels import configs
-from loftq_kernels.triton_kernels.configs import cdiv
-from loftq_kernels.triton_kernels.device import Device
+from . import configs
+from .configs import cdiv
+from .device import Device
 
 DECODE_ROWS = 16
 LAUNCH = 4000  # Clocks that a launch takes beside its work: 2.3 us at 1.75 GHz, assumed.

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq_kernels.triton_kernels.codes import decode, setup_decode
-from loftq_kernels.triton_kernels.configs import TILE, Config, cdiv
-from loftq_kernels.triton_kernels.counters import counter_zeros
-from loftq_kernels.triton_kernels.lora import add_lora, block_r
-from loftq_kernels.triton_kernels.tiles import TileDecoder, add_parts, scaled, tile_of
+from .codes import decode, setup_decode
+from .configs import Config, cdiv
+from .contract import TILE
+from .counters import counter_zeros
+from .lora import add_lora, block_r
+from .tiles import TileDecoder, add_parts, scaled, tile_of
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loftq_kernels.triton_kernels.codebooks import Decoder, make_decoder
+from .codebooks import Decoder, make_decoder
 
 
 @triton.jit

@@ -1,0 +1,244 @@
+"""README.md and docs/*.md followed literally: every code block is run in order, with tiny models in the place of real
+ones, or is listed here with the reason why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from documents import REPOSITORY, Block, blocks_of, commands_of, run_python
+from helpers import gaussian, tiny_bert, tiny_model
+from torch import nn
+
+import loftq_kernels as lk
+from loftq_kernels import cli
+
+pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")))
+LANGUAGES = ("python", "sh", "text")
+# By document and a part of the text, with the reason. Blocks of other languages than Python and shell are not run.
+NOT_RUN: dict[tuple[str, str], str] = {}
+# They compile for ten seconds and more, and run in tests that are marked so.
+SLOW = (("docs/vendoring.md", "aoti_compile_and_package"),)
+NOT_RUN_COMMANDS = {"loftq-kernels check": "takes most of a minute; test_check.py runs it"}
+
+
+def llama(layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": 96}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+
+
+def tokens() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 96, (2, 16), generator=generator) for _ in range(5)]
+
+
+def attention() -> SimpleNamespace:
+    """`self` of a module with three projections of the same input."""
+    layers = {f"{name}_proj": nn.Linear(128, 64) for name in "qkv"}
+    return SimpleNamespace(
+        **{name: lk.QuantLoRALinear.from_linear(layer, lk.QuantConfig(rank=4)) for name, layer in layers.items()}
+    )
+
+
+def sharding() -> Callable:
+    """`fully_shard`, in a group of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return lambda module: fully_shard(module, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+def packed() -> lk.PackedTensor:
+    return lk.quantize(gaussian(128, 64), "nf4")
+
+
+# What the text presupposes. Each block gets them anew, but for names that a block before it has bound.
+PRESUPPOSED: dict[str, Callable[[], Any]] = {
+    "lk": lambda: lk,
+    "nn": lambda: nn,
+    "torch": lambda: torch,
+    "model": llama,
+    "teacher": llama,
+    "load_dense": lambda: llama,
+    "batches": tokens,
+    "cfg": lambda: lk.QuantConfig("nf2", rank=4, init="eora"),
+    "weight": lambda: gaussian(96, 128),
+    "x": lambda: gaussian(5, 128),
+    "bias": lambda: gaussian(96),
+    "lora_A": lambda: gaussian(2, 4, 128),
+    "lora_B": lambda: gaussian(2, 96, 4),
+    "ids": lambda: torch.tensor([0, -1, 1, 1, 0]),
+    "self": attention,
+    "fully_shard": sharding,
+}
+# Where a document means others.
+OF_DOCUMENT: dict[str, dict[str, Callable[[], Any]]] = {
+    "docs/calibration.md": {
+        "model": tiny_model,
+        "batches": lambda: [gaussian(8, 64, seed=i) for i in range(3)],
+        "weight": lambda: gaussian(128, 64),
+        "packed": packed,
+        "bias": lambda: gaussian(128),
+        "compressed": lambda: packed().dequantize(),
+        "gram": lambda: gaussian(256, 64).T @ gaussian(256, 64),
+        "rank": lambda: 4,
+    },
+    "docs/mixed_precision.md": {"model": lambda: llama(5), "cfg": lambda: lk.QuantConfig("nf2", rank=4)},
+}
+
+
+def prepare(document: str, folder) -> None:
+    """What the document's commands and blocks find in the folder in which they run."""
+    for name in ("MODEL_DIR", "model"):
+        tiny_bert().save_pretrained(folder / name)
+    if document == "docs/rilq.md":
+        model = llama()
+        lk.quantize_model(model, lk.QuantConfig("nf2", rank=4), progress=False)
+        lk.save_quantized(model, folder / "model-2bit")
+        lk.cache_teacher(llama(), tokens(), folder / "states")
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """The folder in which the blocks run. Tuning ends after two updates: the default's 1000 take minutes."""
+    tune = lk.rilq_tune
+
+    def briefly(model, teacher, batches, config=None, **options):
+        config = replace(config or lk.RilqConfig(), steps=2, accumulate=1, validate_every=1)
+        return tune(model, teacher, batches, config, **options)
+
+    monkeypatch.setattr(lk, "rilq_tune", briefly)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_among(block: Block, listed) -> bool:
+    return any(block.document == document and part in block.text for document, part in listed)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_blocks(document, workshop, capsys):
+    follow(document, workshop, capsys, [*NOT_RUN, *SLOW])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", sorted({document for document, _ in SLOW}))
+def test_all_blocks(document, workshop, capsys):
+    follow(document, workshop, capsys, NOT_RUN)
+
+
+def follow(document: str, workshop, capsys, skipped) -> None:
+    prepare(document, workshop)
+    presupposed = {**PRESUPPOSED, **OF_DOCUMENT.get(document, {})}
+    names: dict[str, Any] = {}
+    section = None
+    for block in blocks_of(document):
+        if block.section != section:
+            section, names = block.section, {}
+        if is_among(block, skipped) or block.language not in ("python", "sh"):
+            continue
+        try:
+            if block.language == "python":
+                run_python(block, names, presupposed)
+            else:
+                for words in commands_of(block):
+                    run_command(words, capsys)
+        except Exception as error:
+            raise AssertionError(f"{block} fails: {error!r}") from error
+
+
+def run_command(words: list[str], capsys) -> None:
+    program, *rest = words
+    line = " ".join(words)
+    if any(line.startswith(start) for start in NOT_RUN_COMMANDS):
+        return
+    if program == "loftq-kernels":
+        status = cli.main(rest)
+        output = capsys.readouterr()
+        assert status == 0, output.out + output.err
+    else:
+        CHECKS[program](rest)
+
+
+def check_pip(words: list[str]) -> None:
+    """`pip install` is not run, but its extras exist."""
+    assert words[0] == "install", words
+    extras = re.findall(r"^(\w+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    for word in words[1:]:
+        asked = re.fullmatch(r"(?:\.|loftq[_-]kernels)\[([\w,-]+)\].*", word)
+        assert asked is None or set(asked[1].split(",")) <= set(extras), f"{word}: {extras}"
+
+
+def check_make(words: list[str]) -> None:
+    """The target exists; what follows it explains."""
+    assert re.search(rf"^{re.escape(words[0])}:", (REPOSITORY / "Makefile").read_text(), re.M), words
+
+
+def check_python(words: list[str]) -> None:
+    """`python -m MODULE` and `python FILE` are not run, but exist."""
+    if words[0] == "-m":
+        assert importlib.util.find_spec(words[1]) is not None, words
+    else:
+        assert (REPOSITORY / words[0]).is_file(), words
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "pip": check_pip,
+    "make": check_make,
+    "python": check_python,
+    "cmake": lambda words: None,  # The library's build has tests of its own, and test_export.py compiles the program.
+    "c++": lambda words: None,
+    "git": lambda words: None,
+}
+
+
+def test_what_is_not_run_is_there():
+    """A reason that no block needs any more is out of date."""
+    blocks = [block for document in DOCUMENTS for block in blocks_of(document)]
+    assert all(any(is_among(block, [entry]) for block in blocks) for entry in [*NOT_RUN, *SLOW])
+    lines = [" ".join(words) for d in DOCUMENTS for b in blocks_of(d) if b.language == "sh" for words in commands_of(b)]
+    assert all(any(line.startswith(start) for line in lines) for start in NOT_RUN_COMMANDS)
+
+
+def test_blocks_are_found():
+    """The extraction itself: README has python and shell blocks, and none in a language that is not known."""
+    blocks = blocks_of("README.md")
+    assert sum(b.language == "python" for b in blocks) >= 4 and sum(b.language == "sh" for b in blocks) >= 3
+    assert any(b.section == "Use it" for b in blocks) and {b.language for b in blocks} <= set(LANGUAGES)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_inline_commands(document):
+    """`make X`, `python -m X`, `loftq-kernels X` within sentences name what exists."""
+    text = re.sub(r"```.*?```", "", (REPOSITORY / document).read_text(encoding="utf-8"), flags=re.S)
+    for command in re.findall(r"`((?:make|python|loftq-kernels) [^`\n]+)`", text):
+        program, *words = command.split()
+        if program == "loftq-kernels":
+            with pytest.raises(SystemExit) as ended:
+                cli.main([words[0], "--help"])
+            assert ended.value.code == 0, command
+        else:
+            CHECKS[program](words)
+
+
+def test_links():
+    """Relative links of the documents lead to files of the repository."""
+    for document in DOCUMENTS:
+        text = (REPOSITORY / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+            assert (REPOSITORY / document).parent.joinpath(target).exists(), f"{document} links to {target}"
