@@ -72,8 +72,11 @@ def _run_all(
     if statistics is not None:
         if len(statistics) != len(weights):
             raise ValueError(f"{len(statistics)} statistics for {len(weights)} weights")
-        for own, name in zip(statistics, names, strict=True):
-            check_statistics(own, name, columns)
+        parallel.each(
+            lambda pair: check_statistics(*pair, columns),
+            list(zip(statistics, names, strict=True)),
+            parallel.divide_reading(len(weights), columns, target),
+        )
         shape, copies = (max(rows, columns), columns), 2 * copies  # All is float64, plus Gram factors.
     chunk = chunk_size(*shape, target, copies)
     pieces = [slice(first, first + chunk) for first in range(0, len(weights), chunk)]

@@ -53,6 +53,11 @@ def divide(count: int, shape: Sequence[int], device: torch.device, copies: int =
     return Division(workers, 1 if nbytes < LARGE else max(1, most // workers))
 
 
+def divide_reading(count: int, columns: int, device: torch.device) -> Division:
+    """The division for checks that read ``count`` matrices of about columns x columns, and copy none."""
+    return divide(count, (columns, columns), device, copies=1)
+
+
 def each(
     function: Callable[[Item], Result],
     items: Sequence[Item],

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
+from loftq_kernels import threads
 from loftq_kernels.initializers import InputStatistics
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.select import Candidate
@@ -25,12 +26,13 @@ def with_statistics(
         raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
     unreached = set(getattr(statistics, "unreached", ()))
     chosen, without = [], []
-    for candidate in candidates:
-        if statistics is not None and candidate.cfg.takes_statistics and candidate.name in unreached:
-            without.append(candidate.name)
-            chosen.append(_data_free(candidate))
-        else:
-            chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
+    with threads.own_threads(1):  # Checks are short, and a mapping of the user's is asked in this thread.
+        for candidate in candidates:
+            if statistics is not None and candidate.cfg.takes_statistics and candidate.name in unreached:
+                without.append(candidate.name)
+                chosen.append(_data_free(candidate))
+            else:
+                chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
     if without and warn:
         warnings.warn(
             f"no calibration token reached {len(without)} layers, which are initialized without data: "
