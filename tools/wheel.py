@@ -18,8 +18,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-# libgomp is torch's, too: two OpenMP runtimes in a process would each start a thread per core.
-OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libgomp*.so*", "libcudart.so*")
+OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libcudart.so*")
 LIBRARY = "libloftq_torch.so"
 MOST_BYTES = 100 * 2**20  # what package indexes take
 
