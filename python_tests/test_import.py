@@ -176,7 +176,9 @@ class TestInstructionSets:
         assert "mmx" in out and "scalar" in out
 
 
-PATHS = f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; sys.path += {[p for p in sys.path if 'site-packages' in p]}"
+PATHS = (
+    f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; sys.path += {[p for p in sys.path if p.endswith('-packages')]}"
+)
 USE = """
     import torch, loftq_kernels as lk
     from loftq_kernels.ops import extension

@@ -45,7 +45,8 @@ def repair(wheel: Path, output: Path) -> Path:
 def check(wheel: Path) -> str:
     """One line about the wheel; ValueError if something is missing or should not be there."""
     with zipfile.ZipFile(wheel) as archive:
-        sizes = {PurePosixPath(info.filename): info.file_size for info in archive.infolist()}
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        sizes = {PurePosixPath(info.filename): info.file_size for info in files}
         (metadata,) = (path for path in sizes if path.name == "METADATA")
         needs = [line for line in archive.read(str(metadata)).decode().splitlines() if "Requires-Dist: torch" in line]
     if faults := list(_faults(set(sizes))):
