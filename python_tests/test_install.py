@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
@@ -70,7 +69,7 @@ def empty_environment(wheel, tmp_path_factory) -> Path:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (site,) = folder.glob("lib/python*/site-packages")
     # Packages alone: a .pth file of this environment, as an editable install leaves, is not read.
-    (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return folder
 
 

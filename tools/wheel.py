@@ -18,8 +18,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-# libgomp is torch's, too: two OpenMP runtimes in a process would each start a thread per core.
-OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libgomp*.so*", "libcudart.so*")
+OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libcudart.so*")
 LIBRARY = "libloftq_torch.so"
 MOST_BYTES = 100 * 2**20  # what package indexes take
 
@@ -46,7 +45,8 @@ def repair(wheel: Path, output: Path) -> Path:
 def check(wheel: Path) -> str:
     """One line about the wheel; ValueError if something is missing or should not be there."""
     with zipfile.ZipFile(wheel) as archive:
-        sizes = {PurePosixPath(info.filename): info.file_size for info in archive.infolist()}
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        sizes = {PurePosixPath(info.filename): info.file_size for info in files}
         (metadata,) = (path for path in sizes if path.name == "METADATA")
         needs = [line for line in archive.read(str(metadata)).decode().splitlines() if "Requires-Dist: torch" in line]
     if faults := list(_faults(set(sizes))):
