@@ -151,10 +151,7 @@ def wrong_kinds() -> list[tuple[dict, str]]:
         ({"overrides": [("a", None)]}, "overrides must map patterns"),
         ({"overrides": {3: None}}, "overrides must hold strings, got 3"),
         ({"overrides": {"a": ["nf2"]}}, r"override 'a' must be a format, a dict of .* None or 'dense', got \['nf2'\]"),
-        (
-            {"overrides": {"a": lk.QuantConfig()}},
-            "override 'a' must be a format, a dict of changed fields, a LayerConfig",
-        ),
+        ({"overrides": {"a": lk.QuantConfig()}}, "override 'a' must be a format, a dict of changed fields, a LayerC"),
         ({"layer_types": None}, "layer_types=None must hold some of"),
         ({"quantize_head": 1}, "quantize_head must be True or False"),
         ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16'"),
