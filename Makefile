@@ -37,7 +37,7 @@ help:
 
 demo: $(VENV)/.demo $(VENV)/.ext
 	@echo "==> Running the demo"
-	@$(BIN)/loftq-kernels demo
+	@$(BIN)/loftq-kernels demo --overwrite
 
 test: test-python test-cpp
 

@@ -91,6 +91,11 @@ class TestPlainFolder:
         with pytest.raises(ValueError, match="model.safetensors.*truncated"):
             dense.load_dense(tmp_path, layers=["embed"])
 
+    def test_a_lone_pattern(self, tensors, tmp_path):
+        save_file(tensors, tmp_path / "model.safetensors")
+        one, listed = (dense.load_dense(tmp_path, layers=layers) for layers in ("embed", ["embed"]))
+        assert isinstance(one.embed, nn.Linear) and isinstance(listed.embed, nn.Linear)
+
     def test_nothing_is_guessed(self, tensors, tmp_path):
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=r"no config.json, and shapes do not tell.*layers=.*model="):
