@@ -12,13 +12,16 @@ TEST_CUDA := $(if $(shell command -v nvcc),-DLOFTQ_CUDA=ON -DCMAKE_CUDA_ARCHITEC
 export MAX_JOBS ?= 2
 
 GPU_JOBS ?= $(shell nproc)
-RESULTS ?= bench/results
+# Where measurements go. The committed ones are in bench/results: `python -m bench SUBJECT --publish`, and for make gpu
+# RESULTS=bench/results.
+RESULTS ?= bench-results
+SUBJECTS ?= quantize cpu init overhead
 
 SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test hf-kernel build wheel clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench bench-compare gpu gpu-build gpu-test hf-kernel build wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +30,8 @@ help:
 	@echo "make sanitize  the C++ tests with the address and undefined behaviour sanitizers"
 	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
-	@echo "make bench     measure (python -m bench)"
+	@echo "make bench     measure SUBJECTS=\"$(SUBJECTS)\" into RESULTS=$(RESULTS); python -m bench lists all subjects"
+	@echo "make bench-compare  time the kernels and compare with the last commit that this was done for"
 	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make hf-kernel the Triton kernels as a kernel of the Hugging Face Hub, in dist/hf-kernel"
@@ -72,7 +76,11 @@ lint: $(VENV)/.dev
 		xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/.dev $(VENV)/.ext
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(SUBJECTS) --output $(RESULTS)
+
+# pytest-benchmark keeps the figures of each run in .benchmarks, named by commit.
+bench-compare: $(VENV)/.dev $(VENV)/.ext
+	$(BIN)/python -m pytest -q bench --benchmark-autosave --benchmark-compare --benchmark-columns=min,median,iqr,rounds
 
 build: $(VENV)/.ext
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -22,7 +21,10 @@ from torch import Tensor, nn
 
 import loftq_kernels as lk
 from bench import harness
+from bench.harness import Timing
+from bench.subject import Subject
 
+SUBJECT = Subject(takes="2 min", quick="20 s")
 MOST_OF_QUIET, MOST_OF_ONE_THREAD = 2.5, 1.3
 SAMPLE_SECONDS = 0.05
 GROUP, RANK = 64, 16
@@ -43,8 +45,7 @@ def run(output: Path, *, quick: bool) -> None:
     seconds = measure(paths, rounds=2 if quick else 9)
     rows = [compared(path, times) for path, times in seconds.items()]
     harness.print_table(rows)
-    results = {"seconds": {path: summaries(times) for path, times in seconds.items()}, "compared": rows}
-    harness.write_json(output / ("busy_quick.json" if quick else "busy.json"), results)
+    harness.write_json(harness.result_file(output, "busy", quick=quick), {"milliseconds": rows})
 
 
 # ---- the other process
@@ -165,39 +166,20 @@ def measure(paths: dict[str, Sample], rounds: int) -> dict[str, Times]:
     return seconds
 
 
-def summaries(times: Times) -> dict[str, dict[str, float]]:
-    """Median and quartiles of each condition, and the extremes."""
-    return {
-        f"{'busy' if busy else 'quiet'}, {'one thread' if alone else 'all threads'}": summary(values)
-        for (busy, alone), values in times.items()
-    }
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return {"median": median(values), "quartiles": [low, high], "least": min(values), "most": max(values)}
-
-
 def compared(path: str, times: Times) -> dict[str, Any]:
-    """A row of the table: medians in milliseconds with quartiles, ratios, and what is missed."""
-    medians = {condition: median(values) for condition, values in times.items()}
-    of_quiet = medians[True, False] / medians[False, False]
-    of_one_thread = medians[True, False] / medians[False, True]
-    missed = [f"busy/quiet > {MOST_OF_QUIET}"] * (of_quiet > MOST_OF_QUIET)
-    missed += [f"busy/one thread > {MOST_OF_ONE_THREAD}"] * (of_one_thread > MOST_OF_ONE_THREAD)
-    return {
-        "path": path,
-        "quiet, ms": milliseconds(times[False, False]),
-        "busy, ms": milliseconds(times[True, False]),
-        "one thread, ms": milliseconds(times[False, True]),
-        "one thread busy, ms": milliseconds(times[True, True]),
-        "busy/quiet": of_quiet,
-        "busy/one thread": of_one_thread,
-        "busy/one thread busy": medians[True, False] / medians[True, True],
-        "missed": "; ".join(missed) or None,
+    """A row: medians in milliseconds of the four conditions, their ratios, and the targets that are missed."""
+    names = {condition: _name(*condition) for condition in times}
+    row = harness.timed_row({"path": path}, {names[c]: Timing.of(values) for c, values in times.items()}, 1e3)
+    medians = {condition: row[name] for condition, name in names.items()}
+    ratios = {
+        "busy/quiet": medians[True, False] / medians[False, False],
+        "busy/one thread": medians[True, False] / medians[False, True],
+        "one thread, busy/quiet": medians[True, True] / medians[False, True],
     }
+    limits = {"busy/quiet": MOST_OF_QUIET, "busy/one thread": MOST_OF_ONE_THREAD}
+    missed = [f"{name} > {most}" for name, most in limits.items() if ratios[name] > most]
+    return row | ratios | {"missed": "; ".join(missed) or None}
 
 
-def milliseconds(values: list[float]) -> str:
-    low, middle, high = (f"{1e3 * q:.3g}" for q in quantiles(values, n=4, method="inclusive"))
-    return f"{middle} ({low}..{high})"
+def _name(busy: bool, alone: bool) -> str:
+    return f"{'busy' if busy else 'quiet'}, {'one thread' if alone else 'all threads'}"

@@ -45,7 +45,9 @@ class TestVersions:
 
     def test_a_file_of_another_platform(self, tmp_path):
         (tmp_path / "libloftq_torch.so").write_bytes(b"MZ")
-        with pytest.raises(ImportError, match=rf"torch {re.escape(torch.__version__)} does not load it: .*(too short|invalid)"):
+        with pytest.raises(
+            ImportError, match=rf"torch {re.escape(torch.__version__)} does not load it: .*(too short|invalid)"
+        ):
             extension.Library(tmp_path / "libloftq_torch.so")
 
     def test_the_oldest_torch_is_the_same_in_both_languages(self):
