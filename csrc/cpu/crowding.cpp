@@ -1,8 +1,10 @@
 #include "cpu/crowding.h"
+#include "loftq/config.h"
 
 #include <algorithm>
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -37,4 +39,5 @@ void Crowding::note(int used, Duration waited, Duration total, Clock::time_point
   until_.store(ticks(now + next), std::memory_order_relaxed);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,7 +9,10 @@
 #include <chrono>
 #include <cstdint>
 
+#include "loftq/config.h"
+
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 class Crowding {
  public:
@@ -30,4 +33,5 @@ class Crowding {
   std::atomic<int64_t> backoff_{0};  // ticks that the last limit held
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

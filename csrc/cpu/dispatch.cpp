@@ -14,6 +14,7 @@
 #include "loftq/half.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -146,4 +147,5 @@ int supported_isas(const char** names, int capacity) {
   return count;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

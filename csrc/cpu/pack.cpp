@@ -6,6 +6,7 @@
 #include "loftq/cpu.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -73,4 +74,5 @@ Status launch_unpack_cpu(const UnpackParams& p, int num_threads) {
   return nullptr;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

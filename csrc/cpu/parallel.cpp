@@ -9,6 +9,7 @@
 #include "loftq/parallel.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -132,4 +133,5 @@ void set_thread_limit(int threads) { installed_limit.store(threads < 1 ? INT_MAX
 
 int thread_limit() { return installed_limit.load(std::memory_order_relaxed); }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -12,6 +12,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Starting a thread costs microseconds, so each gets at least this many elements (about 4 us of quantization).
 constexpr int64_t kMinElementsPerThread = 1 << 14;
@@ -80,4 +81,5 @@ inline Range part_of(int64_t count, int64_t unit, int64_t index, int64_t parts) 
   return {std::min(count, units * index / parts * unit), std::min(count, units * (index + 1) / parts * unit)};
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

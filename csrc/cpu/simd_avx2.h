@@ -9,6 +9,7 @@
 LOFTQ_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Avx2 {
@@ -223,6 +224,7 @@ struct Avx2::CountBelow<8> {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END

@@ -9,6 +9,7 @@
 LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Avx512 {
@@ -197,6 +198,7 @@ struct Avx512::CountBelow<8> {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END

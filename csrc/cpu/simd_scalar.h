@@ -5,6 +5,7 @@
 #include "loftq/half.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Scalar {
@@ -91,4 +92,5 @@ struct Scalar {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

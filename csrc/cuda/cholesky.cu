@@ -3,6 +3,7 @@
 #include "loftq/packing.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 int cholesky_max_size() {
   const size_t limit = max_shared_bytes();
@@ -25,4 +26,5 @@ cudaError_t launch_cholesky_cuda(const CholeskyParams<T>& params, cudaStream_t s
 template cudaError_t launch_cholesky_cuda(const CholeskyParams<float>&, cudaStream_t);
 template cudaError_t launch_cholesky_cuda(const CholeskyParams<double>&, cudaStream_t);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -5,6 +5,7 @@
 #include "scale_rule.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kDequantizeThreads = 256;
@@ -68,4 +69,5 @@ cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cudaStream_t 
   return launch_bits<8>(params, stream);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -3,6 +3,7 @@
 #include "loftq/packing.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kDefaultSweeps = 30;
@@ -59,4 +60,5 @@ template size_t jacobi_workspace_bytes(const JacobiParams<double>&);
 template cudaError_t launch_jacobi_cuda(const JacobiParams<float>&, cudaStream_t);
 template cudaError_t launch_jacobi_cuda(const JacobiParams<double>&, cudaStream_t);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -4,6 +4,7 @@
 #include "loftq/cuda.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kPackThreads = 256;
@@ -48,4 +49,5 @@ cudaError_t launch_unpack_cuda(const UnpackParams& params, cudaStream_t stream) 
   return launch(_unpack_kernel, params.n, kPackThreads, 0, stream, params);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

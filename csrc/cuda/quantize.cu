@@ -5,6 +5,7 @@
 #include "quantize_row.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // Enough warps for the row, up to eight: short rows leave room for more rows on a multiprocessor.
@@ -60,4 +61,5 @@ cudaError_t launch_quantize_cuda(const QuantizeParams& params, cudaStream_t stre
   return launch_bits<8>(params, stream);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

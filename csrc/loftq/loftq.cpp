@@ -1,4 +1,5 @@
 #include "loftq.h"
+#include "loftq/config.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include "low_rank.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 using namespace aten;
 
@@ -406,4 +408,5 @@ std::unique_ptr<LoftQ> LoftQ::begin(std::vector<Tensor> weights, Tensor codebook
   return std::make_unique<Alternation>(std::move(weights), std::move(codebook), std::move(start), std::move(options));
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "aten/tensor.h"
+#include "loftq/config.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 using aten::Tensor;
 
@@ -59,4 +61,5 @@ class LoftQ {
   virtual std::vector<LoftQResult> results() = 0;
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -1,4 +1,5 @@
 #include "low_rank.h"
+#include "loftq/config.h"
 
 #include <algorithm>
 #include <limits>
@@ -7,6 +8,7 @@
 #include "aten/functions.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 using namespace aten;
 
@@ -123,4 +125,5 @@ Factors balanced_factors(const Space& space) {
           batched_product(space.basis, to(mul(rotation, unsqueeze(root, -2)), kFloat))};
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -4,8 +4,10 @@
 #pragma once
 
 #include "aten/dispatcher.h"
+#include "loftq/config.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 using aten::Tensor;
 
@@ -45,4 +47,5 @@ struct Factors {
 // U S V^T = image @ basis^T, its SVD, split evenly; image [B, n, r], basis [B, s, r] orthonormal.
 Factors balanced_factors(const Space& space);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -10,6 +10,7 @@
 #include "cpu/scratch.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int64_t kChunkRows = 512;  // rows of x per chunk: bounds the memory; each chunk decodes the weight anew
@@ -416,4 +417,5 @@ Status linear_grad_input(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

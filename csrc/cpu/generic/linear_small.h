@@ -8,6 +8,7 @@
 #include "cpu/scratch.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kMostSmallRows = 8;  // rows of x: the accumulators of one more would not fit in the registers
@@ -423,4 +424,5 @@ Status small_linear(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

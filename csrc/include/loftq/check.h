@@ -10,6 +10,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr bool is_dtype(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
@@ -112,4 +113,5 @@ constexpr Status check_launch(int num_threads, const Params&... params) {
   return check_params(params...);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -5,6 +5,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Rows are divided among at most num_threads threads; results do not depend on how many.
 LOFTQ_API Status launch_quantize_cpu(const QuantizeParams& params, int num_threads);
@@ -28,4 +29,5 @@ LOFTQ_API const char* active_isa(Status* status = nullptr);
 // Returns how many there are and stores the first `capacity` of them.
 LOFTQ_API int supported_isas(const char** names, int capacity);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

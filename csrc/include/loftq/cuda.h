@@ -12,6 +12,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Turns weights into codes, scales and offsets. With low_rank, residual and residual_norm2 it does LoftQ's whole step
 // in one pass. Results are deterministic: sums have a fixed order.
@@ -23,4 +24,5 @@ LOFTQ_API cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cud
 LOFTQ_API cudaError_t launch_pack_cuda(const PackParams& params, cudaStream_t stream);
 LOFTQ_API cudaError_t launch_unpack_cuda(const UnpackParams& params, cudaStream_t stream);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,6 +9,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 inline constexpr int64_t kTile = 64;  // columns per tile
 
@@ -102,4 +103,5 @@ struct UnpackParams {
   uint8_t* codes;  // [n, k] contiguous
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

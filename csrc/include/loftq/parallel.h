@@ -6,6 +6,7 @@
 #include "loftq/config.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Calls task(context) `count` times, on as many threads as it likes, the calling thread among them, and returns when
 // all calls have returned. Calls need not overlap: the first one to come does all the work that it finds, and late ones
@@ -19,4 +20,5 @@ LOFTQ_API void set_parallel_runner(ParallelRunner runner);  // nullptr restores 
 LOFTQ_API void set_thread_limit(int threads);
 LOFTQ_API int thread_limit();  // INT_MAX where there is none
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

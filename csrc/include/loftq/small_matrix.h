@@ -17,6 +17,7 @@
 #include "loftq/config.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // One-sided Jacobi (Hestenes): plane rotations V make the columns of A V orthogonal; their norms are the singular
 // values. For symmetric positive semi-definite A the singular vectors V are the eigenvectors, and the eigenvalues are
@@ -82,4 +83,5 @@ extern template cudaError_t launch_jacobi_cuda(const JacobiParams<double>&, cuda
 extern template cudaError_t launch_cholesky_cuda(const CholeskyParams<float>&, cudaStream_t);
 extern template cudaError_t launch_cholesky_cuda(const CholeskyParams<double>&, cudaStream_t);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
