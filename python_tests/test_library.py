@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ import torch
 from helpers import gaussian
 
 import loftq_kernels as lk
+from loftq_kernels import threads
 from loftq_kernels.initializers.drivers import compiled
 from loftq_kernels.ops import extension, schemas
 
@@ -31,6 +33,34 @@ needs_library = pytest.mark.skipif(extension._C is None, reason="the extension i
 def literals(source: str) -> str:
     """The C++ string literals of a text, those side by side in one."""
     return re.sub(r'"\s+"', "", source)
+
+
+@needs_library
+class TestThreadLimit:
+    """What a container's quota allows holds for the kernels, and results do not depend on it."""
+
+    @pytest.fixture(autouse=True)
+    def as_before(self):
+        yield
+        extension._C.limit_threads(threads.cpu_quota())
+
+    @pytest.mark.parametrize("quota, most", [(None, 2**31 - 1), (0.5, 1), (1.0, 1), (1.5, 2), (64.0, 64)])
+    def test_a_part_of_a_processor_counts_as_one(self, quota, most):
+        extension._C.limit_threads(quota)
+        assert extension._C.thread_limit() == most
+
+    @pytest.mark.parametrize("rows", [1, 40])
+    def test_results_are_the_same(self, rows):
+        x, packed = gaussian(rows, 300), lk.quantize(gaussian(500, 300), "nf4", 64)
+        results = []
+        for quota in (None, 1.0):
+            extension._C.limit_threads(quota)
+            results.append(lk.qlora_linear(x, packed))
+        assert torch.equal(*results)
+
+    def test_the_quota_of_this_process_holds_from_the_start(self):
+        quota = threads.cpu_quota()
+        assert extension._C.thread_limit() == (2**31 - 1 if quota is None else math.ceil(quota))
 
 
 class TestVersions:

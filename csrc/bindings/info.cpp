@@ -5,6 +5,7 @@
 #include "aten/version.h"
 #include "loftq/cpu.h"
 #include "loftq/packing.h"
+#include "loftq/parallel.h"
 
 #if defined(_WIN32)
 #define LOFTQ_EXPORT extern "C" __declspec(dllexport)
@@ -56,3 +57,7 @@ LOFTQ_EXPORT const char* loftq_cpu_isa(const char** reason) { return loftq::acti
 // Writes the names of the CPU instruction sets that this machine and build have, widest first, and returns their
 // number.
 LOFTQ_EXPORT int loftq_cpu_isas(const char** names, int most) { return loftq::supported_isas(names, most); }
+
+// The most threads that a kernel uses, whatever torch has; below 1 for no limit.
+LOFTQ_EXPORT void loftq_set_thread_limit(int threads) { loftq::set_thread_limit(threads); }
+LOFTQ_EXPORT int loftq_thread_limit() { return loftq::thread_limit(); }

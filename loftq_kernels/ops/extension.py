@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import warnings
 from pathlib import Path
 
 import torch
+
+from loftq_kernels import threads
 
 OLDEST_TORCH = (2, 10)  # The first one with the C interface that the library uses; csrc/aten/version.h says the same.
 LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
@@ -54,6 +57,17 @@ class Library:
         names = (ctypes.c_char_p * 8)()
         return tuple(name.decode() for name in names[: self._library.loftq_cpu_isas(names, len(names))])
 
+    def limit_threads(self, quota: float | None) -> None:
+        """Let CPU kernels use at most so many processors' worth of threads, rounded up; None for as many as torch has.
+
+        Under a quota of a control group, threads beyond it are stopped together until its next period, every time.
+        """
+        self._library.loftq_set_thread_limit(0 if quota is None else math.ceil(quota))
+
+    def thread_limit(self) -> int:
+        """The most threads that a CPU kernel uses; 2^31 - 1 where there is no limit."""
+        return self._library.loftq_thread_limit()
+
 
 def _release(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
@@ -67,6 +81,7 @@ def _dotted(version: tuple[int, int]) -> str:
 LOAD_ERROR: str | None = None
 try:
     _C: Library | None = Library(LIBRARY)
+    _C.limit_threads(threads.cpu_quota())
 except ImportError as error:
     _C, LOAD_ERROR = None, str(error)
 
