@@ -199,5 +199,6 @@ def compared(path: str, times: Times) -> dict[str, Any]:
 
 
 def milliseconds(values: list[float]) -> str:
-    low, middle, high = (f"{1e3 * q:.3g}" for q in quantiles(values, n=4, method="inclusive"))
+    times = [1e3 * seconds for seconds in quantiles(values, n=4, method="inclusive")]
+    low, middle, high = (f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in times)
     return f"{middle} ({low}..{high})"
