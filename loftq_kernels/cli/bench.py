@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run ``python -m bench`` in the current folder, and return its exit status. Without arguments it lists subjects."""
+    """Run ``python -m bench`` in the current folder, and return its status. Without arguments it lists the subjects."""
     places = (Path.cwd(), Path(__file__).resolve().parents[2])
     tree = next((place for place in places if (place / "bench" / "__main__.py").is_file()), None)
     if tree is None:

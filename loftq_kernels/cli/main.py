@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_a_line(options: Mapping[str, argparse.Action]) -> Iterator[None]:
-    """Say what the package warns of without the place in its source; other warnings stay as they are."""
+    """Show a UserWarning without the place in the source that it comes from; other warnings as Python does."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
