@@ -449,6 +449,28 @@ class TestInspect:
         mean = float(re.search(r"mean error ([\d.]+)", out)[1])
         assert len(report.layers) == (13 if name == "bert" else 2) and abs(mean - report.error) <= 1e-4
 
+    def test_against_a_model_of_any_class(self, tmp_path, capsys, monkeypatch):
+        """Plain files of a model whose matrices are transposed, its embeddings quantized too."""
+        folder, dense = tmp_path / "gpt2", tiny_gpt2()
+        folder.mkdir()
+        tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, folder / "model.safetensors")
+        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+        of_gpt2 = ["--model-class", "helpers:tiny_gpt2"]
+        options = ["--layer-type", "linear", "--layer-type", "embedding", "--rank", 0, "--format", "int8"]
+        status, _, err = run(capsys, "quantize", folder, tmp_path / "out", *of_gpt2, *options)
+        assert status == 0, err
+        status, out, err = run(capsys, "inspect", tmp_path / "out", "--against", folder, *of_gpt2)
+        assert status == 0, err
+        rows = {words[0]: words for line in out.splitlines() if len(words := line.split()) == 9}
+        loaded = lk.load_quantized(tmp_path / "out", tiny_gpt2())
+        for name in ("transformer.h.1.mlp.c_fc", "transformer.wpe"):
+            weight, actual = dense.get_submodule(name).weight, loaded.get_submodule(name).dense_weight()
+            expected = (
+                weight - actual.view(weight.T.shape).T if "mlp" in name else weight - actual
+            ).norm() / weight.norm()
+            assert abs(float(rows[name][7]) - expected.item()) <= 1e-4 and 0 < expected < 0.02
+
     def test_against_another_model(self, bert, plain, tmp_path, capsys):
         run(capsys, "quantize", bert, tmp_path / "out", "--rank", 4, "--num-iter", 1)
         tiny_bert(hidden_size=128).save_pretrained(tmp_path / "wide")
@@ -494,6 +516,19 @@ def test_info(capsys):
     assert status == 0
     for part in (lk.__version__, torch.__version__, "extension:", *lk.available_backends(), *lk.format_names()):
         assert part in out
+
+
+def test_warnings_are_one_line(bert, tmp_path, capsys):
+    """Of the package, in the words of the command line, without a place in its source."""
+    known = lk.collect_activations(tiny_bert(), [torch.randint(0, 50, (20, 12))])
+    layers = {name: known[name] for name in known if name != "pooler.dense"}
+    lk.ActivationStatistics(layers, unreached=["pooler.dense"]).save(tmp_path / "file")
+    options = ["--init", "eora", "--calibration", tmp_path / "file", "--rank", 4]
+    status, _, err = run(capsys, "quantize", bert, tmp_path / "out", *options)
+    assert status == 0 and [line for line in err.splitlines() if not line.startswith("quantize: 13")] == [
+        "loftq-kernels: warning: no calibration token reached 1 layers, which are initialized without data: "
+        "pooler.dense"
+    ]
 
 
 def test_no_command(capsys):

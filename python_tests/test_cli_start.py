@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gaussian, load_file, save_file, tiny_bert
+from helpers import gaussian, load_file, save_file, tiny_bert, tiny_gpt2
 
 import loftq_kernels as lk
 from loftq_kernels import cli
@@ -245,13 +245,14 @@ def test_a_read_only_place(world, at_work, capsys, monkeypatch):
 class TestTheCheckIsNoStricterThanTheWork:
     """What is checked on the outline of a model is what its values would give."""
 
+    @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("layer_types", [("linear",), ("linear", "embedding")])
-    def test_the_same_layers(self, tmp_path, dtype, layer_types):
+    def test_the_same_layers(self, tmp_path, make, dtype, layer_types):
         from loftq_kernels.checkpoints import dense
         from loftq_kernels.models.select import select_layers
 
-        tiny_bert().to(dtype).save_pretrained(tmp_path)
+        make().to(dtype).save_pretrained(tmp_path)
         cfg = lk.QuantConfig(layer_types=layer_types, overrides={"*.1.*": "int8"})
         real, outline = dense.load_dense(tmp_path), dense.outline(tmp_path)
         selections = [select_layers(real, cfg), select_layers(outline, cfg, values=False)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from loftq_kernels.checkpoints.architecture import (
-    HOW_TO_GIVE_A_MODEL,
     architecture_of,
     is_linear,
     model_class,
@@ -24,7 +23,7 @@ from loftq_kernels.storage import files
 _SCALES = ("scale", "scale_inv", "scales", "SCB", "absmax", "qzeros")  # of weights that others have quantized
 _NAME_LAYERS = (
     "name the layers whose weights are [out_features, in_features] (layers=), "
-    f"or give the model that the tensors belong to ({HOW_TO_GIVE_A_MODEL})"
+    "or give the model that the tensors belong to (model=)"
 )
 
 

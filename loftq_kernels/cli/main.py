@@ -6,8 +6,10 @@ What runs a command is imported when its arguments have been understood, for it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 
 from loftq_kernels.cli.flags import spelled
 from loftq_kernels.cli.parser import PROGRAM, make_parser
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args = make_parser().parse_args(argv)
     try:
-        return _run(args) or 0
+        with _warnings_in_a_line(args.parser.spelled):
+            return _run(args) or 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -32,6 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
         print(f"{PROGRAM}: {spelled(_one_line(error), args.parser.spelled)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line(options: Mapping[str, argparse.Action]) -> Iterator[None]:
+    """Show a UserWarning without the place in the source that it comes from; other warnings as Python does."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message, category, *place, **options_of_it) -> None:
+            if category is not UserWarning:
+                return others(message, category, *place, **options_of_it)
+            print(f"{PROGRAM}: warning: {spelled(_one_line(message), options)}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 def _run(args: argparse.Namespace) -> int | None:

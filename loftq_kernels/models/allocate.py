@@ -114,7 +114,7 @@ def _survey(
         check_overrides(model, cfg, selection)
         skipped |= selection.skipped
         fitting = _that_fit(selection.candidates, fields["rank"], skipped)
-        found[name] = with_statistics(fitting, statistics, warn=values and not found)
+        found[name] = with_statistics(fitting, statistics, warn=values and not found, level=4)
     if not any(found.values()):
         raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
     _check_measures(found, statistics, count, relative)

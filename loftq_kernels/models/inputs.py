@@ -14,13 +14,13 @@ from loftq_kernels.models.select import Candidate
 
 
 def with_statistics(
-    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None, *, warn: bool = True
+    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None, *, warn: bool = True, level: int = 3
 ) -> list[Candidate]:
     """The candidates with the statistics that their initializers need or take.
 
     Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning (if asked
-    for: who calls this again for the same layers has warned). Raises ValueError for layers that lack statistics
-    otherwise, or whose statistics do not fit.
+    for: who calls this again for the same layers has warned), at the stack ``level`` of `warnings.warn`. Raises
+    ValueError for layers that lack statistics otherwise, or whose statistics do not fit.
     """
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
@@ -37,7 +37,7 @@ def with_statistics(
         warnings.warn(
             f"no calibration token reached {len(without)} layers, which are initialized without data: "
             f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",
-            stacklevel=3,
+            stacklevel=level,
         )
     return chosen
 
