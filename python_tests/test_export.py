@@ -235,3 +235,20 @@ def test_a_program_without_python_runs_the_package(program, torch_library):
     torch.testing.assert_close(y, model(torch.ones(2, 200)).detach(), rtol=1e-5, atol=1e-5)
     without = subprocess.run([run[0], "libm.so.6", package], cwd=program, capture_output=True, text=True)
     assert without.returncode != 0 and "Could not find schema for loftq_kernels::qlora_linear" in without.stderr
+
+
+@pytest.mark.slow
+def test_a_python_with_the_library_alone(exported, torch_library):
+    done = python(
+        exported,
+        NOTHING,
+        f"""
+        torch.ops.load_library({str(torch_library)!r})
+        for name in ("nf4 with adapters", "int2 with adapters", "nf4 without", "bfloat16"):
+            run = torch.export.load(f"{{name}}.pt2").module()
+            for x, y in torch.load(f"{{name}}.pt"):
+                assert torch.equal(run(x), y), name
+        print("equal")
+        """,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
