@@ -16,6 +16,7 @@ import torch
 from bench.machine import machine
 
 NO_TIMES = "none: these figures are no times"  # A file's "spread" where nothing was timed.
+MOST_COPIES = 512
 NEEDED = ("processor", "processor_model", "processor_isa", "threads", "torch", "python", "commit", "date", "command")
 
 Item = TypeVar("Item")
@@ -74,8 +75,11 @@ def timed_row(place: Mapping[str, Any], measured: Mapping[str, Timing], per_seco
 
 
 def copies(nbytes: float, rotated: int) -> range:
-    """One index for each of the weights of nbytes that together exceed the caches: at least `rotated` bytes."""
-    return range(max(2, int(-(-rotated // nbytes))))
+    """One index for each of the weights of nbytes that together exceed the caches: at least `rotated` bytes.
+
+    Of weights far below a megabyte there are MOST_COPIES: they stay in the caches, as they would in a small model.
+    """
+    return range(min(max(2, int(-(-rotated // nbytes))), MOST_COPIES))
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
