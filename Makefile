@@ -72,8 +72,9 @@ bench: $(VENV)/.dev $(VENV)/.ext
 
 build: $(VENV)/.ext
 
-# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch.
-# Without ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. Without ninja
+# the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more packages
+# (safetensors, hypothesis, ...) are skipped where those are missing.
 # Builds for the architecture of the device only, with as many compilers as there are processors.
 gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
