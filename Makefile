@@ -138,7 +138,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)
-	@echo "==> Building the C++ extension (some minutes)"
+	@echo "==> Building the C++ extension (a minute or two)"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

