@@ -51,8 +51,10 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 class TestQuantize:
     def test_transformers(self, bert, tmp_path, capsys):
         target = tmp_path / "out"
-        status, out, _ = run(capsys, "quantize", bert, target, "--format", "int8", "--rank", 4, "--num-iter", 1)
+        capsys.readouterr()  # transformers' bar as it wrote the model
+        status, out, err = run(capsys, "quantize", bert, target, "--format", "int8", "--rank", 4, "--num-iter", 1)
         assert status == 0 and "13 layers" in out and str(target) in out
+        assert re.fullmatch(r"quantize: 13 of 13 layers, \d+ s\n", err), "no bar where standard error is no terminal"
         loaded, dense = lk.load_quantized(target), tiny_bert()
         similarity = torch.nn.functional.cosine_similarity(loaded(TOKENS)[0], dense(TOKENS)[0], -1)
         assert similarity.min() > 0.999 and loaded.encoder.layer[0].output.dense.rank == 4

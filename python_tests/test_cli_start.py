@@ -353,6 +353,10 @@ class TestOverwriting:
         assert "holds a demo's folder: give --overwrite" in said(capsys, "demo", "--output", tmp_path)
         assert cli.main(["demo", "--output", str(tmp_path), "--overwrite"]) == 0 and reached == [tmp_path]
         (tmp_path / "demo.json").write_text("[]")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / CONFIG_NAME).write_text('{"loftq_format_version": 1')
+        assert "give --overwrite" in said(capsys, "demo", "--output", tmp_path)
+        (tmp_path / "mine").touch()
         assert "is not empty and no demo's folder" in said(capsys, "demo", "--output", tmp_path, "--overwrite")
 
 

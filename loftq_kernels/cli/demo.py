@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import load_dense
 from loftq_kernels.cli import pictures, processor
+from loftq_kernels.cli.quiet import quiet_transformers
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import extension
 from loftq_kernels.progress import progress_bar
@@ -106,7 +107,8 @@ def load_model() -> tuple[nn.Module, object]:
     folder = minilm_folder()
     from transformers import AutoTokenizer
 
-    return load_dense(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quiet_transformers():
+        return load_dense(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def read_sentences(count: int) -> list[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import nn
 import loftq_kernels as lk
 from loftq_kernels.checkpoints import dense
 from loftq_kernels.checkpoints.dense import load_dense
+from loftq_kernels.cli.quiet import quiet_transformers
 from loftq_kernels.ops.checks import DTYPES_BY_NAME, SCALE_DTYPES_BY_NAME
-from loftq_kernels.progress import is_watched
 from loftq_kernels.vocabulary import DEFAULT_CANDIDATES
 
 
@@ -72,25 +70,8 @@ def dense_model(args: argparse.Namespace) -> nn.Module:
     """The model in ``args.model_dir``: of plain files, the layers that --include names, or --model-class."""
     if args.model_class is not None:
         return load_dense(args.model_dir, model=made(args.model_class))
-    with _quiet_transformers():
+    with quiet_transformers():
         return load_dense(args.model_dir, layers=args.include)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' bar where standard error is redirected, which would get all of its states."""
-    if is_watched() or importlib.util.find_spec("transformers") is None:
-        yield
-        return
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def outline(args: argparse.Namespace) -> nn.Module | None:

@@ -14,6 +14,7 @@ from loftq_kernels.checkpoints.manifest import VERSION_KEY as CHECKPOINT_KEY
 from loftq_kernels.models.plan import VERSION_KEY as PLAN_KEY
 from loftq_kernels.storage import files
 
+_OF_DEMOS = {"model", "demo.json", "demo.md", "demo.png"}
 _MIB = 2**20
 
 
@@ -47,8 +48,9 @@ def is_plan(path: Path) -> bool:
 
 
 def is_demo(path: Path) -> bool:
-    """Whether a folder has the results of a demo."""
-    return {"machine", "sentences", "rows"} <= _parsed(path / "demo.json").keys()
+    """Whether a folder has the results of a demo, or of one that was cut short its model and nothing else."""
+    cut_short = is_checkpoint(path / "model") and {file.name for file in path.iterdir()} <= _OF_DEMOS
+    return cut_short or {"machine", "sentences", "rows"} <= _parsed(path / "demo.json").keys()
 
 
 def check_space(path: Path, nbytes: int) -> None:
