@@ -208,7 +208,7 @@ def test_aotinductor_without_the_ops(compiled):
 def program(tmp_path_factory) -> Path:
     """A folder with the C++ program of docs/vendoring.md, compiled, and with a package for it."""
     folder = tmp_path_factory.mktemp("program")
-    (source,) = (block.text for block in blocks_of("docs/vendoring.md") if block.language == "cpp")
+    (source,) = (block.text for block in blocks_of("docs/vendoring.md") if "AOTIModelPackageLoader" in block.text)
     (folder / "run.cpp").write_text(source)
     commands = [block.text for block in blocks_of("docs/vendoring.md") if block.first.startswith("c++ ")]
     done = subprocess.run(
