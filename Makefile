@@ -3,18 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CMAKE_BUILD := build/cmake
+CONFIGURE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DLOFTQ_TESTS=ON \
+	-DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+# The library with its CUDA kernels, for one architecture: a test compiles them for all of them, and looks at the result.
+TEST_CUDA := $(if $(shell command -v nvcc),-DLOFTQ_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=90-real)
 
 # The number of compilers that run at once: each needs about 1 GB of memory for a file of kernels.
 export MAX_JOBS ?= 2
 
 GPU_JOBS ?= $(shell nproc)
-RESULTS ?= bench/results
+# Where measurements go. The committed ones are in bench/results: `python -m bench SUBJECT --publish`, and for make gpu
+# RESULTS=bench/results.
+RESULTS ?= bench-results
+SUBJECTS ?= quantize cpu init overhead
 
 SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench gpu gpu-build gpu-test hf-kernel build clean
+.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench bench-compare gpu gpu-build gpu-test hf-kernel build wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,16 +30,18 @@ help:
 	@echo "make sanitize  the C++ tests with the address and undefined behaviour sanitizers"
 	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
-	@echo "make bench     measure (python -m bench)"
+	@echo "make bench     measure SUBJECTS=\"$(SUBJECTS)\" into RESULTS=$(RESULTS); python -m bench lists all subjects"
+	@echo "make bench-compare  time the kernels and compare with the last commit that this was done for"
 	@echo "make gpu       build, tests and benchmarks on a CUDA device within nine minutes; RESULTS=folder"
 	@echo "make gpu-test  the tests that need a CUDA device, with the torch of PYTHON=$(PYTHON)"
 	@echo "make hf-kernel the Triton kernels as a kernel of the Hugging Face Hub, in dist/hf-kernel"
 	@echo "make build     the C++ extension alone"
+	@echo "make wheel     a wheel for every Python on this kind of machine, in dist/"
 	@echo "make clean     remove what was built (.venv stays)"
 
 demo: $(VENV)/.demo $(VENV)/.ext
 	@echo "==> Running the demo"
-	@$(BIN)/loftq-kernels demo
+	@$(BIN)/loftq-kernels demo --overwrite
 
 test: test-python test-cpp
 
@@ -42,22 +51,20 @@ test-python: $(VENV)/.dev $(VENV)/.ext
 
 test-cpp: $(VENV)/.dev
 	@echo "==> Building the C++ tests"
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > $(VENV)/cmake.log \
-		|| { cat $(VENV)/cmake.log; exit 1; }
+	@$(CONFIGURE) -B $(CMAKE_BUILD) $(TEST_CUDA) > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
 	@$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(MAX_JOBS) -- --quiet
 	@echo "==> Running the C++ tests"
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
 # Finds what reads undefined memory or goes one element too far, even where the results come out right.
 sanitize: $(VENV)/.dev
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD)-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DLOFTQ_SANITIZE=ON -DLOFTQ_CUDA=OFF > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
+	@$(CONFIGURE) -B $(CMAKE_BUILD)-sanitize -DLOFTQ_SANITIZE=ON > $(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }
 	@$(BIN)/cmake --build $(CMAKE_BUILD)-sanitize --parallel $(MAX_JOBS) -- --quiet
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD)-sanitize --output-on-failure
 
 # valgrind does not support AVX-512, but the scalar kernels share most of their code with the other instruction sets.
 memcheck: test-cpp
-	@for test in pack half quantize linear; do \
+	@for test in pack half quantize linear refusal; do \
 		echo "==> valgrind $${test}_test"; \
 		LOFTQ_CPU_ISA=scalar valgrind --quiet --error-exitcode=1 $(CMAKE_BUILD)/csrc/tests/$${test}_test || exit 1; \
 	done
@@ -69,13 +76,22 @@ lint: $(VENV)/.dev
 		xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/.dev $(VENV)/.ext
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(SUBJECTS) --output $(RESULTS)
+
+# pytest-benchmark keeps the figures of each run in .benchmarks, named by commit.
+bench-compare: $(VENV)/.dev $(VENV)/.ext
+	$(BIN)/python -m pytest -q bench --benchmark-autosave --benchmark-compare --benchmark-columns=min,median,iqr,rounds
 
 build: $(VENV)/.ext
 
-# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. The headers
-# of pybind11 come with torch. Without ninja the files are compiled one after another; without nvcc the extension is
-# built without CUDA. Tests that need more packages (safetensors, hypothesis, ...) are skipped where those are missing.
+# What is compiled already is not compiled again.
+wheel: $(VENV)/.dev $(VENV)/.ext
+	@echo "==> Building a wheel"
+	@$(BIN)/python tools/wheel.py
+
+# These use the packages that PYTHON has already, because this Makefile cannot choose a CUDA build of torch. Without
+# ninja the files are compiled one after another; without nvcc the extension is built without CUDA. Tests that need more
+# packages (safetensors, hypothesis, ...) are skipped where those are missing.
 # Builds for the architecture of the device only, with as many compilers as there are processors.
 gpu-build:
 	@for module in torch triton numpy setuptools pytest; do \
@@ -88,7 +104,7 @@ gpu-build:
 		{ echo "make gpu-build: $(PYTHON) has no torch that sees a CUDA device; set PYTHON to one that does"; exit 1; }
 	@echo "==> Building the C++ extension for CUDA"
 	@TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-		MAX_JOBS=$(GPU_JOBS) LOFTQ_REQUIRE_EXT=1 $(PYTHON) setup.py --quiet build_ext --inplace
+		MAX_JOBS=$(GPU_JOBS) $(PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-test: gpu-build
 	@echo "==> Running the tests that need a CUDA device"
@@ -103,7 +119,7 @@ hf-kernel:
 	@echo "dist/hf-kernel: see docs/vendoring.md"
 
 clean:
-	rm -rf build dist *.egg-info loftq_kernels/_C.*.so demo-output $(VENV)/.ext
+	rm -rf build dist *.egg-info loftq_kernels/*.so demo-output $(VENV)/.ext
 
 # ---- set-up: a stamp file says that a step has been done for the files that it depends on
 
@@ -117,14 +133,13 @@ $(BIN)/python:
 # may be gigabytes larger.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "==> Installing torch (some hundred megabytes) and the build tools"
-	@$(PIP) torch numpy setuptools ninja pybind11
-	@rm -rf build/temp.* loftq_kernels/_C.*.so
+	@$(PIP) torch numpy setuptools ninja
+	@rm -rf build/temp.* loftq_kernels/*.so
 	@touch $@
 
 $(VENV)/.ext: $(VENV)/.torch $(SOURCES)
 	@echo "==> Building the C++ extension (a minute or two)"
-	@PATH=$(abspath $(BIN)):$$PATH LOFTQ_REQUIRE_EXT=1 $(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/ext.log 2>&1 \
-		|| { cat $(VENV)/ext.log; exit 1; }
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # The extension is built above, incrementally. These targets install what the package and its users import.

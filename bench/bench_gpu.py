@@ -7,15 +7,13 @@ installed, or refuse.
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +21,25 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import loftq_kernels as lk
-from bench import harness
+from bench import harness, ours, peers
+from bench.gpu_targets import targets
+from bench.peers import DTYPE, GROUP, Peer, Product, Shape
+from bench.subject import Subject
 from loftq_kernels.ops import triton_backend
 
+SUBJECT = Subject(
+    takes="9 min of a GPU",
+    quick="1 min of a GPU",
+    needs=("triton",),
+    uses=("bitsandbytes", "gemlite"),
+    gpu=True,
+    options=("shapes", "rows", "formats", "peers", "seconds"),
+)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))  # N x K
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096)
 ROTATED_BYTES = 320 << 20  # A graph rotates over so many bytes of weights: an H200 has 50 MB of L2.
-GROUP = 64
 SECONDS = 540  # After this time the rest is skipped, and named.
-DTYPE = torch.bfloat16
-
-Call = Callable[[Tensor], Tensor]
-Build = Callable[[tuple[int, int]], list[Call]]  # From the shape of the weight.
 QUEUE_CYCLES = 400_000  # Device cycles, about 0.2 ms: longer than the host takes to launch a graph.
 
 
@@ -43,44 +47,61 @@ class Stage(NamedTuple):
     """Rows of one table: every contender at every M, for one shape of the weight."""
 
     part: str
-    shape: tuple[int, int]
+    shape: Shape
     all_rows: tuple[int, ...]
-    contenders: dict[str, Build]
+    contenders: list[Peer]
 
 
-def stages(quick: bool) -> list[Stage]:
+def stages(
+    quick: bool,
+    shapes: Sequence[Shape] | None = None,
+    rows: Sequence[int] | None = None,
+    formats: list[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Stage]:
     """In order of importance. A later stage may measure a row again with more contenders, and replaces it."""
-    shapes = ((1024, 1024),) if quick else SHAPES
-    prefill = PREFILL_ROWS[:2] if quick else PREFILL_ROWS
-    headline = {name: CONTENDERS[name] for name in ("bf16 linear", "nf4")}
+    narrowed = any(option is not None for option in (shapes, rows, formats, names))
+    shapes = shapes or (((1024, 1024),) if quick else SHAPES)
+    few = tuple(m for m in rows if m <= max(DECODE_ROWS)) if rows else DECODE_ROWS
+    many = tuple(m for m in rows if m > max(DECODE_ROWS)) if rows else PREFILL_ROWS[:2] if quick else PREFILL_ROWS
+    decode, prefill = decode_contenders(formats, names), prefill_contenders(formats, names)
+    if narrowed:
+        plan = [Stage("decode", shape, few, decode) for shape in shapes]
+        plan += [Stage("prefill", shape, many, prefill) for shape in shapes]
+        return [stage for stage in plan if stage.all_rows]
+    headline = [*peers.select("cuda", ["bf16 linear"]), ours.product("nf4")]
     plan = [Stage("decode", shape, (1,), headline) for shape in shapes]
-    plan.append(Stage("prefill", shapes[0], prefill[-2:-1], headline))
-    plan += [Stage("decode", shape, DECODE_ROWS, CONTENDERS) for shape in shapes]
+    plan.append(Stage("prefill", shapes[0], many[-2:-1], headline))
+    plan += [Stage("decode", shape, few, decode) for shape in shapes]
     for shape in shapes[:2]:
-        plan.append(Stage("prefill", shape, prefill, PREFILL_CONTENDERS))
-        plan.append(Stage("backward", shape, prefill[-5:], BACKWARD_CONTENDERS))
+        plan.append(Stage("prefill", shape, many, prefill))
+        plan.append(Stage("backward", shape, many[-5:], list(BACKWARD_CONTENDERS)))
     return plan
 
 
-def run(output: Path, *, quick: bool, seconds: float | None = None) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("python -m bench gpu: torch sees no CUDA device")
+def run(
+    output: Path,
+    *,
+    quick: bool,
+    seconds: float | None = None,
+    shapes: Sequence[Shape] | None = None,
+    rows: Sequence[int] | None = None,
+    formats: list[str] | None = None,
+    peers: Sequence[str] | None = None,
+) -> None:
+    """Stage by stage until the time is up; with an option, only the products that it leaves."""
     limit = seconds if seconds is not None else 60 if quick else SECONDS
-    record = Record(output / f"{'gpu_quick' if quick else 'gpu'}.json", limit)
+    record = Record(harness.result_file(output, "gpu", quick=quick), limit)
     record.results |= {"device": device(), "microseconds": [], "not measured": record.missing}
     with torch.inference_mode():
-        for stage in stages(quick):
+        plan = stages(quick, shapes, rows, formats, peers)
+        for stage in harness.progress(plan, lambda one: f"{one.part} {one.shape[0]}x{one.shape[1]}"):
             measure(record, stage)
         record.add("Python overhead, microseconds per call", overhead)
     record.add("device after", device)
     record.add("first call, seconds", first_calls)
     record.add("targets", lambda: targets(record.results["microseconds"]))
-    harness.print_table(record.results.get("targets", []))
-    if not quick:
-        try:
-            plot(record.results, output / "gpu.png")
-        except ImportError:
-            print("no plot: matplotlib is not installed")
+    harness.print_table(record.results.get("targets", []), record.missing)
 
 
 class Record:
@@ -126,12 +147,6 @@ def device() -> dict[str, Any]:
         "L2, MB": properties.L2_cache_size / 2**20,
         "CUDA": torch.version.cuda,
     }
-    import triton
-
-    described["triton"] = triton.__version__
-    for peer in ("bitsandbytes", "gemlite", "torchao"):
-        with contextlib.suppress(PackageNotFoundError):
-            described[peer] = version(peer)
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
     try:
         query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
@@ -141,144 +156,82 @@ def device() -> dict[str, Any]:
     return described | dict(zip(fields.split(","), (value.strip() for value in values.split(",")), strict=False))
 
 
-# ---- contenders: for each weight of the rotation a function of x
+# ---- contenders: besides the peers, our products by every path
 
 
-def copies(nbytes: int) -> range:
-    return harness.copies(nbytes, ROTATED_BYTES)
+def ours_by_path(path: str) -> Peer:
+    """The forward product of nf4 by one path of the Triton backend."""
+
+    def compute(layer: tuple, x: Tensor) -> Tensor:
+        p = layer[0]
+        stored = p.codes, p.scale, p.offset, p.codebook, GROUP
+        return triton_backend.qlora_linear(x, *stored, None, None, 1.0, None, path=path)
+
+    return replace(ours.product("nf4", compute=compute), name=f"nf4, {'fused' if path == 'prefill' else path}")
 
 
-def random_packed(name: str, shape: tuple[int, int]) -> lk.PackedTensor:
-    """Random codes and scales of the right sizes: how fast a product is does not depend on their values."""
-    rows, columns = shape
-    small = lk.quantize(torch.randn(1, columns), name, GROUP)
-    codes = torch.randint(0, 256, (rows, small.codes.shape[1]), dtype=torch.uint8, device="cuda")
-    scale, offset = (
-        None if group is None else (torch.rand(rows, group.shape[1], device="cuda") * 0.02).to(group.dtype)
-        for group in (small.scale, small.offset)
-    )
-    codebook = small.codebook.cuda()
-    return lk.PackedTensor(codes, scale, offset, codebook, in_features=columns, group_size=GROUP, format=small.format)
+def several_adapters(adapters: int = 16, rank: int = 16) -> Peer:
+    """Each row has an adapter of its own, of as many as there are rows for."""
+    ids = {m: (torch.arange(m) % adapters).sort().values for m in range(max(DECODE_ROWS) + 1)}
+    on_device: dict[int, Tensor] = {}
+
+    def prepare(shape: Shape, device: str) -> tuple[lk.PackedTensor, Tensor, Tensor]:
+        lora_A = torch.randn(adapters, rank, shape[1], device=device, dtype=DTYPE)
+        lora_B = torch.randn(adapters, shape[0], rank, device=device, dtype=DTYPE)
+        return ours.random_packed("nf4", shape, device), lora_A, lora_B
+
+    def compute(layer: tuple, x: Tensor) -> Tensor:
+        m = x.shape[0]
+        if m not in on_device:  # Not while a graph is captured: every call has run before.
+            on_device[m] = ids[m].to(x.device)
+        return lk.qlora_linear(x, *layer, adapter_ids=on_device[m])
+
+    return Peer(f"nf4, {adapters} adapters r={rank}", ("cuda",), 0.53, prepare, compute)
 
 
-def ours(name: str, shape: tuple[int, int], rank: int | None = None, path: str | None = None) -> list[Call]:
-    rows, columns = shape
-
-    def adapter(*size: int) -> Tensor | None:
-        return None if rank is None else torch.randn(size, device="cuda", dtype=DTYPE)
-
-    first = random_packed(name, shape)
-    calls = []
-    for packed in [first] + [random_packed(name, shape) for _ in copies(first.nbytes)][1:]:
-        lora = adapter(rank, columns), adapter(rows, rank)
-        stored = packed.codes, packed.scale, packed.offset, packed.codebook, GROUP
-        if path is None:
-            calls.append(lambda x, packed=packed, lora=lora: lk.qlora_linear(x, packed, *lora))
-        else:
-            calls.append(lambda x, s=stored, lora=lora: triton_backend.qlora_linear(x, *s, *lora, 1.0, None, path=path))
-    return calls
-
-
-def several_adapters(shape: tuple[int, int], adapters: int = 16, rank: int = 16) -> list[Call]:
-    def layer() -> tuple[lk.PackedTensor, Tensor, Tensor]:
-        lora_A = torch.randn(adapters, rank, shape[1], device="cuda", dtype=DTYPE)
-        return random_packed("nf4", shape), lora_A, torch.randn(adapters, shape[0], rank, device="cuda", dtype=DTYPE)
-
-    layers = [layer() for _ in copies(shape[0] * shape[1] // 2)]
-    ids = {m: (torch.arange(m, device="cuda") % adapters).sort().values for m in DECODE_ROWS}  # As many as m allows.
-
-    return [lambda x, own=own: lk.qlora_linear(x, *own, adapter_ids=ids[x.shape[0]]) for own in layers]
-
-
-def dense(shape: tuple[int, int]) -> list[Call]:
-    weights = [torch.randn(shape, device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
-    return [lambda x, weight=weight: linear(x, weight) for weight in weights]
-
-
-def bitsandbytes_nf4(shape: tuple[int, int]) -> list[Call]:
-    import bitsandbytes
-    from bitsandbytes.functional import quantize_4bit
-
-    calls = []
-    for _ in copies(shape[0] * shape[1] // 2):
-        weight = torch.randn(shape, device="cuda", dtype=DTYPE)
-        codes, state = quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
-        calls.append(lambda x, c=codes, s=state: bitsandbytes.matmul_4bit(x, c.t(), quant_state=s))
-    return calls
-
-
-def torch_int4(shape: tuple[int, int]) -> list[Call]:
-    """ATen's tinygemm int4, which torchao's weight-only int4 calls on Hopper and before."""
-    calls = []
-    for _ in copies(shape[0] * shape[1] // 2):
-        codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device="cuda")
-        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-        scale_and_zero = torch.rand(shape[1] // GROUP, shape[0], 2, device="cuda").to(DTYPE)
-        calls.append(lambda x, p=packed, s=scale_and_zero: torch.ops.aten._weight_int4pack_mm(x, p, GROUP, s))
-    return calls
-
-
-def gemlite_int4(shape: tuple[int, int]) -> list[Call]:
-    import gemlite
-
-    calls = []
-    for _ in copies(shape[0] * shape[1] // 2):
-        layer = gemlite.GemLiteLinear(4, GROUP, shape[1], shape[0], gemlite.DType.BF16, gemlite.DType.BF16)
-        codes = torch.randint(0, 16, shape, dtype=torch.uint8, device="cuda")
-        groups = shape[0] * shape[1] // GROUP
-        layer.pack(codes, torch.rand(groups, 1, device="cuda", dtype=DTYPE), 8.0, None)
-        calls.append(layer.forward)
-    return calls
-
-
-def fused_or_chunked(shape: tuple[int, int], path: str | None = None) -> list[Call]:
-    """grad_x [M, K] = grad_y [M, N] @ W: shape is that of the transposed weight, whose columns grad_y has."""
-    stored = shape[1], shape[0]
-    weights = [random_packed("nf4", stored) for _ in copies(shape[0] * shape[1] // 2)]
+def grad_input(path: str | None = None) -> Peer:
+    """grad_x [M, K] = grad_y [M, N] @ W: the shape is that of the transposed weight, whose columns grad_y has."""
     op = triton_backend.qlora_linear_grad_input
-    return [
-        lambda g, p=p: op(g, p.codes, p.scale, p.offset, p.codebook, p.shape[1], GROUP, None, None, 1.0, path=path)
-        for p in weights
-    ]
+
+    def prepare(shape: Shape, device: str) -> lk.PackedTensor:
+        return ours.random_packed("nf4", shape[::-1], device)
+
+    def compute(p: lk.PackedTensor, grad: Tensor) -> Tensor:
+        return op(grad, p.codes, p.scale, p.offset, p.codebook, p.shape[1], GROUP, None, None, 1.0, path=path)
+
+    return Peer("nf4" if path is None else f"nf4, {path}", ("cuda",), 0.53, prepare, compute)
 
 
-def dense_backward(shape: tuple[int, int]) -> list[Call]:
-    weights = [torch.randn(shape[::-1], device="cuda", dtype=DTYPE) for _ in copies(2 * shape[0] * shape[1])]
-    return [lambda g, w=w: g @ w for w in weights]
+def decode_contenders(formats: list[str] | None = None, names: Sequence[str] | None = None) -> list[Peer]:
+    own = [ours.product(*variant) for variant in ours.variants(formats)]
+    return [*own, *([] if formats else [several_adapters()]), *peers.select("cuda", names)]
 
 
-CONTENDERS: dict[str, Build] = {
-    "bf16 linear": dense,
-    "nf4": partial(ours, "nf4"),
-    "nf4 r=16": partial(ours, "nf4", rank=16),
-    "nf4 r=64": partial(ours, "nf4", rank=64),
-    "nf4, 16 adapters r=16": several_adapters,
-    "nf2": partial(ours, "nf2"),
-    "int4": partial(ours, "int4"),
-    "bitsandbytes nf4": bitsandbytes_nf4,
-    "aten int4": torch_int4,
-    "gemlite int4": gemlite_int4,
-}
-PREFILL_CONTENDERS: dict[str, Build] = {
-    "bf16 linear": dense,
-    "nf4": partial(ours, "nf4"),
-    "nf4, fused": partial(ours, "nf4", path="prefill"),
-    "nf4, chunked": partial(ours, "nf4", path="chunked"),
-    "nf4 r=16": partial(ours, "nf4", rank=16),
-    "nf2": partial(ours, "nf2"),
-}
-BACKWARD_CONTENDERS: dict[str, Build] = {
-    "bf16 matmul": dense_backward,
-    "nf4": fused_or_chunked,
-    "nf4, fused": partial(fused_or_chunked, path="fused"),
-    "nf4, chunked": partial(fused_or_chunked, path="chunked"),
-}
+def prefill_contenders(formats: list[str] | None = None, names: Sequence[str] | None = None) -> list[Peer]:
+    variants = (("nf4", None), ("nf4", 16), ("nf2", None)) if formats is None else ours.variants(formats)
+    paths = () if formats else (ours_by_path("prefill"), ours_by_path("chunked"))
+    dense = peers.select("cuda", ["bf16 linear"] if names is None else names)
+    return [*dense, *(ours.product(*variant) for variant in variants), *paths]
+
+
+BACKWARD_CONTENDERS = (
+    Peer(
+        "bf16 matmul",
+        ("cuda",),
+        2,
+        lambda shape, device: torch.randn(shape[::-1], device=device, dtype=DTYPE),
+        lambda weight, grad: grad @ weight,
+    ),
+    grad_input(),
+    grad_input("fused"),
+    grad_input("chunked"),
+)
 
 
 # ---- measurements
 
 
-def captured(calls: list[Call], x: Tensor) -> torch.cuda.CUDAGraph:
+def captured(calls: list[Product], x: Tensor) -> torch.cuda.CUDAGraph:
     """A graph with one call of each, captured after calls that compile and choose algorithms."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # It may still be making x, and at first the weights.
@@ -298,16 +251,25 @@ def measure(record: Record, stage: Stage) -> None:
     """One row of microseconds per call for each M."""
     part, shape, all_rows, contenders = stage
     place = f"{part} {shape[0]}x{shape[1]}"
-    built = {name: record.attempt(f"{name}, {place}", partial(build, shape)) for name, build in contenders.items()}
+    built = {
+        one.name: record.attempt(f"{one.name}, {place}", partial(prepared, one, shape, all_rows[0]))
+        for one in contenders
+    }
     variants = {name: calls for name, calls in built.items() if calls is not None}
     for m in all_rows:
         where = f"{place} M={m}"
         times = record.attempt(where, partial(measure_row, record, where, m, shape[1], variants))
         if times:
-            row = {"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m} | times
+            row = harness.timed_row({"part": part, "N x K": f"{shape[0]}x{shape[1]}", "M": m}, times, per_second=1e6)
             record.results["microseconds"] = with_row(record.results["microseconds"], row)
             harness.print_table([row])
         record.save()
+
+
+def prepared(contender: Peer, shape: Shape, m: int) -> list[Product]:
+    if (why := contender.missing()) is not None:
+        raise LookupError(why)
+    return peers.products(contender, shape, ROTATED_BYTES, "cuda", torch.zeros(m, shape[1], dtype=DTYPE, device="cuda"))
 
 
 def with_row(rows: list[dict], row: dict) -> list[dict]:
@@ -317,7 +279,7 @@ def with_row(rows: list[dict], row: dict) -> list[dict]:
     return [*kept, row]
 
 
-def measure_row(record: Record, where: str, m: int, columns: int, variants: dict[str, list[Call]]) -> dict[str, float]:
+def measure_row(record: Record, where: str, m: int, columns: int, variants: dict[str, list[Product]]) -> dict:
     x = torch.randn(m, columns, device="cuda", dtype=DTYPE)
     graphs = {}
     for name, calls in variants.items():
@@ -327,8 +289,8 @@ def measure_row(record: Record, where: str, m: int, columns: int, variants: dict
     return replayed(graphs)
 
 
-def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int = 15) -> dict[str, float]:
-    """Median microseconds per call of each graph; the graphs take turns.
+def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int = 15) -> dict[str, harness.Timing]:
+    """Seconds per call of each graph; the graphs take turns.
 
     The device is kept busy until the graph is in its queue, so that no time passes between start and first kernel.
     """
@@ -342,11 +304,11 @@ def replayed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int =
             end.record()
             end.synchronize()
             if repeat >= 2:
-                times[name].append(1e3 * start.elapsed_time(end) / calls)
-    return {name: median(values) for name, values in times.items()}
+                times[name].append(1e-3 * start.elapsed_time(end) / calls)
+    return {name: harness.Timing.of(values) for name, values in times.items()}
 
 
-def overhead() -> dict[str, float]:
+def overhead() -> dict[str, Any]:
     """Host time to enqueue a call without a graph, at a size whose kernels take hardly any time."""
     layer = lk.QuantLoRALinear(256, 256, bias=False, rank=16, device="cuda", dtype=DTYPE)
     weight = torch.randn(256, 256, device="cuda", dtype=DTYPE)
@@ -360,8 +322,8 @@ def overhead() -> dict[str, float]:
             for _ in range(100):
                 call(x)
             seconds.append((time.perf_counter() - started) / 100)
-        result[name] = 1e6 * median(seconds)
-    return result
+        result[name] = harness.Timing.of(seconds)
+    return harness.timed_row({}, result, per_second=1e6)
 
 
 def first_calls() -> dict[str, float]:
@@ -372,7 +334,7 @@ def first_calls() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as empty, knobs.cache.scope():
         knobs.cache.dir = empty  # Kernels that an earlier run compiled do not count.
         for name, m in (("uniform4, M=1", 1), ("uniform4, M=256", 256)):
-            packed = random_packed("uniform4", (512, 512))
+            packed = ours.random_packed("uniform4", (512, 512), "cuda")
             x = torch.randn(m, 512, device="cuda", dtype=DTYPE)
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -380,64 +342,3 @@ def first_calls() -> dict[str, float]:
             torch.cuda.synchronize()
             result[name] = time.perf_counter() - started
     return result
-
-
-# ---- targets
-
-
-def targets(rows: list[dict]) -> list[dict]:
-    """The aims of the kernels, as ratios of this run."""
-    found: list[dict] = []
-
-    def aim(what: str, row: dict, over: str, under: str, least: float) -> None:
-        if over in row and under in row:
-            value = row[over] / row[under]
-            where = f"{row['part']} {row['N x K']} M={row['M']}"
-            found.append({"target": what, "at": where, "value": value, "aim >=": least, "met": value >= least})
-
-    speedups = {"8192x28672": 3.3, "14336x4096": 2.8, "4096x14336": 2.8, "4096x4096": 2.0}
-    by_place = {(row["part"], row["N x K"], row["M"]): row for row in rows}
-    for row in rows:
-        m, size = row["M"], row["N x K"]
-        if row["part"] == "decode":
-            if m == 1:
-                aim("nf4 against bf16", row, "bf16 linear", "nf4", speedups.get(size, 2.0))
-                aim("nf4 against bitsandbytes", row, "bitsandbytes nf4", "nf4", 1.8)
-                aim("nf4 against it with r=16", row, "nf4", "nf4 r=16", 1 / 1.05)
-                aim("nf4 against it with r=64", row, "nf4", "nf4 r=64", 1 / 1.15)
-                if size == "8192x28672":
-                    aim("nf2 against bf16", row, "bf16 linear", "nf2", 5.0)
-            if 8 <= m <= 64 and size == "4096x4096":
-                aim("nf4 against bitsandbytes", row, "bitsandbytes nf4", "nf4", 3.0)
-            if m == 16 and "nf4" in by_place.get(("decode", size, 1), {}):
-                flat = {**row, "M=1": by_place["decode", size, 1]["nf4"]}
-                aim("nf4: M=1 against M=16", flat, "M=1", "nf4", 1 / 1.15)
-        elif row["part"] == "prefill" and m >= 256:
-            aim("nf4 against bf16", row, "bf16 linear", "nf4", 0.8 if m == 256 else 0.9)
-        elif row["part"] == "backward" and m == 2048:
-            aim("nf4 grad_x against bf16", row, "bf16 matmul", "nf4", 0.85)
-    return found
-
-
-def plot(results: dict, path: Path) -> None:
-    """Plot the times of every contender over M, one panel per part and shape, device and versions in the title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = results["microseconds"]
-    panels = list(dict.fromkeys((row["part"], row["N x K"]) for row in rows))
-    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(16, 9), layout="constrained", squeeze=False)
-    for axis, (part, size) in zip(axes.flat, panels, strict=False):
-        own = [row for row in rows if (row["part"], row["N x K"]) == (part, size)]
-        for name in dict.fromkeys(key for row in own for key in row if key not in ("part", "N x K", "M")):
-            points = [(row["M"], row[name]) for row in own if name in row]
-            style = "-" if name.startswith(("nf", "int4")) else "--"
-            axis.plot(*zip(*points, strict=True), style, marker=".", label=name)
-        axis.set(xscale="log", yscale="log", title=f"{part} {size}", xlabel="rows of x (M)", ylabel="microseconds")
-        axis.legend(fontsize="x-small")
-    about = results["device"]
-    figure.suptitle(f"{about['name']}, SM clock {about.get('clocks.sm', '?')}, torch {torch.__version__}")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -10,7 +10,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,52 +21,72 @@ from torch import Tensor
 import loftq_kernels as lk
 from bench import harness
 from bench.bench_init_quality import matrix
+from bench.peers import Shape, package
+from bench.subject import Subject
 
+SUBJECT = Subject(takes="4 min", quick="15 s", uses=("bitsandbytes",), options=("shapes",))
 LLAMA_LAYER = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}  # Llama-2-7B: q k v o, gate up, down; 32 layers
+OURS = "loftq_kernels"
+PEFT = "PEFT's loop, full SVD (one alternation)"
+RANDOMIZED = "the loop with torch.svd_lowrank"
 
 
-def run(output: Path, *, quick: bool) -> None:
-    results = {
-        "speed": speed(1024 if quick else 4096),
-        "memory": memory(1024 if quick else 4096, 2752 if quick else 11008),
-        "llama": llama_layer(quick),
+def run(output: Path, *, quick: bool, shapes: Sequence[Shape] | None = None) -> None:
+    """The file is written after each part."""
+    path = harness.result_file(output, "init", quick=quick)
+    why = package("bitsandbytes")()
+    missing = {} if why is None else {f"{PEFT}; {RANDOMIZED}": f"their quantizer is that of bitsandbytes: {why}"}
+    side = 1024 if quick else 4096
+    parts: dict[str, Callable[[], dict]] = {
+        f"speed {n}x{k}": partial(speed, (n, k), missing) for n, k in shapes or [(side, side)]
     }
-    harness.write_json(output / "init.json", results)
-    plot(results["speed"], output / "init.png")
+    if shapes is None:
+        parts |= {
+            "memory": partial(memory, side, 2752 if quick else 11008),
+            "llama": partial(llama_layer, quick),
+        }
+    results: dict[str, Any] = {"not measured": missing}
+    for name in harness.progress(list(parts), lambda name: f"init: {name}"):
+        results[name.partition(" ")[0] if shapes is None else name] = parts[name]()
+        harness.write_json(path, results)
+    for what, reason in missing.items():
+        print(f"not measured: {what}: {reason}")
 
 
 # ---- speed
 
 
-def speed(size: int, name: str = "nf4", rank: int = 64, num_iter: int = 5) -> dict:
+def speed(shape: Shape, missing: dict[str, str], name: str = "nf4", rank: int = 64, num_iter: int = 5) -> dict:
     """Seconds for one matrix, in turns, medians of 5: ours, one alternation of PEFT's loop, the svd_lowrank loop."""
-    weight = matrix("gaussian", size, size)
-    seconds = harness.interleaved(
-        {
-            "ours": lambda: lk.loftq_init(weight, name, rank, num_iter),
-            "PEFT-style loop, one alternation": lambda: _peer_loop(weight, rank, 1, _full_svd),
-            "svd_lowrank loop": lambda: _peer_loop(weight, rank, num_iter, _svd_lowrank),
-        },
-        repeats=5,
-    )
-    ours, peft = seconds["ours"], seconds["PEFT-style loop, one alternation"] * num_iter
-    floor = _floor(size, rank, num_iter)
+    weight = matrix("gaussian", *shape)
+    variants = {OURS: lambda: lk.loftq_init(weight, name, rank, num_iter)}
+    if not missing:
+        variants[PEFT] = lambda: _peer_loop(weight, rank, 1, _full_svd)
+        variants[RANDOMIZED] = lambda: _peer_loop(weight, rank, num_iter, _svd_lowrank)
+    row = harness.timed_row({}, harness.timings(variants, repeats=5))
+    ours = row[OURS]
+    floor = _floor(shape, rank, num_iter)
     result = {
-        "shape": [size, size],
+        "shape": list(shape),
         "format": name,
         "rank": rank,
         "num_iter": num_iter,
         "seconds": ours,
         "error": lk.loftq_init(weight, name, rank, num_iter).error,
-        "PEFT-style loop, seconds (one alternation x num_iter)": peft,
-        "svd_lowrank loop, seconds": seconds["svd_lowrank loop"],
-        "svd_lowrank loop, error": _peer_loop(weight, rank, num_iter, _svd_lowrank),
-        "times faster than PEFT's": peft / ours,
-        "times faster than svd_lowrank's": seconds["svd_lowrank loop"] / ours,
         "where the time goes": _profile(weight, name, rank, num_iter),
         "floor": floor,
         "times the floor": ours / (floor["seconds by FLOPs"] + floor["seconds by bytes"]),
+        "measured, seconds": row,
     }
+    if not missing:
+        result |= {
+            "PEFT-style loop, seconds (one alternation x num_iter)": row[PEFT] * num_iter,
+            "svd_lowrank loop, seconds": row[RANDOMIZED],
+            "svd_lowrank loop, error": _peer_loop(weight, rank, num_iter, _svd_lowrank),
+            "PEFT-style loop, error": _peer_loop(weight, rank, num_iter, _full_svd),
+            "times faster than PEFT's": row[PEFT] * num_iter / ours,
+            "times faster than svd_lowrank's": row[RANDOMIZED] / ours,
+        }
     print(json.dumps(result, indent=1))
     return result
 
@@ -103,18 +126,18 @@ def _profile(weight: Tensor, name: str, rank: int, num_iter: int) -> dict[str, f
     return dict(sorted(times.items(), key=lambda item: -item[1])[:12])
 
 
-def _floor(size: int, rank: int, num_iter: int) -> dict[str, float]:
+def _floor(shape: Shape, rank: int, num_iter: int) -> dict[str, float]:
     """The products with the residual and the passes over memory that the algorithm needs, over rates measured now."""
     from loftq_kernels.initializers.drivers import low_rank
 
-    width = low_rank.block_width(rank)
-    passes = 2 * low_rank.COLD_STEPS + 2 + (num_iter - 1) * (2 * low_rank.warm_steps(size, 4) + 1)
-    flops = 2 * size * size * (passes * width + (num_iter - 1) * rank)
+    size, width = shape[0] * shape[1], low_rank.block_width(rank)
+    passes = 2 * low_rank.COLD_STEPS + 2 + (num_iter - 1) * (2 * low_rank.warm_steps(min(shape), 4) + 1)
+    flops = 2 * size * (passes * width + (num_iter - 1) * rank)
     a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 1024**3 / harness.interleaved({"bf16 1024^3": lambda: a @ b}, repeats=20)["bf16 1024^3"]
     # To quantize, each alternation reads the float32 weight and reads and writes the bfloat16 residual once; the
     # products read the residual once per pass.
-    traffic = size * size * (num_iter * (4 + 2 + 2) + passes * 2)
+    traffic = size * (num_iter * (4 + 2 + 2) + passes * 2)
     bandwidth = harness.read_bandwidth()
     return {
         "GFLOP": flops / 1e9,
@@ -165,23 +188,3 @@ def llama_layer(quick: bool) -> dict:
     result = {"seconds by shape": seconds, "layer": layer, "32 layers (layer x 32), minutes": layer * 32 / 60}
     print(json.dumps(result))
     return result
-
-
-def plot(measured: dict, path: Path) -> None:
-    """Plot the seconds of the three loops."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    bars = {
-        "ours": measured["seconds"],
-        "svd_lowrank loop": measured["svd_lowrank loop, seconds"],
-        "PEFT-style loop": measured["PEFT-style loop, seconds (one alternation x num_iter)"],
-    }
-    axis.bar(list(bars), list(bars.values()))
-    axis.bar_label(axis.containers[0], fmt="%.2f s")
-    axis.set(yscale="log", title=f"{measured['shape'][0]}x{measured['shape'][1]}, nf4, r=64, T=5")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

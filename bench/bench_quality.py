@@ -7,10 +7,6 @@ of whole processes, on a larger model with random weights.
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,19 +19,20 @@ import torch
 from torch import nn
 
 import loftq_kernels as lk
-from bench import harness
+from bench import harness, quality_memory
+from bench.quality_memory import CACHED, TOGETHER
+from bench.subject import Subject
 from loftq_kernels.recipes import finetune, small_lm
-from loftq_kernels.storage import files
 
+SUBJECT = Subject(takes="40 min", quick="1 min", asked=True)
 FORMATS, RANKS = ("nf2", "int2"), (2, 8, 32)
 QALORA_RANK, QALORA_GROUP = 4, 32  # Width 128 has four groups of 32, so no larger rank is possible.
 MEMORY_SIZES = {"width": 768, "layers": 6, "heads": 8, "hidden": 2048}  # 43 M weights, 0.17 GB in float32
-MEMORY_MODES = ("teacher cached", "teacher and model")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much to run. The full ones take about a quarter of an hour on two cores."""
+    """How much to run."""
 
     seeds: tuple[int, ...]
     pretrain_steps: int
@@ -53,19 +50,18 @@ QUICK = Sizes((0,), 20, 4, 4, 5, (2, 8), (("width", 512), ("layers", 4), ("heads
 def run(output: Path, *, quick: bool) -> None:
     """JSON, curves and the table of docs/quality.md; rows are written as they come."""
     sizes, started = QUICK if quick else FULL, time.perf_counter()
-    path = output / ("quality_quick.json" if quick else "quality.json")
+    path = harness.result_file(output, "quality", quick=quick)
     rows: list[dict] = []
     curves: list[dict] = []
-    for seed in sizes.seeds:
+    for seed in harness.progress(sizes.seeds, lambda seed: f"seed {seed}: pretraining, RILQ, fine-tuning"):
         base = small_lm.pretrained(sizes.pretrain_steps, seed)
         rows += tuned(base, seed, sizes)
         curves += fine_tuned(base, seed, sizes)
         results = {"sizes": asdict(sizes), "summary": summarize(rows, curves), "rows": rows, "fine-tuning": curves}
         harness.write_json(path, results)
-    results |= {"memory": memory(sizes), "merged, microseconds": merged_speed()}
+    results |= {"memory": quality_memory.memory(dict(sizes.memory_sizes)), "merged, microseconds": merged_speed()}
     results["seconds"] = time.perf_counter() - started
     harness.write_json(path, results)
-    plot(results, path.with_suffix(".png"))
     table = markdown(results)
     path.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
@@ -177,64 +173,9 @@ def merged_speed(size: int = 2048) -> list[dict]:
         merged.merge_adapter()
         layers = {"no adapter": plain, "qalora": adapted, "merged": merged}
         with torch.no_grad():
-            seconds = harness.interleaved({k: partial(layer, x) for k, layer in layers.items()}, repeats=100)
-        rows.append({"format": format, **{name: 1e6 * value for name, value in seconds.items()}})
+            times = harness.timings({name: partial(layer, x) for name, layer in layers.items()}, repeats=100)
+        rows.append(harness.timed_row({"format": format}, times, per_second=1e6))
     return rows
-
-
-def memory(sizes: Sizes) -> dict[str, float]:
-    """Peak resident bytes of processes that run RILQ, less those of one that runs it on a tiny model.
-
-    "teacher cached" caches the states in one process and tunes in another; its figure is the larger of the two.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-
-        def peak(mode: str) -> int:
-            command = [sys.executable, "-m", "bench.bench_quality", mode, folder, json.dumps(dict(sizes.memory_sizes))]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{mode}: {done.stderr}")
-            return int(done.stdout)
-
-        peak("prepare")
-        base = peak("nothing")
-        peaks = {mode: peak(mode) - base for mode in ("cache", "tune", "both")}
-    return peaks | {MEMORY_MODES[0]: max(peaks["cache"], peaks["tune"]), MEMORY_MODES[1]: peaks["both"]}
-
-
-def measure(mode: str, folder: Path, sizes: dict[str, int]) -> int:
-    """One process of `memory`; its peak resident bytes."""
-    batches = list(torch.randint(small_lm.BYTES, (4, 2, 64), generator=torch.Generator().manual_seed(0)))
-    cfg = lk.RilqConfig(steps=3, accumulate=1, validate_every=3)
-    if mode == "prepare":
-        torch.manual_seed(0)
-        model = small_lm.SmallLM(**sizes)
-        files.save_tensors(folder / "dense.safetensors", model.state_dict(), {})
-        lk.quantize_model(model, lk.QuantConfig("nf2", rank=8, init="qlora"), progress=False)
-        lk.save_quantized(model, folder / "quantized")
-    if mode == "nothing":
-        model = small_lm.SmallLM(width=32, layers=1, heads=1, hidden=32)
-        teacher = copy.deepcopy(model)
-        lk.quantize_model(model, lk.QuantConfig("nf2", rank=8), progress=False)
-        lk.rilq_tune(model, teacher, batches, cfg, cache=folder / "tiny", progress=False)
-    if mode == "cache":
-        lk.cache_teacher(lambda: _dense(folder, sizes), batches, folder / "states", progress=False)
-    if mode in ("tune", "both"):
-        with torch.device("meta"):
-            skeleton = small_lm.SmallLM(**sizes)
-        model = lk.load_quantized(folder / "quantized", skeleton)
-        teacher = folder / "states" if mode == "tune" else _dense(folder, sizes)
-        lk.rilq_tune(model, teacher, batches, cfg, progress=False)
-    # A process inherits ru_maxrss from the one that started it, so it is not used.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def _dense(folder: Path, sizes: dict[str, int]) -> nn.Module:
-    with torch.device("meta"):
-        model = small_lm.SmallLM(**sizes)
-    model.load_state_dict(files.load_tensors(folder / "dense.safetensors")[0], assign=True)
-    return model.eval()
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -266,7 +207,7 @@ def markdown(results: dict[str, Any]) -> str:
             of_run = [c["perplexity"] for c in results["fine-tuning"] if (c["format"], c["init"]) == (format, init)]
             lines.append(f"| {format} | {init} | {cell([p[0] for p in of_run])} | {cell([p[-1] for p in of_run])} |")
     lines += ["", "| RILQ's process | peak memory, MB |", "|---|---:|"]
-    lines += [f"| {name} | {results['memory'][name] / 1e6:.0f} |" for name in ("cache", "tune", *MEMORY_MODES)]
+    lines += [f"| {name} | {results['memory'][name] / 1e6:.0f} |" for name in ("cache", "tune", CACHED, TOGETHER)]
     lines += ["", "| one row, 2048 x 2048, µs | no adapter | QA-LoRA | merged |", "|---|---:|---:|---:|"]
     lines += [
         f"| {row['format']} | {row['no adapter']:.0f} | {row['qalora']:.0f} | {row['merged']:.0f} |"
@@ -278,36 +219,5 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _claims(results: dict[str, Any]) -> dict[str, bool]:
     peaks = results["memory"]
-    less = peaks[MEMORY_MODES[0]] < peaks[MEMORY_MODES[1]]
+    less = peaks[CACHED] < peaks[TOGETHER]
     return {**results["summary"]["claims"], "RILQ with cached states takes less memory than with the teacher": less}
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Perplexity over ranks, and over the steps of fine-tuning; lines are means over seeds, dots single seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    ranks, rows = results["sizes"]["ranks"], results["rows"]
-    for i, format in enumerate(FORMATS):
-        for column, style, label in (("start", "--", "LoftQ"), ("rilq", "-", "RILQ")):
-            values = [_values(rows, format, "lora", rank, column) for rank in ranks]
-            left.plot(range(len(ranks)), [mean(v) for v in values], style, color=f"C{i}", label=f"{format}, {label}")
-            for at, of_rank in enumerate(values):
-                left.plot([at] * len(of_rank), of_rank, ".", color=f"C{i}", markersize=4)
-    left.set_xticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
-    left.set(title="2 bits, held-out English", ylabel="perplexity")
-    for i, format in enumerate(finetune.FORMATS):
-        for init, style in (("qlora", "--"), ("loftq", "-")):
-            runs = [c for c in results["fine-tuning"] if (c["format"], c["init"]) == (format, init)]
-            average = [mean(values) for values in zip(*(c["perplexity"] for c in runs), strict=True)]
-            right.plot(runs[0]["steps"], average, style, color=f"C{i}", label=f"{format}, {init}")
-    right.set(title="fine-tuned on code", xlabel="step", ylabel="perplexity")
-    for axis in (left, right):
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=120)
-
-
-if __name__ == "__main__":
-    print(measure(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])))

@@ -5,27 +5,38 @@ It needs no GPU. At its full bandwidth an H200 leaves decode 4.1 issue slots per
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import triton
 
 from bench import harness
 from bench.sass import TARGETS, Case, Launch, launches, machine_code
+from bench.subject import Subject
 from loftq_kernels.formats import get_format
 from loftq_kernels.triton_kernels.configs import TABLE, Key, rows_of_table
 
+SUBJECT = Subject(takes="4 min", quick="1 min", needs=("triton",), options=("formats",))
 FORMATS = ("nf2", "int2", "int2_sym", "nf4", "int4", "int4_sym", "uniform4", "int8")
 TILE_FORMATS = ("nf2", "nf4", "int4", "int8")  # For large tiles, which scale weights the same way in all formats.
 
 
-def run(output: Path, *, quick: bool) -> None:
-    rows = []
+def run(output: Path, *, quick: bool, formats: Sequence[str] | None = None) -> None:
+    """The file is written after each target: a run takes minutes."""
+    path = harness.result_file(output, "sass", quick=quick)
+    rows: list[dict] = []
     for capability in (90,) if quick else TARGETS:
-        for case, shape in cases(capability):
+        wanted = [pair for pair in cases(capability) if formats is None or pair[0].format in formats]
+        for case, shape in harness.progress(wanted, lambda pair, sm=capability: f"sm_{sm}: {_described(*pair)}"):
             rows += [_row(case, shape, launch, capability) for launch in launches(case)]
+        results = {"triton": triton.__version__, "group_size": 64, "spread": harness.NO_TIMES, "kernels": rows}
+        harness.write_json(path, results)
     harness.print_table(rows)
-    harness.write_json(output / "sass.json", {"triton": triton.__version__, "group_size": 64, "kernels": rows})
+
+
+def _described(case: Case, shape: str | None) -> str:
+    block = "" if case.config is None else f", blocks of {case.config.block_m} x {case.config.block_n}"
+    return f"{case.kernel} {case.format}{block}{'' if shape is None else f', {shape}'}"
 
 
 def cases(capability: int) -> Iterator[tuple[Case, str | None]]:

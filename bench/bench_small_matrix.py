@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bench import harness
+from bench.subject import Subject
 
+SUBJECT = Subject(takes="2 min of a GPU", quick="1 min of a GPU", gpu=True, nvcc=True)
 EIGH_SIZES = (16, 32, 64, 80, 160, 240, 320, 400, 480)
 BLOCK_WIDTHS = (16, 40, 64, 80, 128)  # The Cholesky kernel holds these on GPUs with 99 KiB of shared memory or more.
 BLOCK_ROWS = 4096
@@ -23,23 +25,23 @@ _ops = torch.ops.loftq_kernels
 
 
 def run(output: Path, *, quick: bool) -> None:
-    if not torch.cuda.is_available():
-        print("small_matrix: skipped, there is no CUDA device")
-        return
+    """The file is written after each size: the device's time may be up any moment."""
+    path = harness.result_file(output, "small_matrix", quick=quick)
     batches = BATCHES[:3] if quick else BATCHES
-    eigen, blocks = [], []
+    eigen: list[dict] = []
+    blocks: list[dict] = []
     results = {"milliseconds": {"eigh, float32": eigen, "orthonormal columns": blocks}}
-    for size in EIGH_SIZES[:: 3 if quick else 1]:
+    for size in harness.progress(EIGH_SIZES[:: 3 if quick else 1], lambda size: f"eigh of {size}"):
         eigen += [eigh(batch, size, "cuda") for batch in batches]
-        harness.write_json(output / "small_matrix.json", results)
+        harness.write_json(path, results)
     harness.print_table(eigen)
-    for width in BLOCK_WIDTHS:
+    for width in harness.progress(BLOCK_WIDTHS, lambda width: f"{width} orthonormal columns"):
         blocks += [orthonormal(batch, BLOCK_ROWS, width, "cuda") for batch in batches]
-        harness.write_json(output / "small_matrix.json", results)
+        harness.write_json(path, results)
     harness.print_table(blocks)
 
 
-def eigh(batch: int, size: int, device: str) -> dict[str, float]:
+def eigh(batch: int, size: int, device: str) -> dict:
     """Eigenvectors of Gram matrices with a flat spectrum, as of quantization residuals, in float32."""
     root = torch.randn(batch, 4 * size, size, generator=torch.Generator().manual_seed(0)).to(device)
     gram = root.mT @ root
@@ -50,10 +52,10 @@ def eigh(batch: int, size: int, device: str) -> dict[str, float]:
     for name, solve in variants.items():
         values, vectors = solve()
         _check(name, (gram @ vectors - vectors * values.unsqueeze(-2)).abs().max() / values.max(), size)
-    return {"n": size, "batch": batch, **_milliseconds(variants)}
+    return _milliseconds({"n": size, "batch": batch}, variants)
 
 
-def orthonormal(batch: int, rows: int, width: int, device: str) -> dict[str, float]:
+def orthonormal(batch: int, rows: int, width: int, device: str) -> dict:
     """Orthonormal columns of [batch, rows, width] float32, by three ways: then R^-1 alone.
 
     The ways are CholeskyQR2 with our R^-1, with ATen's in float64 as in the initializer, and Householder QR.
@@ -72,7 +74,7 @@ def orthonormal(batch: int, rows: int, width: int, device: str) -> dict[str, flo
         q = solve()
         _check(name, (q.mT @ q - identity).abs().max(), width)
     variants |= {"R^-1, ours": lambda: _inverse_ours(gram), "R^-1, ATen": lambda: _inverse_aten(gram)}
-    return {"columns": width, "batch": batch, **_milliseconds(variants)}
+    return _milliseconds({"columns": width, "batch": batch}, variants)
 
 
 def _cholesky_qr2(block: Tensor, inverse: Callable[[Tensor], Tensor]) -> Tensor:
@@ -97,7 +99,7 @@ def _check(name: str, error: Tensor, size: int) -> None:
         raise AssertionError(f"{name} at size {size}: error {error:.3g} is above {limit:.3g}")
 
 
-def _milliseconds(variants: dict[str, Callable]) -> dict[str, float]:
+def _milliseconds(place: dict[str, int], variants: dict[str, Callable]) -> dict:
     def timed(solve: Callable) -> Callable:
         def call() -> None:
             solve()
@@ -105,5 +107,5 @@ def _milliseconds(variants: dict[str, Callable]) -> dict[str, float]:
 
         return call
 
-    seconds = harness.interleaved({name: timed(solve) for name, solve in variants.items()}, repeats=10)
-    return {name: 1e3 * value for name, value in seconds.items()}
+    times = harness.timings({name: timed(solve) for name, solve in variants.items()}, repeats=10)
+    return harness.timed_row(place, times, per_second=1e3)

@@ -11,17 +11,15 @@ import functools
 import os
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_bool, c_int, c_int64, c_size_t, c_void_p
-from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import harness
-
 TYPES = {"Q4_0": 2, "IQ4_NL": 20}  # enum ggml_type: 32 codes of 4 bits and a float16 scale in 18 bytes
 _F32 = 0
 _BLOCK, _BLOCK_BYTES = 32, 18
+_FILES = ("libggml-base.so", "libggml-cpu.so")
 
 
 class _InitParams(Structure):
@@ -65,15 +63,21 @@ _SIGNATURES = {
 _SILENCE = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)(lambda *_: None)
 
 
-def available() -> bool:
-    return "GGML_LIBRARIES" in os.environ
+def missing() -> str | None:
+    """Why the libraries cannot be used, with the remedy; None if they can."""
+    remedy = "pip install llama-cpp-python, and set GGML_LIBRARIES to the folder of its libggml-*.so"
+    if "GGML_LIBRARIES" not in os.environ:
+        return f"GGML_LIBRARIES is not set ({remedy})"
+    folder = Path(os.environ["GGML_LIBRARIES"])
+    absent = [file.name for file in map(folder.joinpath, _FILES) if not file.is_file()]
+    return f"GGML_LIBRARIES={folder} holds no {' nor '.join(absent)} ({remedy})" if absent else None
 
 
 @functools.cache
 def _library() -> dict[str, Callable]:
     """Functions by name, typed."""
     folder = Path(os.environ["GGML_LIBRARIES"])
-    parts = [ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu")]
+    parts = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in _FILES]
     functions = {}
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(parts[0], name, None) or getattr(parts[1], name)
@@ -131,7 +135,6 @@ class _Weight:
         return torch.frombuffer((ctypes.c_float * (len(x) * self._rows)).from_address(result), dtype=torch.float32)
 
 
-def contender(name: str, shape: tuple[int, int], rotated: int) -> Callable[[Tensor], Tensor]:
-    """x -> y, another weight at every call; x becomes float32, which is what ggml takes."""
-    weights = cycle([_Weight(name, shape) for _ in harness.copies(shape[0] * shape[1] // 2, rotated)])
-    return lambda x: next(weights)(x.float())
+def weight(name: str, shape: tuple[int, int], device: str) -> _Weight:
+    """One packed weight; calling it multiplies float32 rows."""
+    return _Weight(name, shape)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TOTAL_SECONDS = 540
-RESULTS = Path(__file__).parent / "results"
+OUTPUT = Path("bench-results")
 OK, NOT_RUN = "ok", "not run: the time was up"
 FEWEST_SECONDS = 5  # a command is not started again with less
 
@@ -205,7 +205,7 @@ def _first(lines: Sequence[str], count: int) -> list[str]:
 def run(plan: Sequence[Step], output: Path, hour: Hour) -> int:
     """Exit status: 0 if every required step has passed."""
     output.mkdir(parents=True, exist_ok=True)
-    for stale in ("gpu_tests.json", "gpu.json", "gpu.png", "small_matrix.json", "gpu_hour.md"):
+    for stale in ("gpu_tests.json", "gpu.json", "gpu.png", "small_matrix_quick.json", "gpu_hour.md"):
         (output / stale).unlink(missing_ok=True)
     done: list[Done] = []
     for step in plan:
@@ -228,7 +228,7 @@ def show(plan: Sequence[Step], seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_hour", description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result files, at most five")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the result files, at most five")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="time for everything")
     parser.add_argument("--dry-run", action="store_true", help="show the plan")
     args = parser.parse_args(argv)

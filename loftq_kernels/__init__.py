@@ -3,41 +3,12 @@
 y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora_B.T  +  bias
 """
 
-from loftq_kernels.calibration.activations import ActivationStatistics
-from loftq_kernels.calibration.collect import collect_activations
-from loftq_kernels.checkpoints.native import load_quantized, save_quantized
-from loftq_kernels.formats import PackedTensor, format_names, qlora_linear, quantize
-from loftq_kernels.initializers import (
-    AdapterInit,
-    InputStatistics,
-    LayerConfig,
-    aser_init,
-    eora_init,
-    initializer_names,
-    loftq_init,
-    loftq_init_batch,
-    qalora_init,
-    qlora_init,
-    weighted_low_rank,
-)
-from loftq_kernels.models.allocate import plan_bits, solve_plan
-from loftq_kernels.models.config import QuantConfig
-from loftq_kernels.models.convert import quantize_model
-from loftq_kernels.models.plan import BitPlan
-from loftq_kernels.models.report import QuantizationReport
-from loftq_kernels.nn import (
-    QuantLoRAConv1d,
-    QuantLoRAConv2d,
-    QuantLoRAEmbedding,
-    QuantLoRALinear,
-    QuantLoRALinearGroup,
-)
-from loftq_kernels.nn.adapters import merge_adapters, train_only_adapters
-from loftq_kernels.nn.blocks import first_layers
-from loftq_kernels.ops import available_backends
-from loftq_kernels.tuning.rilq import rilq_tune
-from loftq_kernels.tuning.teacher import cache_teacher
-from loftq_kernels.tuning.tuner import RilqConfig, RilqResult
+# ruff: noqa: F405
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -81,3 +52,31 @@ __all__ = [
     "train_only_adapters",
     "weighted_low_rank",
 ]
+
+
+def _is_the_command() -> bool:
+    """Whether this process is ``loftq-kernels`` or ``python -m loftq_kernels``, which has to answer --help at once."""
+    if sys.argv[:1] == ["-m"]:  # Python has not found the module yet; which one it is, its own arguments say.
+        own = sys.orig_argv
+        return any(pair == ("-m", __name__) for pair in zip(own, own[1:], strict=False))
+    return bool(sys.argv) and os.path.basename(sys.argv[0]) in ("loftq-kernels", "loftq-kernels.exe")
+
+
+# Everything is imported here, for the ops are registered with torch by it: exported programs and torch.ops need them.
+# The command alone begins without torch, and imports the rest when it has understood its arguments.
+if TYPE_CHECKING or not _is_the_command():
+    from loftq_kernels.public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """In the process of the command: all public names, as soon as one of them is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loftq_kernels import public
+
+    globals().update({known: getattr(public, known) for known in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

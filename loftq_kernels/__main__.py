@@ -2,6 +2,6 @@
 
 import sys
 
-from loftq_kernels.cli import main
+from loftq_kernels.cli.main import main
 
 sys.exit(main())

@@ -69,6 +69,27 @@ def test_overrides():
     assert lk.QuantConfig().for_layer("x") == lk.LayerConfig() == lk.QuantConfig().layer
 
 
+def test_forms_of_overrides():
+    """A format's name, changed fields, a whole `LayerConfig`, or None and "dense": as one form, also through JSON."""
+    whole = lk.LayerConfig(format="int4", rank=3, adapter_dtype=torch.bfloat16)
+    cfg = lk.QuantConfig(rank=8, overrides={"*.q": "nf2", "*.k": "dense", "*.v": whole, "*.o": None})
+    assert cfg.overrides == {"*.q": {"format": "nf2"}, "*.k": None, "*.v": dict(vars(whole)), "*.o": None}
+    assert cfg.for_layer("a.q") == lk.LayerConfig(format="nf2", rank=8) and cfg.for_layer("a.v") == whole
+    assert cfg.for_layer("a.k") is None and cfg.for_layer("a.o") is None
+    for values in (cfg.to_dict(), json.loads(json.dumps(cfg.to_dict()))):
+        assert lk.QuantConfig.from_dict(values) == cfg
+    assert lk.QuantConfig.from_dict({"rank": 8, "overrides": {"*.q": "nf2", "*.k": "dense"}}).overrides["*.k"] is None
+    with pytest.raises(ValueError, match="unknown format 'nf9'; known: nf2"):
+        lk.QuantConfig(overrides={"*": "nf9"})
+
+
+@pytest.mark.parametrize("name", ["include", "exclude", "modules_to_save", "layer_types"])
+def test_a_lone_string_is_one_of_them(name):
+    value = "conv" if name == "layer_types" else "*.q"
+    assert getattr(lk.QuantConfig(**{name: value}), name) == (value,)
+    assert getattr(lk.QuantConfig.from_dict({name: value}), name) == (value,)
+
+
 def test_overrides_of_the_initializer():
     """Fields that the base has for its own initializer do not stand in the way of another one."""
     cfg = lk.QuantConfig(init="aser", rank_energy=0.5, overrides={"a": {"init": "qlora"}, "b": {"rank": 3}})
@@ -129,7 +150,8 @@ def wrong_kinds() -> list[tuple[dict, str]]:
         ({"overrides": None}, "overrides must map patterns"),
         ({"overrides": [("a", None)]}, "overrides must map patterns"),
         ({"overrides": {3: None}}, "overrides must hold strings, got 3"),
-        ({"overrides": {"a": "nf2"}}, "override 'a' must be a dict of changed fields, or None, got 'nf2'"),
+        ({"overrides": {"a": ["nf2"]}}, r"override 'a' must be a format, a dict of .* None or 'dense', got \['nf2'\]"),
+        ({"overrides": {"a": lk.QuantConfig()}}, "override 'a' must be a format, a dict of changed fields, a LayerC"),
         ({"layer_types": None}, "layer_types=None must hold some of"),
         ({"quantize_head": 1}, "quantize_head must be True or False"),
         ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16'"),
@@ -232,7 +254,7 @@ def test_what_was_passed_in_is_copied():
         (lk.QuantConfig, {"colour": 1, "rank": 2}, "QuantConfig has no field colour"),
         (lk.LayerConfig, {"exclude": []}, "LayerConfig has no field exclude"),
         (lk.QuantConfig, {"overrides": {"a": {"colour": 1}}}, "override 'a' sets colour"),
-        (lk.QuantConfig, {"overrides": {"a": 3}}, "override 'a' must be a dict"),
+        (lk.QuantConfig, {"overrides": {"a": 3}}, "override 'a' must be a format, a dict"),
         (lk.QuantConfig, {"overrides": 3}, "overrides must map"),
         (lk.QuantConfig, {"scale_dtype": "int8"}, "scale_dtype='int8'"),
     ],

@@ -22,7 +22,7 @@ import loftq_kernels as lk
         ({"include": 5}, "include must be a pattern or a tuple of them, got 5"),
         ({"include": b"a"}, "include must be a pattern or a tuple of them, got b'a'"),
         ({"exclude": {"a": 1}}, "exclude must be a pattern or a tuple of them, got {'a': 1}"),
-        ({"overrides": {"*": 3}}, r"override '\*' must be a dict of changed fields, or None, got 3"),
+        ({"overrides": {"*": 3}}, r"override '\*' must be a format, a dict of changed fields, .* got 3"),
         ({"overrides": {"*": {3: 4}}}, r"override '\*' sets 3; it can set"),
         ({"overrides": {"*": {"init": ["loftq"]}}}, r"unknown init \['loftq'\]"),
         ({"overrides": {"*": {"init": "pissa"}}}, "unknown init 'pissa'"),

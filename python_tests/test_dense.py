@@ -91,9 +91,14 @@ class TestPlainFolder:
         with pytest.raises(ValueError, match="model.safetensors.*truncated"):
             dense.load_dense(tmp_path, layers=["embed"])
 
+    def test_a_lone_pattern(self, tensors, tmp_path):
+        save_file(tensors, tmp_path / "model.safetensors")
+        one, listed = (dense.load_dense(tmp_path, layers=layers) for layers in ("embed", ["embed"]))
+        assert isinstance(one.embed, nn.Linear) and isinstance(listed.embed, nn.Linear)
+
     def test_nothing_is_guessed(self, tensors, tmp_path):
         save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=r"no config.json, and shapes do not tell.*layers=.*--include.*model="):
+        with pytest.raises(ValueError, match=r"no config.json, and shapes do not tell.*layers=.*model="):
             dense.load_dense(tmp_path)
         for pattern in ("body.0.norm", "conv", "odd", "mixed", "nothing"):  # no matrix with a bias to match
             with pytest.raises(ValueError, match=f"'{pattern}' matches none of its matrices: "):

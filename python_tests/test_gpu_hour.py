@@ -228,7 +228,7 @@ class TestPlan:
         assert [(one.part, one.shape, one.all_rows) for one in stages[:count]] == [
             ("decode", shape, (1,)) for shape in bench_gpu.SHAPES
         ]
-        assert all(list(one.contenders) == ["bf16 linear", "nf4"] for one in stages[:count])
+        assert all([peer.name for peer in one.contenders] == ["bf16 linear", "nf4"] for one in stages[:count])
         assert {(s.part, s.shape, m) for s in stages for m in s.all_rows}.issuperset(
             ("decode", shape, m) for shape in bench_gpu.SHAPES for m in bench_gpu.DECODE_ROWS
         )

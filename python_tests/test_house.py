@@ -16,6 +16,7 @@ FLOORS = (
     "recipes",
     "integrations",
     "__init__",
+    "public",
     "checkpoints",
     "calibration",
     "tuning",
@@ -28,7 +29,9 @@ FLOORS = (
     "storage",
     "optim",
     "progress",
+    "threads",
     "arguments",
+    "vocabulary",
 )
 MOST_LINES = 350
 

@@ -15,7 +15,7 @@ import torch
 from helpers import BACKENDS, DEVICES, FORMATS, gaussian, minilm_inits, minilm_weights, same_packed
 
 import loftq_kernels as lk
-from loftq_kernels.initializers import engine, options
+from loftq_kernels.initializers import engine, options, parallel
 from loftq_kernels.initializers.drivers import low_rank
 
 RANKS = [8, 16, 64]
@@ -258,7 +258,7 @@ class TestBatch:
         """A GPU takes as many matrices at a time as its workspace holds, a CPU one after another."""
         weights = [gaussian(32, 64, seed=seed, device=device) for seed in range(5)]
         whole, told = lk.loftq_init_batch(weights, "nf2", 4, 2), []
-        monkeypatch.setattr(engine, "workspace_bytes", lambda device: 2 * engine._WORKSPACE_COPIES * 4 * 32 * 64)
+        monkeypatch.setattr(engine, "workspace_bytes", lambda device: 2 * parallel.WORKSPACE_COPIES * 4 * 32 * 64)
         chunked = lk.loftq_init_batch(weights, "nf2", 4, 2, progress=told.append)
         assert told == ([1] * 5 if device == "cpu" else [2, 2, 1])
         for a, b in zip(whole, chunked, strict=True):

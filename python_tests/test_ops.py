@@ -96,7 +96,9 @@ def test_fake_is_like_the_real_one(name):
 
 def test_names_lists_every_op():
     defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "loftq" in name}
-    assert defined == set(schemas.names())
+    driver = {"loftq_begin", "loftq_step", "loftq_results", "loftq_end"}  # They are defined where they are compiled.
+    assert defined - driver == set(schemas.names())
+    assert extension._C is None or driver <= defined
 
 
 class TestQuantizeResidual:
@@ -340,7 +342,7 @@ def test_float64_scales_are_refused():
         lambda: ops.qlora_linear_grad_input(x[:, :7], *stored, 130, 64, None, None, 1.0),
         lambda: ops.dequantize(*stored, 130, 64, torch.float32),
     ):
-        with pytest.raises(ValueError, match="scale has dtype Double"):
+        with pytest.raises(ValueError, match="scale has dtype float64"):
             call()
 
 

@@ -1,7 +1,10 @@
 #include "bindings/ops.h"
 
-#include <ATen/MemoryOverlap.h>
-#include <c10/util/Exception.h>
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "aten/functions.h"
 
 namespace loftq::bindings {
 
@@ -9,71 +12,87 @@ constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that the bytes of a ro
 
 namespace {
 
-DType dtype_of(at::ScalarType type, const char* what) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, what, " has dtype ", type, "; expected float32, float16 or bfloat16");
-  }
+DType dtype_of(ScalarType type, const char* what) {
+  if (type == kFloat) return DType::kFloat32;
+  if (type == kHalf) return DType::kFloat16;
+  if (type == kBFloat16) return DType::kBFloat16;
+  refuse(what, " has dtype ", type, "; expected float32, float16 or bfloat16");
 }
 
-ScaleRule scale_rule_of(std::string_view name) {
+ScaleRule scale_rule_of(const std::string& name) {
   if (name == "absmax") return ScaleRule::kAbsmax;
   if (name == "minmax") return ScaleRule::kMinMax;
   if (name == "mean_std") return ScaleRule::kMeanStd;
-  TORCH_CHECK_VALUE(false, "scale_rule=\"", name, "\" is not one of absmax, minmax, mean_std");
+  refuse("scale_rule=\"", name, "\" is not one of absmax, minmax, mean_std");
 }
 
 void check_group_size(int64_t group_size) {
-  TORCH_CHECK_VALUE(is_group_size(group_size), "group_size=", group_size, " is not one of ",
-                    at::IntArrayRef(kGroupSizes));
+  LOFTQ_CHECK(is_group_size(group_size), "group_size=", group_size, " is not one of ", std::span(kGroupSizes));
 }
 
-void check_device(const at::Tensor& tensor, const at::Tensor& like, const char* what) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), what, " is on ", tensor.device(), ", expected ", like.device());
+void check_device(const Tensor& tensor, const Tensor& like, const char* what) {
+  LOFTQ_CHECK(tensor.device() == like.device(), what, " is on ", tensor.device(), ", expected ", like.device());
 }
 
-void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* what) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " has shape ", tensor.sizes(), ", expected ", shape);
+void check_shape(const Tensor& tensor, Sizes shape, const char* what) {
+  const Sizes sizes = tensor.sizes();
+  LOFTQ_CHECK(std::ranges::equal(sizes, shape), what, " has shape ", sizes, ", expected ", shape);
+}
+
+template <size_t kDims>
+void check_shape(const Tensor& tensor, const int64_t (&shape)[kDims], const char* what) {
+  check_shape(tensor, Sizes(shape), what);
+}
+
+// The tensor if its elements are in order, or a copy, which is then put into `copy`.
+const Tensor& in_order(const Tensor& tensor, Tensor& copy) {
+  if (tensor.is_contiguous()) return tensor;
+  return copy = contiguous(tensor);
+}
+
+// The code book where the codes are, as float32 numbers side by side.
+const Tensor& codebook_at(const Tensor& codebook, Device device, Tensor& copy) {
+  if (codebook.device() == device) return in_order(codebook, copy);
+  return copy = contiguous(to(codebook, device));
+}
+
+// The bytes from the first to past the last element of a tensor with that many.
+std::array<const char*, 2> bytes_of(const Tensor& tensor, int64_t elements) {
+  const char* first = tensor.const_data<char>();
+  return {first, first + elements * static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype().code))};
 }
 
 // Bits per code with this code book: log2 of its length.
-int bits_of(const at::Tensor& codebook) {
+int bits_of(const Tensor& codebook) {
   const int bits = codebook.dim() == 1 ? bits_of_codebook(codebook.numel()) : 0;
-  TORCH_CHECK_VALUE(bits != 0, "codebook has shape ", codebook.sizes(), ", expected [2^bits] with bits one of ",
-                    c10::ArrayRef<int>(kCodeBits));
-  TORCH_CHECK_VALUE(codebook.scalar_type() == at::kFloat, "codebook has dtype ", codebook.scalar_type(),
-                    ", expected float32");
+  LOFTQ_CHECK(bits != 0, "codebook has shape ", codebook.sizes(), ", expected [2^bits] with bits one of ",
+              std::span(kCodeBits));
+  LOFTQ_CHECK(codebook.dtype() == kFloat, "codebook has dtype ", codebook.dtype(), ", expected float32");
   return bits;
 }
 
 void check_bits(int64_t bits) {
-  TORCH_CHECK_VALUE(is_code_bits(bits), "bits=", bits, " is not one of ", c10::ArrayRef<int>(kCodeBits));
+  LOFTQ_CHECK(is_code_bits(bits), "bits=", bits, " is not one of ", std::span(kCodeBits));
 }
 
-void check_bytes(const at::Tensor& tensor, const char* what) {
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.scalar_type() == at::kByte, what, " has shape ", tensor.sizes(),
-                    " and dtype ", tensor.scalar_type(), ", expected 2 dimensions of uint8");
+void check_bytes(const Tensor& tensor, const char* what) {
+  LOFTQ_CHECK(tensor.dim() == 2 && tensor.dtype() == kByte, what, " has shape ", tensor.sizes(), " and dtype ",
+              tensor.dtype(), ", expected 2 dimensions of uint8");
 }
 
 }  // namespace
 
-void raise_if(Status status) { TORCH_CHECK_VALUE(status == nullptr, status); }
+void raise_if(Status status) { LOFTQ_CHECK(status == nullptr, status); }
 
-QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
-                              std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sizes(), ", expected [N, K]");
+QuantizeCall prepare_quantize(const Tensor& weight, const Tensor& codebook, int64_t group_size,
+                              const std::string& scale_rule, ScalarType scale_dtype, bool scale_search) {
+  LOFTQ_CHECK(weight.dim() == 2, "weight has shape ", weight.sizes(), ", expected [N, K]");
   check_group_size(group_size);
   QuantizeCall call;
   QuantizeParams& p = call.params;
   p = QuantizeParams{};
   p.bits = bits_of(codebook);
-  p.weight_dtype = dtype_of(weight.scalar_type(), "weight");
+  p.weight_dtype = dtype_of(weight.dtype(), "weight");
   p.scale_dtype = dtype_of(scale_dtype, "scale");
   p.scale_rule = scale_rule_of(scale_rule);
   p.scale_search = scale_search;
@@ -81,203 +100,205 @@ QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebo
   p.n = weight.size(0);
   p.k = weight.size(1);
 
-  call.weight = p.k > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
-  call.codebook = codebook.to(weight.device()).contiguous();
+  const Device device = weight.device();
+  const bool side_by_side = p.k <= 1 || weight.stride(1) == 1;
+  const Tensor& rows = side_by_side ? weight : call.weight = contiguous(weight);
   const int64_t groups = num_groups(p.k, group_size);
-  call.codes = at::empty({p.n, row_bytes(p.k, p.bits)}, weight.options().dtype(at::kByte));
-  call.scale = at::empty({p.n, groups}, weight.options().dtype(scale_dtype));
+  call.codes = empty({p.n, row_bytes(p.k, p.bits)}, kByte, device);
+  call.scale = empty({p.n, groups}, scale_dtype, device);
   const bool affine = p.scale_rule == ScaleRule::kMinMax;
-  call.offset = affine ? at::empty_like(call.scale) : at::empty({0}, call.scale.options());
+  call.offset = affine ? empty({p.n, groups}, scale_dtype, device) : empty({0}, scale_dtype, device);
 
-  p.weight = call.weight.const_data_ptr();
-  p.weight_stride = call.weight.stride(0);
-  p.codebook = call.codebook.const_data_ptr<float>();
-  p.codes = call.codes.mutable_data_ptr<uint8_t>();
-  p.scale = call.scale.mutable_data_ptr();
-  p.offset = affine ? call.offset.mutable_data_ptr() : nullptr;
+  p.weight = rows.const_data();
+  p.weight_stride = rows.stride(0);
+  p.codebook = codebook_at(codebook, device, call.codebook).const_data<float>();
+  p.codes = call.codes.mutable_data<uint8_t>();
+  p.scale = call.scale.mutable_data();
+  p.offset = affine ? call.offset.mutable_data() : nullptr;
   return call;
 }
 
-QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
-                                       int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
-                                       bool scale_search, const at::Tensor& norms) {
+QuantizeCall prepare_quantize_residual(const Tensor& weight, const Tensor& low_rank, const Tensor& codebook,
+                                       int64_t group_size, const std::string& scale_rule, ScalarType scale_dtype,
+                                       bool scale_search, const Tensor& norms) {
   QuantizeCall call = prepare_quantize(weight, codebook, group_size, scale_rule, scale_dtype, scale_search);
   check_shape(low_rank, weight.sizes(), "low_rank");
   check_device(low_rank, weight, "low_rank");
-  TORCH_CHECK_VALUE(low_rank.is_contiguous(), "low_rank must be contiguous; it has strides ", low_rank.strides());
-  const at::MemOverlapStatus overlap = at::get_overlap_status(low_rank, weight);
-  TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
-                    "low_rank and weight share memory, but low_rank is overwritten");
-  call.params.residual_dtype = dtype_of(low_rank.scalar_type(), "low_rank");
-  call.params.low_rank = low_rank.const_data_ptr();
-  call.params.residual = low_rank.mutable_data_ptr();
-  call.params.residual_norm2 = norms.mutable_data_ptr<double>();
+  LOFTQ_CHECK(low_rank.is_contiguous(), "low_rank must be contiguous; it has strides ", low_rank.strides());
+  const auto written = bytes_of(low_rank, low_rank.numel()), read = bytes_of(weight, weight.numel());
+  LOFTQ_CHECK(!weight.is_contiguous() || written[1] <= read[0] || read[1] <= written[0],
+              "low_rank and weight share memory, but low_rank is overwritten");
+  call.params.residual_dtype = dtype_of(low_rank.dtype(), "low_rank");
+  call.params.low_rank = low_rank.const_data();
+  call.params.residual = low_rank.mutable_data();
+  call.params.residual_norm2 = norms.mutable_data<double>();
   return call;
 }
 
 namespace {
 
-// Checks the tensors of a packed weight; keeps contiguous ones in the last four arguments and points into those.
-PackedWeight packed_weight(const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& offset,
-                           const at::Tensor& codebook, int64_t in_features, int64_t group_size, at::Tensor& own_codes,
-                           at::Tensor& own_scale, at::Tensor& own_offset, at::Tensor& own_codebook) {
+// Checks the tensors of a packed weight and points into them, or into copies.
+PackedWeight packed_weight(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                           const Tensor& codebook, int64_t in_features, int64_t group_size, PackedCopies& copies) {
   check_bytes(codes, "codes");
-  TORCH_CHECK_VALUE(in_features >= 0 && in_features < kMostColumns, "in_features=", in_features, " is outside 0..",
-                    kMostColumns);
+  LOFTQ_CHECK(in_features >= 0 && in_features < kMostColumns, "in_features=", in_features, " is outside 0..",
+              kMostColumns);
   check_group_size(group_size);
   PackedWeight weight = {};
   weight.bits = bits_of(codebook);
   weight.n = codes.size(0);
   weight.k = in_features;
   weight.group_size = group_size;
-  weight.scale_dtype = dtype_of(scale.scalar_type(), "scale");
+  weight.scale_dtype = dtype_of(scale.dtype(), "scale");
   check_device(scale, codes, "scale");
   check_shape(codes, {weight.n, row_bytes(weight.k, weight.bits)}, "codes");
   check_shape(scale, {weight.n, num_groups(weight.k, group_size)}, "scale");
-  own_codes = codes.contiguous();
-  own_scale = scale.contiguous();
-  own_codebook = codebook.to(codes.device()).contiguous();
   if (offset) {
     check_device(*offset, codes, "offset");
     check_shape(*offset, scale.sizes(), "offset");
-    TORCH_CHECK_VALUE(offset->scalar_type() == scale.scalar_type(), "offset has dtype ", offset->scalar_type(),
-                      ", but scale has ", scale.scalar_type());
-    own_offset = offset->contiguous();
-    weight.offset = own_offset.const_data_ptr();
+    LOFTQ_CHECK(offset->dtype() == scale.dtype(), "offset has dtype ", offset->dtype(), ", but scale has ",
+                scale.dtype());
+    weight.offset = in_order(*offset, copies.offset).const_data();
   }
-  weight.codes = own_codes.const_data_ptr<uint8_t>();
-  weight.scale = own_scale.const_data_ptr();
-  weight.codebook = own_codebook.const_data_ptr<float>();
+  weight.codes = in_order(codes, copies.codes).const_data<uint8_t>();
+  weight.scale = in_order(scale, copies.scale).const_data();
+  weight.codebook = codebook_at(codebook, codes.device(), copies.codebook).const_data<float>();
   return weight;
 }
 
 }  // namespace
 
-DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
-                                  int64_t in_features, int64_t group_size, at::ScalarType dtype) {
+DequantizeCall prepare_dequantize(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                                  const Tensor& codebook, int64_t in_features, int64_t group_size, ScalarType dtype) {
   DequantizeCall call;
-  const PackedWeight weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.codes,
-                                            call.scale, call.offset, call.codebook);
-  call.out = at::empty({weight.n, weight.k}, codes.options().dtype(dtype));
+  const PackedWeight weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.copies);
+  call.out = empty({weight.n, weight.k}, dtype, codes.device());
   DequantizeParams& p = call.params;
-  p = {weight.codes, weight.scale, weight.offset,     weight.scale_dtype,          weight.codebook,       weight.n,
-       weight.k,     weight.bits,  weight.group_size, call.out.mutable_data_ptr(), dtype_of(dtype, "out")};
+  p = {weight.codes, weight.scale, weight.offset,     weight.scale_dtype,      weight.codebook,       weight.n,
+       weight.k,     weight.bits,  weight.group_size, call.out.mutable_data(), dtype_of(dtype, "out")};
   return call;
 }
 
-at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked) {
-  const DequantizeParams& p = call.params;
-  const auto columns = [&](const at::Tensor& groups) {
-    return groups.to(at::kDouble).repeat_interleave(group_width(p.k, p.group_size), 1).narrow(1, 0, p.k);
+Tensor dequantize_float64(const Tensor& unpacked, const Tensor& scale, const std::optional<Tensor>& offset,
+                          const Tensor& codebook, int64_t group_size) {
+  const int64_t n = unpacked.size(0), k = unpacked.size(1);
+  const auto columns = [&](const Tensor& groups) {
+    return narrow(repeat_interleave(to(groups, kDouble), group_width(k, group_size), 1), 1, 0, k);
   };
-  const at::Tensor codebook = call.codebook.to(at::kDouble);
-  at::Tensor dense = codebook.index_select(0, unpacked.view(-1).to(at::kInt)).view({p.n, p.k});
-  dense.mul_(columns(call.scale));
-  return p.offset ? dense.add_(columns(call.offset)) : dense;
+  const Tensor values = to(to(codebook, unpacked.device()), kDouble);
+  const Tensor dense = view(index_select(values, 0, to(view(unpacked, {n * k}), kInt)), {n, k});
+  mul_(dense, columns(scale));
+  return offset ? add(dense, columns(*offset)) : dense;
 }
 
 namespace {
 
-void check_floating(const at::Tensor& tensor, const char* what) {
-  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), what, " must be floating point, got ",
-                   tensor.scalar_type());
-}
-
-void check_operand(const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& like, const char* what) {
-  check_floating(tensor, what);
+void check_operand(const Tensor& tensor, Sizes shape, const Tensor& like, const char* what) {
+  LOFTQ_CHECK(is_floating(tensor.dtype()), what, " must be floating point, got ", tensor.dtype());
   check_shape(tensor, shape, what);
   check_device(tensor, like, what);
 }
 
-// A matrix as the kernels read it: of a type that they know, with the elements of a row side by side.
-at::Tensor readable(const at::Tensor& tensor) {
-  const bool known =
-      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
-  const at::Tensor typed = known ? tensor : tensor.to(at::kFloat);
-  return typed.size(-1) > 1 && typed.stride(-1) != 1 ? typed.contiguous() : typed;
+template <size_t kDims>
+void check_operand(const Tensor& tensor, const int64_t (&shape)[kDims], const Tensor& like, const char* what) {
+  check_operand(tensor, Sizes(shape), like, what);
 }
 
-Matrix matrix_of(const at::Tensor& tensor, const char* what) {
-  return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), what), tensor.size(0), tensor.size(1),
-          tensor.stride(0)};
+// The tensor in a type that the kernels read, or a copy.
+const Tensor& in_known_type(const Tensor& tensor, Tensor& copy) {
+  const ScalarType type = tensor.dtype();
+  if (type == kFloat || type == kHalf || type == kBFloat16) return tensor;
+  return copy = to(tensor, kFloat);
+}
+
+// A matrix [rows, columns] as the kernels read it, with the elements of a row side by side: the tensor with all its
+// dimensions but the last in one, or a copy.
+Matrix matrix_of(const Tensor& tensor, int64_t rows, int64_t columns, Tensor& copy, const char* what) {
+  const Tensor& typed = in_known_type(tensor, copy);
+  const Sizes strides = typed.strides();
+  const bool readable = strides.size() == 2 && (columns <= 1 || strides[1] == 1);
+  if (readable) return {typed.const_data(), dtype_of(typed.dtype(), what), rows, columns, strides[0]};
+  const Tensor& dense = in_order(typed, copy);
+  return {dense.const_data(), dtype_of(dense.dtype(), what), rows, columns, columns};
+}
+
+Matrix matrix_of(const Tensor& tensor, Tensor& copy, const char* what) {
+  return matrix_of(tensor, tensor.size(0), tensor.size(1), copy, what);
 }
 
 }  // namespace
 
-void check_adapter_and_bias(int64_t n, int64_t k, const at::Tensor& like, const std::optional<at::Tensor>& lora_A,
-                            const std::optional<at::Tensor>& lora_B, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must be given together");
+void check_adapter_and_bias(int64_t n, int64_t k, const Tensor& like, const std::optional<Tensor>& lora_A,
+                            const std::optional<Tensor>& lora_B, const std::optional<Tensor>& bias) {
+  LOFTQ_CHECK(lora_A.has_value() == lora_B.has_value(), "lora_A and lora_B must be given together");
   if (lora_A) {
-    TORCH_CHECK_VALUE(lora_A->dim() == 2, "lora_A has shape ", lora_A->sizes(), ", expected [rank, ", k, "]");
+    LOFTQ_CHECK(lora_A->dim() == 2, "lora_A has shape ", lora_A->sizes(), ", expected [rank, ", k, "]");
     check_operand(*lora_A, {lora_A->size(0), k}, like, "lora_A");
     check_operand(*lora_B, {n, lora_A->size(0)}, like, "lora_B");
   }
   if (bias) check_operand(*bias, {n}, like, "bias");
 }
 
-LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
-                          const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
-                          int64_t group_size, const std::optional<at::Tensor>& lora_A,
-                          const std::optional<at::Tensor>& lora_B, double scaling,
-                          const std::optional<at::Tensor>& bias, bool transposed) {
+LinearCall prepare_linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                          const std::optional<Tensor>& offset, const Tensor& codebook, int64_t in_features,
+                          int64_t group_size, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
+                          double scaling, const std::optional<Tensor>& bias, bool transposed) {
   LinearCall call;
   LinearParams& p = call.params;
   p = LinearParams{};
-  p.weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.codes, call.scale, call.offset,
-                           call.codebook);
+  p.weight = packed_weight(codes, scale, offset, codebook, in_features, group_size, call.copies);
   const int64_t n = p.weight.n, k = p.weight.k, from = transposed ? n : k, to = transposed ? k : n;
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == from, "x has shape ", x.sizes(), ", expected [..., ", from, "]");
+  const Sizes sizes = x.sizes();
+  const ScalarType type = x.dtype();
+  LOFTQ_CHECK(!sizes.empty() && sizes.back() == from, "x has shape ", sizes, ", expected [..., ", from, "]");
   check_device(x, codes, "x");
-  at::DimVector shape(x.sizes());
+  LOFTQ_CHECK(type == kFloat || type == kHalf || type == kBFloat16, "x has dtype ", type,
+              "; expected float32, float16, bfloat16 or float64");
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = to;
-  call.y = at::empty(shape, x.options());
+  call.y = empty(shape, type, x.device());
   int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  check_floating(x, "x");
-  p.x = matrix_of(call.x = readable(x.dim() == 2 ? x : x.reshape({m, from})), "x");
-  TORCH_CHECK_VALUE(call.x.scalar_type() == x.scalar_type(), "x has dtype ", x.scalar_type(),
-                    "; expected float32, float16, bfloat16 or float64");  // y, which the kernel writes, has it too
-  p.y = call.y.mutable_data_ptr();
+  for (const int64_t size : sizes.first(sizes.size() - 1)) m *= size;
+  p.x = matrix_of(x, m, from, call.x, "x");
+  p.y = call.y.mutable_data();
   p.scaling = static_cast<float>(scaling);
   check_adapter_and_bias(n, k, codes, lora_A, lora_B, bias);
   if (lora_A && lora_A->size(0) > 0) {
-    p.lora_A = matrix_of(call.lora_A = readable(*lora_A), "lora_A");
-    p.lora_B = matrix_of(call.lora_B = readable(*lora_B), "lora_B");
+    p.lora_A = matrix_of(*lora_A, call.lora_A, "lora_A");
+    p.lora_B = matrix_of(*lora_B, call.lora_B, "lora_B");
   }
   if (bias) {
-    call.bias = readable(*bias).contiguous();
-    p.bias = call.bias.const_data_ptr();
-    p.bias_dtype = dtype_of(call.bias.scalar_type(), "bias");
+    const Tensor& values = in_order(in_known_type(*bias, call.bias), call.bias);
+    p.bias = values.const_data();
+    p.bias_dtype = dtype_of(values.dtype(), "bias");
   }
   return call;
 }
 
-PackCall prepare_pack(const at::Tensor& codes, int64_t bits) {
+PackCall prepare_pack(const Tensor& codes, int64_t bits) {
   check_bits(bits);
   check_bytes(codes, "codes");
   PackCall call;
   const int width = static_cast<int>(bits);
   const int64_t n = codes.size(0), k = codes.size(1);
-  call.codes = codes.contiguous();
-  call.packed = at::empty({n, row_bytes(k, width)}, codes.options());
-  call.params = {call.codes.const_data_ptr<uint8_t>(), n, k, width, call.packed.mutable_data_ptr<uint8_t>()};
+  call.packed = empty({n, row_bytes(k, width)}, kByte, codes.device());
+  call.params = {in_order(codes, call.codes).const_data<uint8_t>(), n, k, width, call.packed.mutable_data<uint8_t>()};
   return call;
 }
 
-UnpackCall prepare_unpack(const at::Tensor& packed, int64_t bits, int64_t in_features) {
+UnpackCall prepare_unpack(const Tensor& packed, int64_t bits, int64_t in_features) {
   check_bits(bits);
   check_bytes(packed, "packed");
   const int width = static_cast<int>(bits);
   const bool consistent =
       in_features >= 0 && in_features < kMostColumns && packed.size(1) == row_bytes(in_features, width);
-  TORCH_CHECK_VALUE(consistent, "packed has shape ", packed.sizes(), ", which does not hold in_features=", in_features,
-                    " at bits=", bits);
+  LOFTQ_CHECK(consistent, "packed has shape ", packed.sizes(), ", which does not hold in_features=", in_features,
+              " at bits=", bits);
   UnpackCall call;
   const int64_t n = packed.size(0);
-  call.packed = packed.contiguous();
-  call.codes = at::empty({n, in_features}, packed.options());
-  call.params = {call.packed.const_data_ptr<uint8_t>(), n, in_features, width, call.codes.mutable_data_ptr<uint8_t>()};
+  call.codes = empty({n, in_features}, kByte, packed.device());
+  call.params = {in_order(packed, call.packed).const_data<uint8_t>(), n, in_features, width,
+                 call.codes.mutable_data<uint8_t>()};
   return call;
 }
 

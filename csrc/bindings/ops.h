@@ -2,86 +2,92 @@
 // The Python package checks arguments for meaning before; these checks keep a direct call from reading wild memory.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
-#include <string_view>
+#include <string>
 
+#include "aten/tensor.h"
 #include "loftq/cpu.h"
 #include "loftq/linear.h"
 #include "loftq/quantize.h"
 
 namespace loftq::bindings {
 
+using namespace aten;
+
 // Throws ValueError with the reason that a launch_* returned, if it returned one.
 void raise_if(Status status);
 
-// A quantize call: its parameters, with the tensors that they point into.
+// The calls below hold parameters that point into the arguments, which therefore must outlive them, and into tensors of
+// their own: results, and copies of arguments that the kernels cannot read as they are.
+
 struct QuantizeCall {
-  at::Tensor weight;    // [N, K], last stride 1
-  at::Tensor codebook;  // [2^bits] float32
-  at::Tensor codes;     // [N, row_bytes] uint8
-  at::Tensor scale;     // [N, G]
-  at::Tensor offset;    // [N, G], or [0] where the rule has none
+  Tensor weight, codebook;  // copies of [N, K], last stride 1; [2^bits]
+  Tensor codes;             // [N, row_bytes] uint8
+  Tensor scale;             // [N, G]
+  Tensor offset;            // [N, G], or [0] where the rule has none
   QuantizeParams params;
 };
 
-QuantizeCall prepare_quantize(const at::Tensor& weight, const at::Tensor& codebook, int64_t group_size,
-                              std::string_view scale_rule, at::ScalarType scale_dtype, bool scale_search);
+QuantizeCall prepare_quantize(const Tensor& weight, const Tensor& codebook, int64_t group_size,
+                              const std::string& scale_rule, ScalarType scale_dtype, bool scale_search);
 
 // The same, but the kernel replaces low_rank [N, K] by the residual and stores its squared row norms in norms [N].
-QuantizeCall prepare_quantize_residual(const at::Tensor& weight, const at::Tensor& low_rank, const at::Tensor& codebook,
-                                       int64_t group_size, std::string_view scale_rule, at::ScalarType scale_dtype,
-                                       bool scale_search, const at::Tensor& norms);
+QuantizeCall prepare_quantize_residual(const Tensor& weight, const Tensor& low_rank, const Tensor& codebook,
+                                       int64_t group_size, const std::string& scale_rule, ScalarType scale_dtype,
+                                       bool scale_search, const Tensor& norms);
+
+// Copies of the tensors of a packed weight.
+struct PackedCopies {
+  Tensor codes, scale, offset, codebook;
+};
 
 struct DequantizeCall {
-  at::Tensor codes, scale, offset, codebook;
-  at::Tensor out;  // [N, in_features]
+  PackedCopies copies;
+  Tensor out;  // [N, in_features]
   DequantizeParams params;
 };
 
-DequantizeCall prepare_dequantize(const at::Tensor& codes, const at::Tensor& scale,
-                                  const std::optional<at::Tensor>& offset, const at::Tensor& codebook,
-                                  int64_t in_features, int64_t group_size, at::ScalarType dtype);
+DequantizeCall prepare_dequantize(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset,
+                                  const Tensor& codebook, int64_t in_features, int64_t group_size, ScalarType dtype);
 
-// codebook[codes] * scale + offset [N, in_features] in float64, computed by ATen, for checking other results. `call`
-// must be prepared for float32; `unpacked` holds its codes, one per byte.
-at::Tensor dequantize_float64(const DequantizeCall& call, const at::Tensor& unpacked);
+// codebook[codes] * scale + offset [N, in_features] in float64, computed by ATen, for checking other results; the
+// tensors are checked already, and `unpacked` holds the codes, one per byte.
+Tensor dequantize_float64(const Tensor& unpacked, const Tensor& scale, const std::optional<Tensor>& offset,
+                          const Tensor& codebook, int64_t group_size);
 
 // The product of x [..., K] with a packed weight, or with its transpose (x [..., N]), in the dtype of x: float32,
 // float16 or bfloat16.
 struct LinearCall {
-  at::Tensor x;  // [M, K] or [M, N], last stride 1
-  at::Tensor codes, scale, offset, codebook, lora_A, lora_B, bias;
-  at::Tensor y;  // [..., N] or [..., K]
+  PackedCopies copies;
+  Tensor x, lora_A, lora_B, bias;  // copies
+  Tensor y;                        // [..., N] or [..., K]
   LinearParams params;
 };
 
 // Refuses an adapter or a bias that does not fit a weight [n, k], is not on the device of `like`, or is not floating
 // point.
-void check_adapter_and_bias(int64_t n, int64_t k, const at::Tensor& like, const std::optional<at::Tensor>& lora_A,
-                            const std::optional<at::Tensor>& lora_B, const std::optional<at::Tensor>& bias);
+void check_adapter_and_bias(int64_t n, int64_t k, const Tensor& like, const std::optional<Tensor>& lora_A,
+                            const std::optional<Tensor>& lora_B, const std::optional<Tensor>& bias);
 
-LinearCall prepare_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
-                          const std::optional<at::Tensor>& offset, const at::Tensor& codebook, int64_t in_features,
-                          int64_t group_size, const std::optional<at::Tensor>& lora_A,
-                          const std::optional<at::Tensor>& lora_B, double scaling,
-                          const std::optional<at::Tensor>& bias, bool transposed);
+LinearCall prepare_linear(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                          const std::optional<Tensor>& offset, const Tensor& codebook, int64_t in_features,
+                          int64_t group_size, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
+                          double scaling, const std::optional<Tensor>& bias, bool transposed);
 
 struct PackCall {
-  at::Tensor codes;   // [N, K] uint8
-  at::Tensor packed;  // [N, row_bytes] uint8
+  Tensor codes;   // a copy of [N, K]
+  Tensor packed;  // [N, row_bytes] uint8
   PackParams params;
 };
 
-PackCall prepare_pack(const at::Tensor& codes, int64_t bits);
+PackCall prepare_pack(const Tensor& codes, int64_t bits);
 
 struct UnpackCall {
-  at::Tensor packed;  // [N, row_bytes] uint8
-  at::Tensor codes;   // [N, in_features] uint8
+  Tensor packed;  // a copy of [N, row_bytes]
+  Tensor codes;   // [N, in_features] uint8
   UnpackParams params;
 };
 
-UnpackCall prepare_unpack(const at::Tensor& packed, int64_t bits, int64_t in_features);
+UnpackCall prepare_unpack(const Tensor& packed, int64_t bits, int64_t in_features);
 
 }  // namespace loftq::bindings

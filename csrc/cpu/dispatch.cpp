@@ -1,4 +1,4 @@
-// Chooses the instruction set, checks the arguments, divides the rows among threads.
+// Chooses the instruction set, has the arguments checked, divides the rows among threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -9,10 +9,12 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/target.h"
+#include "loftq/check.h"
 #include "loftq/cpu.h"
 #include "loftq/half.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -49,28 +51,6 @@ Status select(const CpuKernels** chosen) {
   return unknown_isa(forced);
 }
 
-Status check(const QuantizeParams& p) {
-  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
-  if (Status error = check_group_size(p.group_size)) return error;
-  if (p.n == 0 || p.k == 0) return nullptr;  // pointers to nothing may be null
-  if ((p.scale_rule == ScaleRule::kMinMax) != (p.offset != nullptr))
-    return "offset belongs to kMinMax, and to it alone";
-  if (p.residual_norm2 != nullptr && p.residual == nullptr) return "residual_norm2 needs residual";
-  return nullptr;
-}
-
-Status check(const LinearParams& p, int64_t columns_of_x) {
-  const PackedWeight& w = p.weight;
-  if (Status error = check_codes(w.n, w.k, w.bits)) return error;
-  if (Status error = check_group_size(w.group_size)) return error;
-  if (p.x.rows < 0 || p.x.columns != columns_of_x) return "x does not have as many columns as the product needs";
-  if (w.n == 0 || w.k == 0) return nullptr;  // pointers to nothing may be null
-  if ((p.lora_A.data == nullptr) != (p.lora_B.data == nullptr)) return "lora_A and lora_B belong together";
-  if (p.lora_A.data == nullptr) return nullptr;
-  const bool adapts = p.lora_A.columns == w.k && p.lora_B.rows == w.n && p.lora_A.rows == p.lora_B.columns;
-  return adapts && p.lora_A.rows > 0 ? nullptr : "lora_A must be [r, k] and lora_B [n, r]";
-}
-
 float value_of(DType type, const void* values, int64_t index) {
   if (type == DType::kFloat32) return static_cast<const float*>(values)[index];
   const uint16_t word = static_cast<const uint16_t*>(values)[index];
@@ -99,11 +79,6 @@ int threads_for(const LinearParams& p, int num_threads) {
   return useful_threads(num_threads, std::max(p.weight.n, p.weight.k / kTile), p.weight.k * work);
 }
 
-Status check(const DequantizeParams& p) {
-  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
-  return check_group_size(p.group_size);
-}
-
 // body(thread, begin, end, scratch of `floats` floats)
 template <class Body>
 Status parallel_rows_with_scratch(int num_threads, int64_t n, int64_t k, int64_t floats, const Body& body) {
@@ -118,7 +93,7 @@ Status parallel_rows_with_scratch(int num_threads, int64_t n, int64_t k, int64_t
 }  // namespace
 
 Status launch_quantize_cpu(const QuantizeParams& p, int num_threads) {
-  if (Status error = check(p)) return error;
+  if (Status error = check_launch(num_threads, p)) return error;
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.n == 0) return nullptr;
@@ -128,7 +103,7 @@ Status launch_quantize_cpu(const QuantizeParams& p, int num_threads) {
 }
 
 Status launch_dequantize_cpu(const DequantizeParams& p, int num_threads) {
-  if (Status error = check(p)) return error;
+  if (Status error = check_launch(num_threads, p)) return error;
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.n == 0) return nullptr;
@@ -138,7 +113,7 @@ Status launch_dequantize_cpu(const DequantizeParams& p, int num_threads) {
 }
 
 Status launch_linear_cpu(const LinearParams& p, int num_threads) {
-  if (Status error = check(p, p.weight.k)) return error;
+  if (Status error = check_launch(num_threads, p, false)) return error;
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.x.rows == 0 || p.weight.n == 0) return nullptr;
@@ -147,7 +122,7 @@ Status launch_linear_cpu(const LinearParams& p, int num_threads) {
 }
 
 Status launch_linear_grad_input_cpu(const LinearParams& p, int num_threads) {
-  if (Status error = check(p, p.weight.n)) return error;
+  if (Status error = check_launch(num_threads, p, true)) return error;
   const CpuKernels* kernels;
   if (Status error = select(&kernels)) return error;
   if (p.x.rows == 0 || p.weight.k == 0) return nullptr;
@@ -172,4 +147,5 @@ int supported_isas(const char** names, int capacity) {
   return count;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -1,4 +1,5 @@
 #include "cpu/isa.h"
+#include "loftq/config.h"
 
 #include "cpu/target.h"
 
@@ -11,6 +12,7 @@
 #endif
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 #if LOFTQ_X86
 
@@ -75,4 +77,5 @@ bool tiles_permitted() { return false; }  // other operating systems have other 
 
 #endif
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -3,7 +3,10 @@
 
 #include <cstdint>
 
+#include "loftq/config.h"
+
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 enum Feature : uint32_t {
   kF16c = 1u << 0,
@@ -20,4 +23,5 @@ uint32_t cpu_features();
 // system, which from then on requires alternate signal stacks to be 8 KB larger: do not call it before there is need.
 bool tiles_permitted();
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

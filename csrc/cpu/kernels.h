@@ -6,6 +6,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 struct CpuKernels {
   const char* name;   // as LOFTQ_CPU_ISA spells it
@@ -44,4 +45,5 @@ constexpr int64_t dequantize_scratch(const DequantizeParams& params) {
   return 2 * num_groups(params.k, params.group_size);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

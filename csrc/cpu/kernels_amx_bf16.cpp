@@ -25,6 +25,7 @@ LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #include "cpu/operand_amx.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 Status linear_amx(const LinearParams& p, int threads) {
@@ -38,16 +39,19 @@ Status linear_grad_input_amx(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 const CpuKernels kAmxBf16Kernels = {"amx_bf16",           kAmxBf16 | kAvx512Bf16 | kAvx512 | kAvx2 | kF16c,
                                     quantize_rows_avx512, dequantize_rows_avx512,
                                     linear_amx,           linear_grad_input_amx};
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 #endif

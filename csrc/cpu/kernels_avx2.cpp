@@ -23,6 +23,7 @@ LOFTQ_TARGET_BEGIN("avx2,fma,f16c")
 LOFTQ_TARGET_END
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 const CpuKernels kAvx2Kernels = {"avx2",
                                  kAvx2 | kF16c,
@@ -31,6 +32,7 @@ const CpuKernels kAvx2Kernels = {"avx2",
                                  linear<FloatOperand<Avx2>>,
                                  linear_grad_input<FloatOperand<Avx2>>};
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 #endif

@@ -28,6 +28,7 @@ LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 LOFTQ_TARGET_END
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 void quantize_rows_avx512(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch) {
   quantize_rows<Avx512>(params, begin, end, scratch);
@@ -44,6 +45,7 @@ const CpuKernels kAvx512Kernels = {"avx512",
                                    linear<FloatOperand<Avx512>>,
                                    linear_grad_input<FloatOperand<Avx512>>};
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 #endif

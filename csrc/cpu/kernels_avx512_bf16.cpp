@@ -25,6 +25,7 @@ LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #include "cpu/operand_bfloat.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 Status linear_bf16(const LinearParams& p, int threads) {
@@ -37,16 +38,19 @@ Status linear_grad_input_bf16(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 const CpuKernels kAvx512Bf16Kernels = {"avx512_bf16",        kAvx512Bf16 | kAvx512 | kAvx2 | kF16c,
                                        quantize_rows_avx512, dequantize_rows_avx512,
                                        linear_bf16,          linear_grad_input_bf16};
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 #endif

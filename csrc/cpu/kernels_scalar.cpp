@@ -7,6 +7,7 @@
 #include "cpu/simd_scalar.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 const CpuKernels kScalarKernels = {"scalar",
                                    0,
@@ -15,4 +16,5 @@ const CpuKernels kScalarKernels = {"scalar",
                                    linear<FloatOperand<Scalar>>,
                                    linear_grad_input<FloatOperand<Scalar>>};
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -6,6 +6,7 @@
 #include "cpu/operand_bfloat.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // The eight tile registers, all of 16 rows of 64 bytes. In assembly: the intrinsics of GCC take no register number but
@@ -128,4 +129,5 @@ struct AmxOperand : BfloatOperand {
 static_assert(kPanelStride<AmxOperand> == kPanelStride<BfloatOperand>, "");
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

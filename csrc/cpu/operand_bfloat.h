@@ -11,6 +11,7 @@
 #include "cpu/simd_avx512.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct BfloatOperand {
@@ -303,4 +304,5 @@ struct BfloatOperand {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

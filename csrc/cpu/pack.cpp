@@ -2,9 +2,11 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
+#include "loftq/check.h"
 #include "loftq/cpu.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 namespace {
 
@@ -51,7 +53,8 @@ void unpack_row(const uint8_t* packed, int64_t k, uint8_t* codes) {
 }  // namespace
 
 Status launch_pack_cpu(const PackParams& p, int num_threads) {
-  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  if (Status error = check_launch(num_threads, p)) return error;
+  if (p.n == 0 || p.k == 0) return nullptr;
   const auto pack = p.bits == 2 ? pack_row<2> : p.bits == 4 ? pack_row<4> : pack_row<8>;
   const int64_t bytes = row_bytes(p.k, p.bits);
   parallel_rows(useful_threads(num_threads, p.n, p.k), p.n, [&](int, int64_t begin, int64_t end) {
@@ -61,7 +64,8 @@ Status launch_pack_cpu(const PackParams& p, int num_threads) {
 }
 
 Status launch_unpack_cpu(const UnpackParams& p, int num_threads) {
-  if (Status error = check_codes(p.n, p.k, p.bits)) return error;
+  if (Status error = check_launch(num_threads, p)) return error;
+  if (p.n == 0 || p.k == 0) return nullptr;
   const auto unpack = p.bits == 2 ? unpack_row<2> : p.bits == 4 ? unpack_row<4> : unpack_row<8>;
   const int64_t bytes = row_bytes(p.k, p.bits);
   parallel_rows(useful_threads(num_threads, p.n, p.k), p.n, [&](int, int64_t begin, int64_t end) {
@@ -70,4 +74,5 @@ Status launch_unpack_cpu(const UnpackParams& p, int num_threads) {
   return nullptr;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

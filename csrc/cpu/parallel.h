@@ -1,9 +1,10 @@
-// Divides rows among threads. Without OpenMP all rows run on the calling thread.
+// Divides work among threads: in parts, which whoever is free takes next, and in phases, which follow one another.
+//
+// A machine that is also busy with something else takes processors away for milliseconds. So no thread has work of its
+// own that others would wait for, a thread that comes late finds everything done, and while threads do come late, fewer
+// are asked for. What a part is depends on the work and on `threads` alone, never on who computes it: results do not
+// depend on how busy the machine is.
 #pragma once
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Starting a thread costs microseconds, so each gets at least this many elements (about 4 us of quantization).
 constexpr int64_t kMinElementsPerThread = 1 << 14;
@@ -20,33 +22,53 @@ inline int useful_threads(int num_threads, int64_t n, int64_t k) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, most)));
 }
 
-// Calls body(thread, begin, end) for every thread in [0, threads), rows [0, n) in contiguous parts.
+// Parts per thread: so many that the last one to end is a small share of the work.
+constexpr int64_t kPartsPerThread = 8;
+
+// How many parts to divide work into that has at most `most`.
+inline int64_t parts_for(int threads, int64_t most) {
+  return std::max<int64_t>(1, std::min<int64_t>(threads > 1 ? threads * kPartsPerThread : 1, most));
+}
+
+class Phases {
+ public:
+  explicit Phases(int64_t count) : count(count) {}
+
+  // How many parts a phase has; 0 skips it.
+  virtual int64_t parts(int64_t phase) const = 0;
+  // Does one part. All parts of earlier phases are done. No two calls at the same time have the same slot, which is
+  // below `threads`: it selects the caller's scratch memory.
+  virtual void run(int64_t phase, int64_t part, int slot) const = 0;
+
+  const int64_t count;
+
+ protected:
+  ~Phases() = default;
+};
+
+// Runs all phases on at most `threads` threads, the calling one among them.
+void run_phases(int threads, const Phases& phases);
+
+// body(phase, part, slot) for the parts_of(phase) parts of phases [0, count)
+template <class PartsOf, class Body>
+void parallel_phases(int threads, int64_t count, const PartsOf& parts_of, const Body& body) {
+  struct Bound final : Phases {
+    Bound(int64_t count, const PartsOf& parts_of, const Body& body) : Phases(count), parts_of(parts_of), body(body) {}
+    int64_t parts(int64_t phase) const override { return parts_of(phase); }
+    void run(int64_t phase, int64_t part, int slot) const override { body(phase, part, slot); }
+    const PartsOf& parts_of;
+    const Body& body;
+  };
+  run_phases(threads, Bound(count, parts_of, body));
+}
+
+// body(slot, begin, end) for rows [0, n) in contiguous parts
 template <class Body>
 void parallel_rows(int threads, int64_t n, const Body& body) {
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-#endif
-  for (int thread = 0; thread < threads; ++thread) {
-    body(thread, n * thread / threads, n * (thread + 1) / threads);
-  }
-}
-
-// Calls body(thread, team) on every thread of a team of at most `threads`; all of them may meet at team_barrier().
-template <class Body>
-void parallel_team(int threads, const Body& body) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  body(omp_get_thread_num(), omp_get_num_threads());
-#else
-  (void)threads;
-  body(0, 1);
-#endif
-}
-
-inline void team_barrier() {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+  const int64_t parts = parts_for(threads, n);
+  parallel_phases(
+      threads, 1, [&](int64_t) { return parts; },
+      [&](int64_t, int64_t part, int slot) { body(slot, n * part / parts, n * (part + 1) / parts); });
 }
 
 // Part `index` of `parts` nearly equal parts of [0, count), in whole units.
@@ -59,4 +81,5 @@ inline Range part_of(int64_t count, int64_t unit, int64_t index, int64_t parts) 
   return {std::min(count, units * index / parts * unit), std::min(count, units * (index + 1) / parts * unit)};
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

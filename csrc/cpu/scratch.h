@@ -5,7 +5,10 @@
 #include <memory>
 #include <new>
 
+#include "loftq/config.h"
+
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 template <class T>
 class Scratch {
@@ -26,4 +29,5 @@ class Scratch {
 
 constexpr const char* kOutOfMemory = "out of memory for the operands of a matrix product";
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,6 +9,7 @@
 LOFTQ_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Avx2 {
@@ -38,7 +39,9 @@ struct Avx2 {
     const Ints words = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), is_nan);
     store_words(p, narrow_to_words(words));
   }
-  static uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+  static uint16_t to_half(float value) {
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
+  }
   static float from_half(uint16_t half) { return _cvtsh_ss(half); }
 
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
@@ -221,6 +224,7 @@ struct Avx2::CountBelow<8> {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END

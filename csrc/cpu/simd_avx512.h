@@ -9,6 +9,7 @@
 LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Avx512 {
@@ -39,7 +40,9 @@ struct Avx512 {
     const Ints words = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
     store_words(p, _mm512_cvtepi32_epi16(words));
   }
-  static uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+  static uint16_t to_half(float value) {
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT)));
+  }
   static float from_half(uint16_t half) { return _cvtsh_ss(half); }
 
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -195,6 +198,7 @@ struct Avx512::CountBelow<8> {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 LOFTQ_TARGET_END

@@ -5,6 +5,7 @@
 #include "loftq/half.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 struct Scalar {
@@ -80,7 +81,7 @@ struct Scalar {
   struct CountBelow {
     const float* midpoints;
 
-    explicit CountBelow(const float* midpoints) : midpoints(midpoints) {}
+    explicit CountBelow(const float* ascending) : midpoints(ascending) {}
     Ints operator()(Floats x) const {
       Ints count = 0;
       // This multiplies instead of branching: a branch on a random bit costs more than the rest.
@@ -91,4 +92,5 @@ struct Scalar {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,6 +9,7 @@
 #include "reduce.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kCholeskyThreads = 256;
 constexpr int kCholeskyBlocks = 3;    // blocks per multiprocessor: b = 136 takes 77 KB of its 228 KB
@@ -140,4 +141,5 @@ __global__ void __launch_bounds__(kCholeskyThreads, kCholeskyBlocks) _cholesky_k
   }
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -5,6 +5,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Reads of entries stay free of bank conflicts up to 32 entries.
 template <int kBits>
@@ -51,4 +52,5 @@ struct Codebook {
   }
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

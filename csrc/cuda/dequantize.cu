@@ -1,9 +1,11 @@
 // launch_dequantize_cuda: out[n, k] = codebook[code] * scale[n, k / g] + offset[n, k / g], rounded once.
 #include "launch.cuh"
+#include "loftq/check.h"
 #include "loftq/cuda.h"
 #include "scale_rule.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kDequantizeThreads = 256;
@@ -53,10 +55,8 @@ cudaError_t launch_bits(const DequantizeParams& p, cudaStream_t stream) {
 }
 
 bool valid(const DequantizeParams& p) {
-  if (check_codes(p.n, p.k, p.bits) != nullptr || !is_group_size(p.group_size)) return false;
-  if (p.n == 0 || p.k == 0) return true;
-  if (p.codes == nullptr || p.scale == nullptr || p.codebook == nullptr || p.out == nullptr) return false;
-  return reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;
+  if (check_params(p) != nullptr) return false;
+  return p.n == 0 || p.k == 0 || reinterpret_cast<uintptr_t>(p.codes) % kQuad == 0;
 }
 
 }  // namespace
@@ -69,4 +69,5 @@ cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cudaStream_t 
   return launch_bits<8>(params, stream);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

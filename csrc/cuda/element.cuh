@@ -8,6 +8,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kQuad = 4;  // neighbouring columns stored at once: 16 bytes of float32
 
@@ -61,4 +62,5 @@ __device__ inline void store_quad(void* base, DType dtype, int64_t index, int co
   }
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

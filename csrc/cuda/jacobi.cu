@@ -1,7 +1,9 @@
 // launch_jacobi_cuda: small matrices in shared memory, larger ones in a workspace that L2 caches.
 #include "jacobi.cuh"
+#include "loftq/packing.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kDefaultSweeps = 30;
@@ -22,6 +24,7 @@ bool valid(const JacobiParams<T>& p) {
   if (p.batch < 0 || p.n < 0 || p.m < p.n || p.max_sweeps < 0) return false;
   if (p.symmetric && (p.m != p.n || p.u != nullptr)) return false;
   if (p.batch == 0 || p.n == 0) return true;
+  if (!fits(p.batch, int64_t{p.m} * p.n)) return false;
   return p.a != nullptr && p.values != nullptr && p.v != nullptr && p.info != nullptr;
 }
 
@@ -57,4 +60,5 @@ template size_t jacobi_workspace_bytes(const JacobiParams<double>&);
 template cudaError_t launch_jacobi_cuda(const JacobiParams<float>&, cudaStream_t);
 template cudaError_t launch_jacobi_cuda(const JacobiParams<double>&, cudaStream_t);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -13,6 +13,7 @@
 #include "reduce.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kJacobiSharedThreads = 512;  // two blocks of small matrices share a multiprocessor
 // One block per multiprocessor, whose columns come from L2; it has as many warps as fit without spilling registers.
@@ -230,4 +231,5 @@ __global__ void __launch_bounds__(kInShared ? kJacobiSharedThreads : kJacobiGlob
   }
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

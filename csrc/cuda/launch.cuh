@@ -7,7 +7,10 @@
 #include <cstdint>
 #include <utility>
 
+#include "loftq/config.h"
+
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -55,4 +58,5 @@ __device__ inline int lane_index() { return threadIdx.x % kWarpSize; }
 __device__ inline int warp_index() { return threadIdx.x / kWarpSize; }
 __device__ inline int warp_count() { return blockDim.x / kWarpSize; }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

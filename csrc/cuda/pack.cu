@@ -1,8 +1,10 @@
 // launch_pack_cuda, launch_unpack_cuda: between one code per byte and the storage contract of packing.h.
 #include "launch.cuh"
+#include "loftq/check.h"
 #include "loftq/cuda.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kPackThreads = 256;
@@ -33,24 +35,19 @@ __global__ void __launch_bounds__(kPackThreads) _unpack_kernel(const UnpackParam
   }
 }
 
-template <typename Params>
-bool valid(const Params& p) {
-  if (check_codes(p.n, p.k, p.bits) != nullptr) return false;
-  return p.n == 0 || p.k == 0 || (p.codes != nullptr && p.packed != nullptr);
-}
-
 }  // namespace
 
 cudaError_t launch_pack_cuda(const PackParams& params, cudaStream_t stream) {
-  if (!valid(params)) return cudaErrorInvalidValue;
+  if (check_params(params) != nullptr) return cudaErrorInvalidValue;
   if (params.n == 0 || params.k == 0) return cudaSuccess;
   return launch(_pack_kernel, params.n, kPackThreads, 0, stream, params);
 }
 
 cudaError_t launch_unpack_cuda(const UnpackParams& params, cudaStream_t stream) {
-  if (!valid(params)) return cudaErrorInvalidValue;
+  if (check_params(params) != nullptr) return cudaErrorInvalidValue;
   if (params.n == 0 || params.k == 0) return cudaSuccess;
   return launch(_unpack_kernel, params.n, kPackThreads, 0, stream, params);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

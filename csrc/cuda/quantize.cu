@@ -1,17 +1,12 @@
 // launch_quantize_cuda: which kernel serves which group size, and with how many threads.
+#include "loftq/check.h"
 #include "loftq/cuda.h"
 #include "quantize_group.cuh"
 #include "quantize_row.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
-
-bool valid(const QuantizeParams& p) {
-  if (check_codes(p.n, p.k, p.bits) != nullptr || !is_group_size(p.group_size)) return false;
-  if (p.n == 0 || p.k == 0) return true;
-  if (p.weight == nullptr || p.codebook == nullptr || p.codes == nullptr || p.scale == nullptr) return false;
-  return (p.offset != nullptr) == (p.scale_rule == ScaleRule::kMinMax);
-}
 
 // Enough warps for the row, up to eight: short rows leave room for more rows on a multiprocessor.
 int block_threads(int64_t columns, int64_t columns_a_warp) {
@@ -49,14 +44,22 @@ cudaError_t launch_bits(const QuantizeParams& p, cudaStream_t stream) {
   }
 }
 
+// The residual of rows without columns: of norm 0.
+cudaError_t clear_norms(const QuantizeParams& p, cudaStream_t stream) {
+  if (p.residual_norm2 == nullptr) return cudaSuccess;
+  return cudaMemsetAsync(p.residual_norm2, 0, p.n * sizeof(double), stream);
+}
+
 }  // namespace
 
 cudaError_t launch_quantize_cuda(const QuantizeParams& params, cudaStream_t stream) {
-  if (!valid(params)) return cudaErrorInvalidValue;
-  if (params.n == 0 || params.k == 0) return cudaSuccess;
+  if (check_params(params) != nullptr) return cudaErrorInvalidValue;
+  if (params.n == 0) return cudaSuccess;
+  if (params.k == 0) return clear_norms(params, stream);
   if (params.bits == 2) return launch_bits<2>(params, stream);
   if (params.bits == 4) return launch_bits<4>(params, stream);
   return launch_bits<8>(params, stream);
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,6 +9,7 @@
 #include "scale_rule.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kQuantizeThreads = 256;
 constexpr int kQuantizeWarps = kQuantizeThreads / kWarpSize;
@@ -152,4 +153,5 @@ struct RowNorm {
   }
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -5,6 +5,7 @@
 #include "quantize_common.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Blocks per multiprocessor. The plain kernel waits for memory: 1024 to 1280 threads with 16 or 32 bytes in flight per
 // thread. Mean and deviation, and scale search, have a kernel of their own: the registers that they need would cost the
@@ -103,4 +104,5 @@ __global__ void __launch_bounds__(kQuantizeThreads, kGroupBlocks<kWidth, kFull>)
   }
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

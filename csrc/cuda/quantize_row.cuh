@@ -5,6 +5,7 @@
 #include "quantize_common.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kRowSpan = 4;
 constexpr int kCandidatesAWarp = (kSearchSteps + kQuantizeWarps - 1) / kQuantizeWarps;
@@ -126,4 +127,5 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3) _quantize_row_kernel(cons
   }
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -4,6 +4,7 @@
 #include "launch.cuh"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 struct Sum {
   template <typename T>
@@ -41,4 +42,5 @@ __device__ T reduce_block(T value, T* scratch, Op op) {
   return value;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

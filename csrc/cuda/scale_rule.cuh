@@ -9,6 +9,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 constexpr int kSearchSteps = 25;
 
@@ -107,4 +108,5 @@ __device__ inline float decode(float entry, float scale, float offset, bool affi
   return affine ? __fadd_rn(product, offset) : product;
 }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

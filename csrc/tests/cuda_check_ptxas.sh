@@ -36,7 +36,7 @@ for source in "$source_dir"/cuda/*.cu; do
         shared = 0
         for (i = 2; i <= NF; ++i) if ($i ~ /^smem/) shared = $(i - 2)
         print arch, name, $5, shared, spill
-      }' "$log" | c++filt | sed 's/(anonymous namespace):://g; s/void //; s/loftq:://g; s/([^)]*)//' |
+      }' "$log" | c++filt | sed 's/(anonymous namespace):://g; s/void //; s/loftq:://g; s/unversioned:://g; s/([^)]*)//' |
       awk '{ name = $2
              for (i = 3; i <= NF - 3; ++i) name = name " " $i
              printf "%-7s %-62s %5s %6s %6s\n", $1, name, $(NF - 2), $(NF - 1), $NF

@@ -171,7 +171,11 @@ void test_bad_parameters() {
   CHECK(cholesky_max_size() == 237, "%d", cholesky_max_size());
   rejected([](CholeskyParams<float>& p) { p.gram = nullptr; });
   rejected([](CholeskyParams<float>& p) { p.epsilon = NAN; });
+  rejected([](CholeskyParams<float>& p) { p.r_inverse = nullptr; });
+  rejected([](CholeskyParams<float>& p) { p.info = nullptr; });
+  rejected([](CholeskyParams<float>& p) { p.b = -1; });
   rejected([](CholeskyParams<float>& p) { p.batch = -1; });
+  rejected([](CholeskyParams<float>& p) { p.batch = INT64_MAX; });
   rejected([](CholeskyParams<float>& p) { p.batch = 0; }, cudaSuccess);
 }
 

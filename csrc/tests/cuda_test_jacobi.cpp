@@ -222,6 +222,16 @@ void test_bad_parameters() {
   rejected([](JacobiParams<float>& p) { p.m = 63; });
   rejected([](JacobiParams<float>& p) { p.symmetric = true; });  // with u
   rejected([](JacobiParams<float>& p) { p.a = nullptr; });
+  Guarded<char> workspace(jacobi_workspace_bytes(good));
+  const auto spoiled = [&](auto change) {
+    rejected([&](JacobiParams<float>& p) { p.workspace = workspace.data(), change(p); });
+  };
+  spoiled([](JacobiParams<float>& p) { p.values = nullptr; });
+  spoiled([](JacobiParams<float>& p) { p.v = nullptr; });
+  spoiled([](JacobiParams<float>& p) { p.info = nullptr; });
+  spoiled([](JacobiParams<float>& p) { p.batch = -1; });
+  spoiled([](JacobiParams<float>& p) { p.batch = INT64_MAX; });
+  spoiled([](JacobiParams<float>& p) { p.max_sweeps = -1; });
   rejected([](JacobiParams<float>& p) { p.batch = 0; }, cudaSuccess);
   rejected([](JacobiParams<float>& p) { p.n = p.m = 0; }, cudaSuccess);
 }

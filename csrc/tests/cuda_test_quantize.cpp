@@ -283,6 +283,40 @@ void test_non_finite() {
   }
 }
 
+void test_bad_dequantize(const QuantizeParams& made) {
+  Guarded<float> out(64);
+  const DequantizeParams good = {made.codes, made.scale, nullptr,         made.scale_dtype, made.codebook,  made.n,
+                                 made.k,     made.bits,  made.group_size, out.data(),       DType::kFloat32};
+  const auto rejected = [&](auto change, cudaError_t want = cudaErrorInvalidValue) {
+    DequantizeParams params = good;
+    change(params);
+    CHECK(launch_dequantize_cuda(params, nullptr) == want, "dequantize");
+  };
+  rejected([](DequantizeParams& q) { q.bits = 5; });
+  rejected([](DequantizeParams& q) { q.k = -64; });
+  rejected([](DequantizeParams& q) { q.k = INT64_MAX; });
+  rejected([](DequantizeParams& q) { q.codes = nullptr; });
+  rejected([](DequantizeParams& q) { q.codes += 1; });
+  rejected([](DequantizeParams& q) { q.scale = nullptr; });
+  rejected([](DequantizeParams& q) { q.codebook = nullptr; });
+  rejected([](DequantizeParams& q) { q.out = nullptr; });
+  rejected([](DequantizeParams& q) { q.scale_dtype = static_cast<DType>(1000); });
+  rejected([](DequantizeParams& q) { q.out_dtype = static_cast<DType>(-1000); });
+  rejected([](DequantizeParams& q) { q.n = 0, q.out = nullptr, q.codes += 1; }, cudaSuccess);
+}
+
+void test_bad_packing(const QuantizeParams& made) {
+  uint8_t* const codes = made.codes;
+  const auto refused = [](const auto& params, auto launch) {
+    CHECK(launch(params, nullptr) == cudaErrorInvalidValue, "n %ld k %ld bits %d", params.n, params.k, params.bits);
+  };
+  for (const PackParams& p : {PackParams{nullptr, 1, 64, 4, codes}, PackParams{codes, 1, 64, 4, nullptr},
+                              PackParams{codes, -1, 64, 4, codes}, PackParams{codes, 1, 64, 3, codes}}) {
+    refused(p, launch_pack_cuda);
+    refused(UnpackParams{p.codes, p.n, p.k, p.bits, p.packed}, launch_unpack_cuda);
+  }
+}
+
 void test_bad_parameters() {
   Problem p = {1, 64, 4, 64, ScaleRule::kAbsmax, false, DType::kFloat32, make_codebook("linear", 4), {}, {}};
   Buffers out(p, 1, DType::kFloat32);
@@ -300,8 +334,25 @@ void test_bad_parameters() {
   rejected([](QuantizeParams& q) { q.n = -1; });
   rejected([](QuantizeParams& q) { q.weight = nullptr; });
   rejected([](QuantizeParams& q) { q.scale_rule = ScaleRule::kMinMax; });  // offset missing
+  rejected([](QuantizeParams& q) { q.codebook = nullptr; });
+  rejected([](QuantizeParams& q) { q.codes = nullptr; });
+  rejected([](QuantizeParams& q) { q.scale = nullptr; });
+  rejected([](QuantizeParams& q) { q.offset = q.scale; });  // which kAbsmax has not
+  rejected([](QuantizeParams& q) { q.scale_rule = static_cast<ScaleRule>(7); });
+  rejected([](QuantizeParams& q) { q.weight_dtype = static_cast<DType>(-1); });
+  rejected([](QuantizeParams& q) { q.scale_dtype = static_cast<DType>(3); });
+  rejected([](QuantizeParams& q) { q.weight_stride = -64; });
+  rejected([](QuantizeParams& q) { q.weight_stride = INT64_MAX; });
+  rejected([](QuantizeParams& q) { q.n = INT64_MAX / 2; });
+  rejected([](QuantizeParams& q) { q.residual_norm2 = reinterpret_cast<double*>(q.codes); });  // no residual
+  rejected([](QuantizeParams& q) { q.residual = q.scale, q.residual_dtype = static_cast<DType>(3); });
   rejected([](QuantizeParams& q) { q.n = 0, q.codes = nullptr; }, cudaSuccess);
   rejected([](QuantizeParams& q) { q.k = 0; }, cudaSuccess);
+  double norms[] = {-1, -1, -1};
+  rejected([&](QuantizeParams& q) { q.k = 0, q.n = 2, q.residual_norm2 = norms; }, cudaSuccess);
+  CHECK(norms[0] == 0 && norms[1] == 0 && norms[2] == -1, "norms of rows without columns: %g %g", norms[0], norms[1]);
+  test_bad_dequantize(good);
+  test_bad_packing(good);
   CHECK(emulation::device.launches == before, "nothing may be launched");
 }
 

@@ -68,8 +68,8 @@ int main() {
     check_refused([size](QuantizeParams& p) { p.group_size = size; }, "group_size");
     const DequantizeParams dequantize = {nullptr, nullptr, nullptr, DType::kFloat32, nullptr,        1,
                                          64,      4,       size,    nullptr,         DType::kFloat32};
-    const Status status = launch_dequantize_cpu(dequantize, 1);
-    CHECK(status && std::strstr(status, "group_size"), "dequantize, group size %d", int(size));
+    const Status refused = launch_dequantize_cpu(dequantize, 1);
+    CHECK(refused && std::strstr(refused, "group_size"), "dequantize, group size %d", int(size));
   }
   check_refused([](QuantizeParams& p) { p.scale_rule = ScaleRule::kMinMax; }, "offset");
   check_refused([](QuantizeParams& p) { p.residual_norm2 = reinterpret_cast<double*>(p.codes); }, "residual");

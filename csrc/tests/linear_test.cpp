@@ -326,7 +326,7 @@ void check_thread_counts(const std::string& isa) {
       c.x_dtype = m % 2 ? DType::kFloat32 : DType::kBFloat16;
       const Problem problem(c, random);
       const Result alone(problem, 1);
-      for (int threads : {2, 3, 5, 16, 0, -1}) {
+      for (int threads : {2, 3, 5, 16}) {
         CHECK(Result(problem, threads).bytes == alone.bytes, "%s, %d threads", c.describe().c_str(), threads);
       }
     }

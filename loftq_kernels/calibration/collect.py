@@ -21,7 +21,7 @@ from loftq_kernels.models.select import Context
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.wrappers import unwrapped
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 
 
 def collect_activations(
@@ -29,7 +29,7 @@ def collect_activations(
     batches: Iterable[Any],
     cfg: QuantConfig | None = None,
     *,
-    progress: bool = True,
+    progress: bool | None = None,
     device: torch.device | str | None = None,
     share_inputs: bool = True,
 ) -> ActivationStatistics:
@@ -59,7 +59,8 @@ def collect_activations(
             decoder is given of the encoder's output; the decoder's own tokens count as "decoder_attention_mask" says,
             all without one.
         cfg: which layers, by ``include``, ``exclude`` and ``overrides``; default `QuantConfig()`.
-        progress: show a bar on standard error.
+        progress: None shows a bar where somebody watches (a terminal, a notebook), True also plain lines where standard
+            error is redirected.
         device: where the sums are kept; default: where the inputs are.
         share_inputs: False treats every layer on its own: the same statistics, at the cost of one product and one
             object per layer.
@@ -91,7 +92,7 @@ def collect_activations(
     total = len(batches) if isinstance(batches, Sized) else None
     with _observing(model, layers, encoder, collector) as provenance:
         for number, batch in enumerate(
-            tqdm(batches, desc="calibrate", unit="batch", total=total, disable=not progress)
+            progress_bar(batches, desc="calibrate", unit="batch", total=total, show=progress)
         ):
             arguments, keywords = _arguments(_to_device(batch, target))
             named = _named_arguments(model, arguments, keywords)

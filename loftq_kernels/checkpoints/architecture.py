@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from loftq_kernels.nn.wrappers import own_class
 
-HOW_TO_GIVE_A_MODEL = "model=, on the command line --model-class MODULE:CLASS"
 _NEEDS_HF = "transformers models need: pip install 'loftq_kernels[hf]'"
 
 

@@ -22,7 +22,7 @@ from loftq_kernels.storage.packing import check_group_size, num_groups
 
 CONFIG_NAME = "loftq_config.json"
 FORMAT_VERSION = 1
-_VERSION_KEY = "loftq_format_version"
+VERSION_KEY = "loftq_format_version"
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 
 
@@ -181,14 +181,14 @@ class CheckpointConfig:
         for name in ("trained", "buffers", "plain"):
             if not values[name]:
                 del values[name]
-        return json.dumps({_VERSION_KEY: FORMAT_VERSION, **values}, indent=1)
+        return json.dumps({VERSION_KEY: FORMAT_VERSION, **values}, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> CheckpointConfig:
         """The config in a folder. Raises FileNotFoundError, or ValueError naming what is wrong where."""
         file = path / CONFIG_NAME
         missing = f"does not exist: {path} is not a quantized checkpoint"
-        values = documents.read(file, _VERSION_KEY, FORMAT_VERSION, missing=missing)
+        values = documents.read(file, VERSION_KEY, FORMAT_VERSION, missing=missing)
         try:
             return cls._parse(values)
         except (TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ from loftq_kernels.storage import documents, files
 if TYPE_CHECKING:
     from safetensors import safe_open
 
+_TENSOR_FILE_ENTRY = re.compile(rf'"tensor_file"\s*:\s*"({TENSOR_FILE.pattern})"')
 _PENDING = "tensors"  # of a tensor file until its content has given it a name
 _MARK = "unfinished"  # of a file with the names of tensor files that are being exchanged
 
@@ -54,7 +56,8 @@ _MARK = "unfinished"  # of a file with the names of tensor files that are being 
 def save_quantized(model: nn.Module, path: str | Path) -> None:
     """Write a model that has quantized layers into the folder path, with everything needed to load it.
 
-    If anything fails, a checkpoint that was there before stays as it was. Of a model that is sharded (fully_shard,
+    A checkpoint that was there before is replaced, its tensor file removed; if anything fails, it stays as it was.
+    Other files of the folder are left alone. Of a model that is sharded (fully_shard,
     tensor parallel plans) every process has to call this: its tensors are gathered one by one, process 0 writes, and
     the others return when it has.
 
@@ -218,9 +221,9 @@ def load_quantized(
             carry_over(old, layer, kind_of(old))
         set_submodule(target, name, layer.train(old.training))
     for name, tensor in tensors.items():
-        _assign(target, name, tensor)
+        assign(target, name, tensor)
     for name, source in config.tied.items():
-        _assign(target, name, tensor_of(target, source))
+        assign(target, name, tensor_of(target, source))
     train_only_adapters(target)
     for name in config.trained:
         tensor_of(target, name).requires_grad_(True)
@@ -247,11 +250,15 @@ def _architecture(path: Path, config: CheckpointConfig, stored: safe_open) -> nn
 
 
 def _tensor_file_of(path: Path) -> str | None:
-    """The tensor file of the checkpoint that is in path; None where there is none that can be read."""
+    """The tensor file of the checkpoint that is in path, also of a damaged or newer one; None where none is named."""
     try:
         return CheckpointConfig.read(path).tensor_file
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
+    except ValueError:
+        with open(path / CONFIG_NAME, encoding="utf-8", errors="replace") as file:
+            named = _TENSOR_FILE_ENTRY.search(file.read(documents.MOST_BYTES))
+        return None if named is None else named[1]
 
 
 def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -275,7 +282,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor().to("cpu" if torch.distributed.get_rank() == 0 else "meta")
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Put a buffer or parameter in the place of the one of that name."""
     parent, _, attribute = name.rpartition(".")
     owner = submodule(model, parent)

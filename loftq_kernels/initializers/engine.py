@@ -1,4 +1,4 @@
-"""What all initializers share: batches of checked weights go through a driver, as many at a time as memory holds."""
+"""What all initializers share: checked weights go through a driver, one per thread, or as many as a GPU can hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.drivers import compiled, plain, weighted
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
@@ -18,7 +19,6 @@ from loftq_kernels.ops.values import check_finite, check_finite_scales, check_ze
 
 # Below this magnitude of a weight the scales of 8-bit integers, 1/255 of the range, lose digits in float32.
 SMALLEST = 2.0**-116
-_WORKSPACE_COPIES = 8  # The exact solver holds at most so many float32 copies of a square weight.
 
 
 def run_batch(
@@ -68,17 +68,22 @@ def _run_all(
         options.scale_search,
     )
     rows, columns = weights[0].shape
-    chunk = chunk_size(rows, columns, target)
+    shape, copies = (rows, columns), parallel.WORKSPACE_COPIES
     if statistics is not None:
         if len(statistics) != len(weights):
             raise ValueError(f"{len(statistics)} statistics for {len(weights)} weights")
-        for own, name in zip(statistics, names, strict=True):
-            check_statistics(own, name, columns)
-        chunk = max(1, chunk_size(max(rows, columns), columns, target) // 2)  # All is float64, plus Gram factors.
-    cache = weighted.FactorCache()
-    results: list[AdapterInit] = []
-    for first in range(0, len(weights), chunk):
-        these = slice(first, first + chunk)
+        parallel.each(
+            lambda pair: check_statistics(*pair, columns),
+            list(zip(statistics, names, strict=True)),
+            parallel.divide_reading(len(weights), columns, target),
+        )
+        shape, copies = (max(rows, columns), columns), 2 * copies  # All is float64, plus Gram factors.
+    chunk = chunk_size(*shape, target, copies)
+    pieces = [slice(first, first + chunk) for first in range(0, len(weights), chunk)]
+    division = parallel.divide(len(pieces), shape, target, copies)
+    cache = weighted.FactorCache(division.workers)
+
+    def run_piece(these: slice) -> list[AdapterInit]:
         labels = names[these]
         batch = [kernel_dtype(w, n).to(target) for w, n in zip(weights[these], labels, strict=True)]
         calibration = None
@@ -86,21 +91,21 @@ def _run_all(
             stored = None if packed is None else [p.to(target) for p in packed[these]]
             columns_out = None if left_out is None else [channels.to(target) for channels in left_out[these]]
             calibration = weighted.Calibration(statistics[these], labels, stored, columns_out, cache)
-        results += [init.to(source) for init in _run(batch, labels, options, backend, calibration)]
-        if progress is not None:
-            progress(len(batch))
-    return results
+        return [init.to(source) for init in _run(batch, labels, options, backend, calibration)]
+
+    done = None if progress is None else lambda i: progress(len(weights[pieces[i]]))
+    return [init for inits in parallel.each(run_piece, pieces, division, done) for init in inits]
 
 
-def chunk_size(rows: int, columns: int, device: torch.device) -> int:
-    """How many matrices go through the driver together.
+def chunk_size(rows: int, columns: int, device: torch.device, copies: int = parallel.WORKSPACE_COPIES) -> int:
+    """How many matrices go through the driver together, of which each needs so many float32 copies of its shape.
 
     A CPU gains nothing from a batch: one matrix at a time keeps memory low, progress fine-grained and Ctrl-C prompt.
     On a GPU the working set of the batch stays below `workspace_bytes`.
     """
     if device.type == "cpu":
         return 1
-    return max(1, workspace_bytes(device) // (_WORKSPACE_COPIES * 4 * rows * columns))
+    return max(1, workspace_bytes(device) // (copies * 4 * rows * columns))
 
 
 def workspace_bytes(device: torch.device) -> int:

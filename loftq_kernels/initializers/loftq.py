@@ -49,9 +49,10 @@ def loftq_init(
         svd: "exact" (float64 Gram matrix and eigh), "fast" (block Krylov, then warm-started) or "auto": fast unless the
             matrix is small. docs/initializer.md says how far the final error of "fast" lies from that of "exact".
         order: "quantize_first" as above, or "svd_first", which takes the SVD of W - Q_{t-1} first (Q_0 = 0).
-        seed: of the random start of "fast", -2^63 .. 2^64 - 1. The same seed gives the same bits on the same machine
-            with the same number of threads; another number of threads adds up in another order, which may round
-            some codes the other way.
+        seed: of the random start of "fast", -2^63 .. 2^64 - 1. The same seed gives the same bits on the same machine.
+            From 8.4 million weights on (half of that with statistics) several threads serve one matrix where there
+            are more threads than matrices; another number of them adds up in another order, which may round some
+            codes the other way.
         statistics: of the layer's input. With them SVD_r minimises the error of the layer's output,
             ||X (W - Q - s B A)^T||_F, in float64; the best iterate is the one of least such error; "auto" is "exact".
         device: where to compute; the result is on the device of weight.
@@ -96,7 +97,8 @@ def loftq_init_batch(
     progress: Callable[[int], None] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[AdapterInit]:
-    """`loftq_init` for same-shape matrices: a sequence of [N, K] or one [B, N, K]. Results do not depend on batching.
+    """`loftq_init` for same-shape matrices: a sequence of [N, K] or one [B, N, K]. Results do not depend on batching
+    (those of large matrices up to rounding: see ``seed``). On CPUs each of torch's threads takes a matrix of its own.
 
     ``statistics`` has one entry per matrix; matrices with the same input should stand together and have the same entry.
     ``progress(n)`` is called whenever n more matrices are done. Raises as `loftq_init`, with the matrix's entry in

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import quantize
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.config import LayerConfig
 from loftq_kernels.initializers.options import check_scaling, seed_of
 from loftq_kernels.initializers.result import AdapterInit
@@ -54,10 +55,13 @@ def one_by_one(
 
     The seed of a matrix is made from ``cfg.seed`` and its name; a single weight without a name gets ``cfg.seed``.
     """
-    results = []
-    for i, weight in enumerate(weights):
-        alone = names is None and len(weights) == 1
-        name = f"weights[{i}]" if names is None else names[i]
+    if not len(weights):
+        return []
+    alone = names is None and len(weights) == 1
+    names = [f"weights[{i}]" for i in range(len(weights))] if names is None else names
+
+    def run_one(named: tuple[str, Tensor]) -> AdapterInit:
+        name, weight = named
         init = method(
             weight if device is None else weight.to(device),
             group_size=cfg.group_size,
@@ -67,7 +71,9 @@ def one_by_one(
             seed=cfg.seed if alone else seed_of(cfg.seed, name),
             name=name,
         )
-        results.append(init.to(weight.device))
-        if progress is not None:
-            progress(1)
-    return results
+        return init.to(weight.device)
+
+    target = weights[0].device if device is None else torch.device(device)
+    division = parallel.divide(len(weights), weights[0].shape, target)
+    done = None if progress is None else lambda _: progress(1)
+    return parallel.each(run_one, list(zip(names, weights, strict=True)), division, done)

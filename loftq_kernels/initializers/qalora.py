@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from loftq_kernels import arguments
 from loftq_kernels.formats import quantize
-from loftq_kernels.initializers import nearest
+from loftq_kernels.initializers import nearest, parallel
 from loftq_kernels.initializers.config import LayerConfig
 from loftq_kernels.initializers.options import check_scaling, check_schedule
 from loftq_kernels.initializers.result import AdapterInit
@@ -95,6 +95,7 @@ def _alternate(weight: Tensor, format: str, rank: int, num_iter: int, scaling: f
     best: AdapterInit | None = None
     errors: list[float] = []
     for _ in range(num_iter):
+        parallel.poll()
         packed = quantize(weight - low_rank, format, **options)
         check_finite_scales(weight, packed.scale, packed.offset, options["name"])
         residual = weight - packed.dequantize()

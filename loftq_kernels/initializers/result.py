@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from loftq_kernels import vocabulary
 from loftq_kernels.formats import PackedTensor
 
-ADAPTERS = ("lora", "qalora")
+ADAPTERS = tuple(vocabulary.ADAPTERS)
 
 
 @dataclass

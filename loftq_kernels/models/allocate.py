@@ -1,48 +1,32 @@
-"""`plan_bits`: which format each layer gets, so that the error is least within a budget of bits.
+"""`plan_bits`: the error of every layer under every candidate, and the best choice of them within a budget of bits.
 
-    minimise  sum over l, c of error[l, c] z[l, c]
-    such that sum over c of z[l, c] = 1,   sum over l, c of bits[l, c] z[l, c] <= budget * weights,   z in {0, 1}
-
-over layers l and candidates c, an integer program for SciPy's HiGHS. Source: LQ-LoRA (Guo et al., ICLR 2024), whose
-allocation this is, with the errors measured after the initializer, adapter included.
+Source: LQ-LoRA (Guo et al., ICLR 2024), with the errors measured after the initializer, adapter included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.initializers import AdapterInit, InputStatistics
+from loftq_kernels.initializers import AdapterInit, InputStatistics, parallel
 from loftq_kernels.initializers.qalora import expand_groups
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.config import QuantConfig
-from loftq_kernels.models.convert import initialize_batch
+from loftq_kernels.models.convert import check_weights, initialize_batch
 from loftq_kernels.models.inputs import with_statistics
-from loftq_kernels.models.plan import CANDIDATE_FIELDS, BitPlan, PlannedLayer, counted_bits, settings
+from loftq_kernels.models.plan import BitPlan, PlannedLayer, settings
 from loftq_kernels.models.report import DENSE, account
 from loftq_kernels.models.select import Candidate, check_overrides, in_batches, select_layers
+from loftq_kernels.models.solve import check_feasible, milp, solve_plan
 from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME
-from loftq_kernels.ops.values import check_finite
-from loftq_kernels.progress import tqdm
-
-DEFAULT_CANDIDATES = ("nf2", "nf4", "int8")
-_NEEDS_SCIPY = "plans are solved by SciPy: pip install 'loftq_kernels[plan]'"
-# Relative to the total error; HiGHS' default. At 1e-6 it took three times as long, and wrote to standard output.
-_MIP_GAP = 1e-4
-_AT_LIMIT = 1  # SciPy's status when a limit ended the search.
-_SECONDS = 60.0  # Then the best plan so far is taken. 700 layers under nine candidates took 1.5 s.
-
-
-class UnsolvedError(RuntimeError):
-    """The solver of integer programs gave no plan."""
+from loftq_kernels.progress import progress_bar
+from loftq_kernels.vocabulary import CANDIDATE_FIELDS, DEFAULT_CANDIDATES
 
 
 def plan_bits(
@@ -55,7 +39,7 @@ def plan_bits(
     count: str = "packed",
     relative: bool = True,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> BitPlan:
     """Quantize every layer under every candidate, and choose one per layer: least total error within the budget.
 
@@ -76,37 +60,97 @@ def plan_bits(
         relative: every layer counts the same, however large. False leaves out the denominators, as LQ-LoRA does.
             docs/mixed_precision.md compares the two: relative errors gave the better models.
         device: where to compute, if not where the weights are.
-        progress: show a bar on standard error.
+        progress: None shows a bar where somebody watches (a terminal, a notebook), True also plain lines where standard
+            error is redirected.
 
     Raises ImportError without SciPy; ValueError for a budget below what the cheapest candidates take (saying how much
     that is), bad candidates, count="total" with adapter="qalora", NaN or Inf in a weight or in statistics, statistics
     that lack a layer or do not fit it, and a model with no layer to quantize; RuntimeError when the solver fails. Warns
     when its time is over, and the best plan so far is returned.
     """
-    _milp()  # Fail before hours of work.
-    cfg = cfg or QuantConfig()
-    named = _named_candidates(candidates, cfg)
-    if count != "total" and len({values["rank"] for values in named.values()}) > 1:
-        raise ValueError(f"candidates of different ranks need count='total': count={count!r} makes adapters free")
-    model = unwrapped(model)
-    empty = BitPlan(named, {}, budget, count)  # Checks all of it before any work is done.
-    found, skipped = {}, {}
-    for name, values in named.items():
-        selection = select_layers(model, _config_of(values, cfg))
-        check_overrides(model, cfg, selection)
-        skipped |= selection.skipped
-        fitting = _that_fit(selection.candidates, values["rank"], skipped)
-        found[name] = with_statistics(fitting, statistics, warn=not found)
-    if not any(found.values()):
-        raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
-    if count == "total":
-        grouped = [c.name for listed in found.values() for c in listed if c.cfg.has_qalora]
-        if grouped:
-            raise ValueError(f"count='total' counts ordinary adapters, but layer {grouped[0]!r} has adapter='qalora'")
-    layers = _measure(found, statistics, relative, device, progress)
+    cfg, model = cfg or QuantConfig(), unwrapped(model)
+    empty, found = _survey(model, budget, candidates, cfg, statistics, count, relative)
+    layers = _measure(found, empty.layers, statistics, relative, device, progress)
     planned = {f"{name}.weight" for name in layers.keys() | _by_config(model, cfg, layers)}
     dense = {t.name: t.nbytes for t in account(model) if t.state == DENSE and t.name not in planned}
     return solve_plan(dataclasses.replace(empty, layers=layers, dense=dense), budget)
+
+
+def check_plan(
+    model: nn.Module,
+    budget: float,
+    candidates: Sequence[str | Mapping[str, Any]] = DEFAULT_CANDIDATES,
+    cfg: QuantConfig | None = None,
+    *,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    count: str = "packed",
+    relative: bool = True,
+) -> None:
+    """Raise as `plan_bits` does for all that names and shapes tell: the model may be on the meta device."""
+    cfg = cfg or QuantConfig()
+    _survey(unwrapped(model), budget, candidates, cfg, statistics, count, relative, values=False)
+
+
+def _survey(
+    model: nn.Module,
+    budget: float,
+    candidates: Sequence[str | Mapping[str, Any]],
+    cfg: QuantConfig,
+    statistics: Mapping[str, InputStatistics] | None,
+    count: str,
+    relative: bool,
+    *,
+    values: bool = True,
+) -> tuple[BitPlan, dict[str, list[Candidate]]]:
+    """The plan without errors, and the layers that can have each candidate. Raises for what no measurement can mend."""
+    milp()
+    named = _named_candidates(candidates, cfg)
+    if count != "total" and len({fields["rank"] for fields in named.values()}) > 1:
+        raise ValueError(f"candidates of different ranks need count='total': count={count!r} makes adapters free")
+    empty = BitPlan(named, {}, budget, count)
+    found, skipped = {}, {}
+    for name, fields in named.items():
+        selection = select_layers(model, _config_of(fields, cfg), values=values)
+        check_overrides(model, cfg, selection)
+        skipped |= selection.skipped
+        fitting = _that_fit(selection.candidates, fields["rank"], skipped)
+        found[name] = with_statistics(fitting, statistics, warn=values and not found, level=4)
+    if not any(found.values()):
+        raise ValueError(f"no layer to plan: include={cfg.include}, exclude={cfg.exclude}, skipped: {skipped}")
+    _check_measures(found, statistics, count, relative)
+    plan = dataclasses.replace(empty, layers=_unmeasured(found))
+    options = [(name, candidate.name) for name, listed in found.items() for candidate in listed]
+    check_feasible(plan, ((layer, plan.bits(layer, name)) for name, layer in options))
+    return plan, found
+
+
+def _unmeasured(found: Mapping[str, list[Candidate]]) -> dict[str, PlannedLayer]:
+    """Every layer in the order of the model, with the first candidate that it can have."""
+    layers = {}
+    for name, listed in found.items():
+        for own in listed:
+            bits = 8 * own.cfg.adapter_dtype_of(own.weight.dtype).itemsize
+            layers.setdefault(own.name, PlannedLayer(tuple(own.weight.shape), name, adapter_bits=bits))
+    return layers
+
+
+def _check_measures(
+    found: Mapping[str, list[Candidate]],
+    statistics: Mapping[str, InputStatistics] | None,
+    count: str,
+    relative: bool,
+) -> None:
+    """Raise ValueError for adapters that cannot be counted, and for errors that cannot be added."""
+    listed = [candidate for own in found.values() for candidate in own]
+    grouped = [own.name for own in listed if own.cfg.has_qalora]
+    if count == "total" and grouped:
+        raise ValueError(f"count='total' counts ordinary adapters, but layer {grouped[0]!r} has adapter='qalora'")
+    unknown = [own.name for own in listed if _gram(statistics, own) is None]
+    if statistics is not None and unknown and not relative:
+        raise ValueError(
+            f"layer {unknown[0]!r} has no statistics: absolute errors of its weights and of other layers' outputs "
+            "cannot be added; use relative errors"
+        )
 
 
 def _by_config(model: nn.Module, cfg: QuantConfig, layers: Mapping[str, PlannedLayer]) -> set[str]:
@@ -127,80 +171,6 @@ def _that_fit(candidates: list[Candidate], rank: int | None, skipped: dict[str, 
         if rank is not None and candidate.cfg.rank != rank:
             skipped[candidate.name] = f"rank={rank} exceeds what its shape {tuple(candidate.weight.shape)} can have"
     return [candidate for candidate in candidates if rank is None or candidate.cfg.rank == rank]
-
-
-def solve_plan(plan: BitPlan, budget: float | None = None) -> BitPlan:
-    """The plan with the best choice of each layer for a budget (default: its own), from the errors that it holds.
-
-    Nothing is measured again. Raises and warns as `plan_bits`, and raises ValueError for a plan without layers, or a
-    layer without measured errors.
-    """
-    _milp()
-    from scipy.sparse import csr_array
-
-    plan = plan if budget is None else dataclasses.replace(plan, budget=budget)
-    if not plan.layers:
-        raise ValueError("the plan has no layers to choose for")
-    options = []  # (layer's number, name, candidate, bits, error)
-    for number, (name, layer) in enumerate(plan.layers.items()):
-        measured = [c for c in plan.candidates if c in layer.errors]
-        if not measured:
-            raise ValueError(f"layer {name!r} has no measured error under any candidate")
-        options += [
-            (number, name, c, counted_bits(plan.candidates[c], layer, plan.count), layer.errors[c]) for c in measured
-        ]
-    rows = numpy.array([option[0] for option in options])
-    bits = numpy.array([option[3] for option in options], dtype=numpy.float64)
-    errors = numpy.array([option[4] for option in options], dtype=numpy.float64)
-    weights = sum(layer.weights for layer in plan.layers.values())
-    _check_feasible(plan, rows, bits, weights)
-    one_each = csr_array((numpy.ones(len(options)), (rows, numpy.arange(len(options)))))
-    chosen = _run_milp(errors, one_each, bits * (len(plan.layers) / weights), plan.budget * len(plan.layers))
-    choices = {options[i][1]: options[i][2] for i in chosen}
-    layers = {name: dataclasses.replace(layer, choice=choices[name]) for name, layer in plan.layers.items()}
-    return dataclasses.replace(plan, layers=layers)
-
-
-def _milp():
-    try:
-        from scipy.optimize import milp
-    except ImportError as error:
-        raise ImportError(_NEEDS_SCIPY) from error
-    return milp
-
-
-def _check_feasible(plan: BitPlan, rows, bits, weights: int) -> None:
-    cheapest = numpy.full(len(plan.layers), numpy.inf)
-    numpy.minimum.at(cheapest, rows, bits)
-    least = cheapest.sum() / weights
-    if least > plan.budget * (1 + 1e-9):
-        raise ValueError(
-            f"budget={plan.budget:g} bits per weight is below {least:.4f}, the least that the candidates "
-            f"{', '.join(plan.candidates)} take (count={plan.count!r})"
-        )
-
-
-def _run_milp(errors, one_each, bits, budget: float):
-    """Indices of the options chosen. ``bits`` are scaled so that a layer's are near its bits per weight, because
-    HiGHS' tolerances are absolute."""
-    from scipy.optimize import Bounds, LinearConstraint
-
-    largest = errors.max()
-    result = _milp()(
-        errors / largest if largest > 0 else errors,
-        integrality=1 + 0 * errors,
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits[None, :], -math.inf, budget)],
-        options={"mip_rel_gap": _MIP_GAP, "time_limit": _SECONDS},
-    )
-    if result.x is None:
-        raise UnsolvedError(f"the integer program was not solved: {result.message}")
-    if result.status == _AT_LIMIT:
-        warnings.warn(
-            f"the plan may not be optimal: the solver's {_SECONDS:g} seconds were over (gap {result.mip_gap:.2%})",
-            stacklevel=3,
-        )
-    return (result.x > 0.5).nonzero()[0]
 
 
 def _named_candidates(candidates: Sequence[str | Mapping[str, Any]], cfg: QuantConfig) -> dict[str, dict[str, Any]]:
@@ -239,36 +209,37 @@ def _config_of(values: Mapping[str, Any], cfg: QuantConfig) -> QuantConfig:
 
 def _measure(
     found: Mapping[str, list[Candidate]],
+    layers: Mapping[str, PlannedLayer],
     statistics: Mapping[str, InputStatistics] | None,
     relative: bool,
     device: torch.device | str | None,
-    progress: bool,
+    progress: bool | None,
 ) -> dict[str, PlannedLayer]:
-    """Every layer in the order of the model, with its error under each candidate that it can take."""
+    """The layers with their errors under each candidate that they can take."""
     weights = {c.name: c.weight for listed in found.values() for c in listed}
     grams = {c.name: _gram(statistics, c) for listed in found.values() for c in listed}
-    adapter_bits = {
-        c.name: 8 * c.cfg.adapter_dtype_of(c.weight.dtype).itemsize for listed in found.values() for c in listed
-    }
-    unknown = [name for name, gram in grams.items() if gram is None]
-    if statistics is not None and unknown and not relative:
-        raise ValueError(
-            f"layer {unknown[0]!r} has no statistics: absolute errors of its weights and of other layers' outputs "
-            "cannot be added; use relative errors"
-        )
-    for name, weight in weights.items():
-        check_finite(weight, f"{name}.weight")
+    check_weights(weights)
     errors: dict[str, dict[str, float]] = {name: {} for name in weights}
-    with tqdm(total=sum(map(len, found.values())), desc="plan", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=sum(map(len, found.values())), desc="plan", unit="layer", show=progress) as bar:
         for candidate, listed in found.items():
             for batch in in_batches(listed):
-                for own, init in zip(batch, initialize_batch(batch, device, bar), strict=True):
-                    errors[own.name][candidate] = _error(weights[own.name], init, grams[own.name], relative)
-    first = {name: next(iter(by_candidate)) for name, by_candidate in errors.items()}
-    return {
-        name: PlannedLayer(tuple(weight.shape), first[name], errors[name], adapter_bits[name])
-        for name, weight in weights.items()
-    }
+                for name, error in _errors_of(batch, initialize_batch(batch, device, bar), grams, relative):
+                    errors[name][candidate] = error
+    return {name: dataclasses.replace(layer, errors=errors[name]) for name, layer in layers.items()}
+
+
+def _errors_of(
+    batch: list[Candidate], inits: list[AdapterInit], grams: Mapping[str, Tensor | None], relative: bool
+) -> list[tuple[str, float]]:
+    """Name and error of each layer of a batch."""
+
+    def error(pair: tuple[Candidate, AdapterInit]) -> tuple[str, float]:
+        own, init = pair
+        return own.name, _error(own.weight, init, grams[own.name], relative)
+
+    weight = batch[0].weight
+    division = parallel.divide(len(batch), weight.shape, weight.device)
+    return parallel.each(error, list(zip(batch, inits, strict=True)), division)
 
 
 def _gram(statistics: Mapping[str, InputStatistics] | None, candidate: Candidate) -> Tensor | None:

@@ -12,6 +12,7 @@ from loftq_kernels.initializers.config import LayerConfig, from_json, layer_fiel
 from loftq_kernels.nn.kinds import LAYER_TYPES
 from loftq_kernels.nn.names import matches, names_whole
 
+DENSE = "dense"  # in the place of a format: leaves the layers of an override as they are
 HEAD_NAMES = ("lm_head", "*.lm_head")  # output heads by name, in models that do not tell theirs
 
 
@@ -32,6 +33,22 @@ def _check_pattern(name: str, pattern: Any) -> None:
         matches("", pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _changes_of(pattern: str, value: Any) -> Mapping[str, Any] | None:
+    """An override as changed fields, or None to leave the layers dense, of any form that it may be written in."""
+    if value is None or (isinstance(value, str) and value == DENSE):
+        return None
+    if isinstance(value, str):
+        return {"format": value}
+    if type(value) is LayerConfig:  # A QuantConfig has patterns of its own, which would have no effect.
+        return {f.name: getattr(value, f.name) for f in layer_fields()}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"override {pattern!r} must be a format, a dict of changed fields, a LayerConfig, None or {DENSE!r}, "
+            f"got {value!r}"
+        )
+    return value
 
 
 def _no_change(self, *args, **kwargs):
@@ -57,9 +74,10 @@ class QuantConfig(LayerConfig):
             which ``*`` crosses dots, or "re:" and a regular expression that must match the whole name. A layer is
             quantized when it matches some of ``include`` and none of ``exclude``. A pattern that matches no layer of
             the model is an error.
-        overrides: pattern -> changed fields of `LayerConfig` (a dict), or None to leave the layers dense. The first
-            match wins. With another init or adapter in it, order and rank_energy go back to their defaults where they
-            are for others.
+        overrides: pattern -> what the layers get instead: the name of a format, changed fields of `LayerConfig` (a
+            dict), a whole `LayerConfig`, or None or "dense" to leave the layers dense. They are kept as dicts and None.
+            The first match wins. With another init or adapter in it, order and rank_energy go back to their defaults
+            where they are for others.
         layer_types: which kinds of layers are quantized, of `LAYER_TYPES`. Linear layers alone by default, as LoftQ,
             QLoRA and bitsandbytes do: embeddings are read a few rows at a time and often tied to the head, and
             convolutions are a small part of most language models.
@@ -75,7 +93,7 @@ class QuantConfig(LayerConfig):
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any] | LayerConfig | str | None] = field(default_factory=dict)
     layer_types: tuple[str, ...] = ("linear",)
     modules_to_save: tuple[str, ...] = ()
     quantize_head: bool = False
@@ -91,17 +109,16 @@ class QuantConfig(LayerConfig):
             raise ValueError(f"layer_types={self.layer_types!r} must hold some of {LAYER_TYPES}")
         self._set(layer_types=kinds)
         if not isinstance(self.overrides, Mapping):
-            raise TypeError(f"overrides must map patterns to changed fields or None, got {self.overrides!r}")
+            raise TypeError(f"overrides must map patterns to formats or changed fields, got {self.overrides!r}")
         overrides = {pattern: self._checked(pattern, own) for pattern, own in self.overrides.items()}
         self._set(overrides=_Fixed(overrides))
 
     def _checked(self, pattern: Any, changes: Any) -> _Fixed | None:
         """A copy of an override's changes, their values as `LayerConfig` keeps them."""
         _check_pattern("overrides", pattern)
+        changes = _changes_of(pattern, changes)
         if changes is None:
             return None
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"override {pattern!r} must be a dict of changed fields, or None, got {changes!r}")
         changed = self._overridden(pattern, changes)
         return _Fixed({name: getattr(changed, name) for name in changes})
 

@@ -6,11 +6,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize
+from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, parallel
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.inputs import with_statistics
 from loftq_kernels.models.plan import BitPlan
@@ -29,7 +30,7 @@ from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_modules, set_submodule, unwrapped
 from loftq_kernels.ops.values import check_finite
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 
 _REASONS = 5  # of layers that are skipped, in the error where all are
 
@@ -40,7 +41,7 @@ def quantize_model(
     *,
     statistics: Mapping[str, InputStatistics] | None = None,
     plan: BitPlan | str | Path | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     freeze: bool = True,
     device: torch.device | str | None = None,
 ) -> QuantizationReport:
@@ -64,7 +65,8 @@ def quantize_model(
             token reached get the data-free way, with a warning.
         plan: a `BitPlan` or its file: chooses format, group size, rank and scales of the layers that it names; cfg says
             the rest, and all of layers that the plan does not name.
-        progress: show a bar on standard error.
+        progress: None shows a bar where somebody watches (a terminal, a notebook), True also plain lines where standard
+            error is redirected.
         freeze: also set requires_grad=False on every parameter that is neither an adapter's nor named by
             ``cfg.modules_to_save``; what PEFT has in the model stays as PEFT has set it. Without it biases of replaced
             layers keep theirs.
@@ -75,22 +77,17 @@ def quantize_model(
     that matches no layer, for a plan of another model or one that names a layer which is skipped (other than by an
     override None), when no layer matches, and for statistics that lack a layer or are of another width.
     """
-    cfg = cfg or QuantConfig()
-    if not isinstance(cfg, QuantConfig):
-        raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
     started = time.perf_counter()
     model = unwrapped(model)
-    if plan is not None:
-        plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
-        cfg = plan.config(cfg)
+    cfg, plan = _planned(cfg, plan)
     selection = _checked_selection(model, cfg, plan)
     candidates = with_statistics(selection.candidates, statistics)
     selection.candidates.clear()
-    _check_weights(candidates)
+    check_weights({candidate.name: candidate.weight for candidate in candidates})
     report = QuantizationReport(skipped=selection.skipped, already=selection.already)
     order = {candidate.name: i for i, candidate in enumerate(candidates)}
     try:
-        with tqdm(total=len(candidates), desc="quantize", unit="layer", disable=not progress) as bar:
+        with progress_bar(total=len(candidates), desc="quantize", unit="layer", show=progress) as bar:
             for batch in in_batches(candidates):
                 report.layers += _replace(model, batch, device, bar)
     finally:  # Layers that were swapped before an interruption are as they would be after a whole run.
@@ -103,11 +100,40 @@ def quantize_model(
     return report
 
 
-def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None) -> Selection:
+def check_quantize(
+    model: nn.Module,
+    cfg: QuantConfig | None = None,
+    *,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    plan: BitPlan | str | Path | None = None,
+) -> Selection:
+    """Raise as `quantize_model` does for all that names and shapes tell: the model may be on the meta device.
+
+    Returns the layers that it would quantize, and the reasons why it would leave others.
+    """
+    model = unwrapped(model)
+    cfg, plan = _planned(cfg, plan)
+    selection = _checked_selection(model, cfg, plan, values=False)
+    with_statistics(selection.candidates, statistics, warn=False)
+    return selection
+
+
+def _planned(cfg: QuantConfig | None, plan: BitPlan | str | Path | None) -> tuple[QuantConfig, BitPlan | None]:
+    """The config that a plan makes of cfg, and the plan."""
+    cfg = cfg or QuantConfig()
+    if not isinstance(cfg, QuantConfig):
+        raise TypeError(f"cfg must be a QuantConfig, got {cfg!r}")
+    if plan is None:
+        return cfg, None
+    plan = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+    return plan.config(cfg), plan
+
+
+def _checked_selection(model: nn.Module, cfg: QuantConfig, plan: BitPlan | None, *, values: bool = True) -> Selection:
     """The layers to quantize. Raises ValueError where there are none, or where they do not fit the plan."""
     if plan is not None:
         plan.check_names(name for name, _ in named_modules(model))
-    selection = select_layers(model, cfg)
+    selection = select_layers(model, cfg, values=values)
     if plan is not None:
         plan.check_model(_planned_shapes(model, selection, plan, cfg))
     check_overrides(model, cfg, selection)
@@ -129,9 +155,12 @@ def _by_reason(skipped: Mapping[str, str]) -> str:
     return ", ".join(parts + [f"{len(order) - _REASONS} more reasons"] * (len(order) > _REASONS)) or "none"
 
 
-def _check_weights(candidates: list[Candidate]) -> None:
-    for candidate in candidates:
-        check_finite(candidate.weight, f"{candidate.name}.weight")
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming layer and row, for the first weight with NaN or Inf."""
+    largest = max(weights.values(), key=Tensor.numel, default=None)
+    if largest is not None:
+        division = parallel.divide(len(weights), largest.shape, largest.device, copies=1)
+        parallel.each(lambda layer: check_finite(layer[1], f"{layer[0]}.weight"), list(weights.items()), division)
 
 
 def _planned_shapes(
@@ -157,7 +186,7 @@ def _planned_shapes(
     return shapes
 
 
-def initialize_batch(batch: list[Candidate], device: torch.device | str | None, bar: tqdm) -> list[AdapterInit]:
+def initialize_batch(batch: list[Candidate], device: torch.device | str | None, bar: Any) -> list[AdapterInit]:
     """The initializer's results for the layers of a batch, which go through it together."""
     statistics = [candidate.statistics for candidate in batch]
     return initialize(
@@ -171,7 +200,7 @@ def initialize_batch(batch: list[Candidate], device: torch.device | str | None, 
 
 
 def _replace(
-    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: tqdm
+    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: Any
 ) -> Iterator[LayerReport]:
     """Initialize the layers of a batch together, then swap each in; the batch is emptied."""
     inits = initialize_batch(batch, device, bar)[::-1]

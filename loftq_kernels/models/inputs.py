@@ -7,35 +7,37 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
+from loftq_kernels import threads
 from loftq_kernels.initializers import InputStatistics
 from loftq_kernels.initializers.statistics import check_statistics
 from loftq_kernels.models.select import Candidate
 
 
 def with_statistics(
-    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None, *, warn: bool = True
+    candidates: list[Candidate], statistics: Mapping[str, InputStatistics] | None, *, warn: bool = True, level: int = 3
 ) -> list[Candidate]:
     """The candidates with the statistics that their initializers need or take.
 
     Layers that no token reached (`ActivationStatistics.unreached`) get the data-free way, with one warning (if asked
-    for: who calls this again for the same layers has warned). Raises ValueError for layers that lack statistics
-    otherwise, or whose statistics do not fit.
+    for: who calls this again for the same layers has warned), at the stack ``level`` of `warnings.warn`. Raises
+    ValueError for layers that lack statistics otherwise, or whose statistics do not fit.
     """
     if statistics is not None and not isinstance(statistics, Mapping):
         raise TypeError(f"statistics must map layer names to InputStatistics, got {type(statistics).__name__}")
     unreached = set(getattr(statistics, "unreached", ()))
     chosen, without = [], []
-    for candidate in candidates:
-        if statistics is not None and candidate.cfg.takes_statistics and candidate.name in unreached:
-            without.append(candidate.name)
-            chosen.append(_data_free(candidate))
-        else:
-            chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
+    with threads.own_threads(1):  # Checks are short, and a mapping of the user's is asked in this thread.
+        for candidate in candidates:
+            if statistics is not None and candidate.cfg.takes_statistics and candidate.name in unreached:
+                without.append(candidate.name)
+                chosen.append(_data_free(candidate))
+            else:
+                chosen.append(replace(candidate, statistics=_statistics_of(candidate, statistics)))
     if without and warn:
         warnings.warn(
             f"no calibration token reached {len(without)} layers, which are initialized without data: "
             f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}",
-            stacklevel=3,
+            stacklevel=level,
         )
     return chosen
 

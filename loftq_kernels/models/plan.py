@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_kernels import arguments
+from loftq_kernels import arguments, vocabulary
 from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import LayerConfig
 from loftq_kernels.models.config import QuantConfig, matches
 from loftq_kernels.ops.checks import SCALE_DTYPES_BY_NAME, check_rank
 from loftq_kernels.storage import documents
+from loftq_kernels.vocabulary import CANDIDATE_FIELDS
 
 PLAN_VERSION = 1
-COUNTS = ("codes", "packed", "total")
-CANDIDATE_FIELDS = ("format", "group_size", "rank", "scale_dtype", "scale_search")
-_VERSION_KEY = "loftq_plan_version"
+COUNTS = tuple(vocabulary.COUNTS)
+VERSION_KEY = "loftq_plan_version"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class BitPlan:
     def save(self, path: str | Path) -> None:
         """Write the JSON file; an existing one stays as it was if that fails."""
         values = {
-            _VERSION_KEY: PLAN_VERSION,
+            VERSION_KEY: PLAN_VERSION,
             "budget": self.budget,
             "count": self.count,
             "average_bits": round(self.average_bits, 6),  # For the reader; it is computed anew when the file is loaded.
@@ -134,7 +134,7 @@ class BitPlan:
     @classmethod
     def load(cls, path: str | Path) -> BitPlan:
         """Read what `save` wrote, edited or not. Raises FileNotFoundError, or ValueError naming what is wrong where."""
-        values = documents.read(path, _VERSION_KEY, PLAN_VERSION)
+        values = documents.read(path, VERSION_KEY, PLAN_VERSION)
         try:
             return _parse(values)
         except (TypeError, ValueError) as error:

@@ -76,7 +76,7 @@ class TensorReport:
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         trained = ", trained" if self.trained else ""
-        return f"{self.name:<44} {shape:>13} left dense{trained}, {_size(self.nbytes)}: {self.reason}"
+        return f"{self.name:<44} {shape:>13} left dense{trained}, {size_text(self.nbytes)}: {self.reason}"
 
 
 @dataclass
@@ -178,9 +178,10 @@ def dense_line(tensors: list[TensorReport]) -> str:
             parts[_kind_of_name(tensor.name)] += tensor.nbytes
     dense = sum(parts.values())
     largest = sorted(parts.items(), key=lambda part: -part[1])[:_NAMED]
-    named = ", ".join(f"{name} {_size(size)}" for name, size in largest)
+    named = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     share = dense / max(total, 1)
-    return f"left dense: {_size(dense)} of the model's {_size(total)}, {share:.1%}" + (f" ({named})" if named else "")
+    line = f"left dense: {size_text(dense)} of the model's {size_text(total)}, {share:.1%}"
+    return f"{line} ({named})" if named else line
 
 
 def _kind_of_name(name: str) -> str:
@@ -188,7 +189,7 @@ def _kind_of_name(name: str) -> str:
     return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     return f"{nbytes / _MIB:.1f} MiB" if nbytes >= _MIB // 10 else f"{nbytes / 1024:.1f} KiB"
 
 

@@ -21,6 +21,7 @@ from loftq_kernels.nn.names import matches
 from loftq_kernels.nn.wrappers import named_modules, unwrapped
 from loftq_kernels.ops.checks import is_sharded
 from loftq_kernels.storage.packing import num_groups
+from loftq_kernels.threads import available_cpus
 
 LEFT_DENSE = "left dense by an override"
 _LAYERS_PER_BATCH = 16  # initialized before they are swapped in: bounds the memory that holds finished layers
@@ -58,8 +59,8 @@ class Selection:
     already: list[str] = field(default_factory=list)
 
 
-def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
-    """The layers of a model that cfg asks for.
+def select_layers(model: nn.Module, cfg: QuantConfig, *, values: bool = True) -> Selection:
+    """The layers of a model that cfg asks for. Without ``values`` it may be on the meta device.
 
     Raises ValueError for a pattern that matches nothing (see `check_patterns`), for a model that is itself a layer, and
     for modules_to_save that are quantized already.
@@ -68,7 +69,7 @@ def select_layers(model: nn.Module, cfg: QuantConfig) -> Selection:
     selection = Selection(already=list(quantized_layers(model)))
     if saved := [name for name in selection.already if cfg.saves(name)]:
         raise ValueError(f"modules_to_save: {saved[0]!r} is quantized already and cannot be trained in full")
-    context = Context(model, cfg)
+    context = Context(model, cfg, values)
     for module, names in context.names_of.items():
         kind = kind_of(module)
         if kind is None or kind.layer_type not in cfg.layer_types or names[0] in selection.already:
@@ -119,8 +120,8 @@ def _no_effect(cfg: QuantConfig, selection: Selection, pattern: str, matched: di
 class Context:
     """What the reasons need to know of the whole model."""
 
-    def __init__(self, model: nn.Module, cfg: QuantConfig):
-        self.cfg = cfg
+    def __init__(self, model: nn.Module, cfg: QuantConfig, values: bool = True):
+        self.cfg, self.values = cfg, values
         self.names_of: dict[nn.Module, list[str]] = defaultdict(list)
         self.owners: dict[int, list[str]] = defaultdict(list)  # id of a parameter -> names
         for name, module in named_modules(model, remove_duplicate=False):
@@ -161,7 +162,7 @@ class Context:
         if shared := [owner for owner in self.owners[id(module.weight)] if owner != f"{name}.weight"]:
             return f"its weight is shared with {', '.join(shared)}"
         return (
-            _reason_of_weight(module.weight, kind)
+            _reason_of_weight(module.weight, kind, self.values)
             or self._reason_of_bias(module)
             or reason_of_extras(module, kind)
             or _reason_of_size(module, kind, layer_cfg)
@@ -209,7 +210,7 @@ def _read_directly(module: nn.Module) -> nn.Module | None:
     return getattr(module, "base_layer", None) if reads else None
 
 
-def _reason_of_weight(weight: Tensor, kind: LayerKind) -> str | None:
+def _reason_of_weight(weight: Tensor, kind: LayerKind, values: bool) -> str | None:
     if is_sharded(weight):
         return "its weight is sharded: quantize the whole model, then call fully_shard"
     if type(weight) not in (Tensor, nn.Parameter):
@@ -222,7 +223,7 @@ def _reason_of_weight(weight: Tensor, kind: LayerKind) -> str | None:
         return f"its weight has layout {weight.layout}"
     if weight.dim() != kind.dims:
         return f"its weight has shape {tuple(weight.shape)}, not the {kind.dims} dimensions of its kind"
-    return "its weight is on the meta device: it has no values" if weight.is_meta else None
+    return "its weight is on the meta device: it has no values" if weight.is_meta and values else None
 
 
 def _reason_of_size(module: nn.Module, kind: LayerKind, layer_cfg: LayerConfig) -> str | None:
@@ -260,9 +261,11 @@ def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
     for group in _alike(candidates):
+        # On a CPU each thread of the initializer takes a layer of its own.
+        most = max(_LAYERS_PER_BATCH, available_cpus()) if group[0].weight.is_cpu else _LAYERS_PER_BATCH
         while group:
-            batch = group[:_LAYERS_PER_BATCH]
-            del group[:_LAYERS_PER_BATCH]
+            batch = group[:most]
+            del group[:most]
             yield batch
 
 

@@ -17,6 +17,7 @@ from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.conv import QuantLoRAConv1d, QuantLoRAConv2d
 from loftq_kernels.nn.embedding import QuantLoRAEmbedding, unsupported
 from loftq_kernels.nn.linear import QuantLoRALinear
+from loftq_kernels.vocabulary import LAYER_TYPES as LAYER_TYPES
 
 Blank = Callable[..., QuantLoRAModule]
 
@@ -176,7 +177,6 @@ KINDS: tuple[LayerKind, ...] = (  # the first that owns a module is its kind
     _EMBEDDING,
     _OTHER_CONVOLUTIONS,
 )
-LAYER_TYPES = tuple(dict.fromkeys(kind.layer_type for kind in KINDS))
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

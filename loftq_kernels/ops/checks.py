@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq_kernels import arguments
+from loftq_kernels import arguments, vocabulary
 from loftq_kernels.ops.reference import SCALE_RULES
 from loftq_kernels.storage import packing
 
-SCALE_DTYPES_BY_NAME = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES_BY_NAME = {name: getattr(torch, name) for name in vocabulary.SCALE_DTYPES}
 SCALE_DTYPES = tuple(SCALE_DTYPES_BY_NAME.values())
 # The dtypes of stored scales and offsets. Float64 comes from merging a float64 adapter, never from `quantize`.
-DTYPES_BY_NAME = STORED_DTYPES_BY_NAME = {**SCALE_DTYPES_BY_NAME, "float64": torch.float64}
+DTYPES_BY_NAME = STORED_DTYPES_BY_NAME = {name: getattr(torch, name) for name in vocabulary.DTYPES}
 STORED_DTYPES = tuple(STORED_DTYPES_BY_NAME.values())
 
 

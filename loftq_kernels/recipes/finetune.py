@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import loftq_kernels as lk
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 from loftq_kernels.recipes import small_lm
 
 FORMATS, STARTS = ("nf2", "nf4"), ("qlora", "loftq")
@@ -88,18 +88,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=120, help="of fine-tuning (default 120)")
     parser.add_argument("--lr", type=float, default=2e-3, help="of fine-tuning (default 2e-3)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (default 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("finetune-output"), help="folder for table and plot")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    output = Path("finetune-output")
+    parser.add_argument("--output", type=Path, default=output, help=f"folder for table and plot (default {output})")
     args = parser.parse_args(argv)
     for name in ("pretrain_steps", "steps", "rank"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     args.output.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=args.pretrain_steps, desc="train the base model") as bar:
+    with progress_bar(total=args.pretrain_steps, desc="train the base model", unit="step", show=True) as bar:
         base = small_lm.pretrained(args.pretrain_steps, args.seed, progress=lambda step: bar.update())
     dense = small_lm.perplexity(base, small_lm.code()[1])
     runs = []
-    for format, init in tqdm([(format, init) for format in FORMATS for init in STARTS], desc="fine-tune", unit="model"):
+    runs = [(format, init) for format in FORMATS for init in STARTS]
+    for format, init in progress_bar(runs, desc="fine-tune", unit="model", show=True):
         runs.append(finetune(base, format, init, args.rank, steps=args.steps, lr=args.lr, seed=args.seed))
     text = table(runs, dense)
     print(f"\n{sum(p.numel() for p in base.parameters())} weights, {torch.get_num_threads()} threads\n\n{text}\n")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loftq_kernels.vocabulary import GROUP_SIZES
+
 TILE = 64
-GROUP_SIZES = (32, 64, 128, 256, -1)  # -1: the whole row
 BITS = (2, 4, 8)
 
 

@@ -39,7 +39,7 @@ def rilq_tune(
     hidden: Hidden | None = None,
     cache: str | Path | None = None,
     state_dir: str | Path | None = None,
-    progress: bool | Callable[[RilqPoint], None] = True,
+    progress: bool | Callable[[RilqPoint], None] | None = None,
     plot: str | Path | None = None,
 ) -> RilqResult:
     """Tune all adapters of a quantized model, in place, towards the teacher's final hidden states (see the module).
@@ -63,7 +63,8 @@ def rilq_tune(
         state_dir: folder for the state that resuming needs, saved at each validation. A call with the same arguments
             goes on from there and ends with the same bits (``cfg.steps`` may be larger). A finished run is returned at
             once. The model must hold the adapters that the run began with, or those that an earlier call left in it.
-        progress: True shows a bar on standard error; a function is called with the `RilqPoint` of each update.
+        progress: None shows a bar where somebody watches (a terminal, a notebook), True also plain lines where standard
+            error is redirected; a function is called with the `RilqPoint` of each update.
         plot: where to write the loss curves as a PNG.
 
     Raises ValueError for empty data, a model without adapters or with all of them disabled, weight < 1 with a

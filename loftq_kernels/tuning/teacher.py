@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq_kernels.nn.wrappers import unwrapped
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 from loftq_kernels.storage import documents, files
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def cache_teacher(
     path: str | Path,
     *,
     hidden: Hidden | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> None:
     """Write the teacher's final hidden states of every batch into the folder path, one safetensors file per batch.
 
@@ -164,7 +164,7 @@ def cache_teacher(
         raise TypeError(f"the teacher function returned {type(loaded).__name__}, not a model")
     _write_index(path, fingerprint(loaded))
     source = LiveTeacher(loaded, hidden)
-    for batch in tqdm(missing, desc="teacher", unit="batch", disable=not progress or not missing):
+    for batch in progress_bar(missing, desc="teacher", unit="batch", show=progress if missing else False):
         metadata = {"batch": batch_key(batch), "teacher": source.key}
         files.save_tensors(_file(path, batch), {"hidden": source.states(batch).cpu()}, metadata)
     del loaded, source, teacher

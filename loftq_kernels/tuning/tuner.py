@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from loftq_kernels import arguments
 from loftq_kernels.nn import QuantLoRAModule
 from loftq_kernels.nn.adapters import quantized_layers
-from loftq_kernels.progress import tqdm
+from loftq_kernels.progress import progress_bar
 from loftq_kernels.tuning import state
 from loftq_kernels.tuning.state import RilqPoint, RilqProgress
 from loftq_kernels.tuning.teacher import Batch, batch_key, final_states, fingerprint, to_device
@@ -157,13 +157,13 @@ class Tuner:
         if self.state_dir is not None:
             self._resume()
 
-    def run(self, progress: bool | Callable[[RilqPoint], None]) -> RilqResult:
-        cfg = self.cfg
+    def run(self, progress: bool | Callable[[RilqPoint], None] | None) -> RilqResult:
+        cfg, shown = self.cfg, False if callable(progress) else progress
         try:
             self._install(self.masters)
             if not self.done.validation:
                 self._validate()
-            with tqdm(total=cfg.steps, initial=self.done.step, desc="rilq", disable=progress is not True) as bar:
+            with progress_bar(total=cfg.steps, initial=self.done.step, desc="rilq", unit="step", show=shown) as bar:
                 while self.done.step < cfg.steps and self.done.waiting < cfg.patience:
                     point = self._update()
                     if self.done.step % cfg.validate_every == 0 or self.done.step == cfg.steps:

@@ -5,6 +5,7 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // The offset of groups that have none: adding -0 changes no float, not even the sign of a zero.
@@ -107,4 +108,5 @@ class Decoder<S, 8, kInteger> {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -4,6 +4,7 @@
 #include "cpu/generic/rows.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 template <class S, int kBits, bool kInteger>
@@ -50,4 +51,5 @@ void dequantize_rows(const DequantizeParams& p, int64_t begin, int64_t end, floa
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -10,16 +10,21 @@
 #include "cpu/scratch.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int64_t kChunkRows = 512;  // rows of x per chunk: bounds the memory; each chunk decodes the weight anew
 
-// A grid of threads over work that can be split in two directions; the first direction is split as far as it goes.
+// A grid of parts over work that can be split in two directions: the first direction as far as it goes, whole panels if
+// that gives every thread some, the second only for threads that would have nothing else.
 struct Grid {
   int64_t first, second;
 
-  Grid(int64_t threads, int64_t most_first, int64_t most_second)
-      : first(std::min(threads, most_first)), second(std::min(threads / first, most_second)) {}
+  Grid(int threads, int64_t panels, int64_t most_first, int64_t most_second)
+      : first(std::min(std::max<int64_t>(parts_for(threads, panels), threads), most_first)),
+        second(std::max<int64_t>(1, std::min(threads / first, most_second))) {}
+
+  int64_t parts() const { return first * second; }
 };
 
 // c[0..rows)[0..blocks * kLanes) (+)= left panel x right panel
@@ -90,48 +95,73 @@ class Linear {
     const Scratch<float> c(threads * c_size);
     if (!x.data() || !left.data() || !c.data()) return kOutOfMemory;
     x_ = x.data();
-    parallel_team(threads, [&](int thread, int team) {
-      Element* const own_left = left.data() + thread * left_size;
-      float* const own_c = c.data() + thread * c_size;
-      [[maybe_unused]] const typename O::Session session;
-      for (int64_t m = 0; m < p_.x.rows; m += kChunkRows) {
-        chunk(m, std::min(kChunkRows, p_.x.rows - m), thread, team, own_left, own_c);
-        team_barrier();
-      }
-    });
+    threads_ = threads;
+    const int64_t chunks = ceil_div(p_.x.rows, kChunkRows);
+    parallel_phases(
+        threads, kPhases * chunks, [&](int64_t phase) { return parts_of_phase(phase); },
+        [&](int64_t phase, int64_t part, int slot) {
+          [[maybe_unused]] const typename O::Session session;
+          run_part(phase, part, left.data() + slot * left_size, c.data() + slot * c_size);
+        });
     return nullptr;
   }
 
  private:
-  void chunk(int64_t m, int64_t rows, int thread, int team, Element* left, float* c) {
-    Matrix x = p_.x;
-    x.data = advance(x.data, x.dtype, m * x.stride);
-    x.rows = rows;
-    const int64_t blocks = ceil_div(rows, O::kLanes);
-    const Range packed = part_of(blocks, 1, thread, team);
-    for (int64_t b = packed.begin; b < packed.end; ++b) {
-      fill_right_transposed<O>(x, b * O::kLanes, tiles_, x_ + b * block_stride_);
+  static constexpr int64_t kPhases = 3;  // of every chunk of rows of x: its panel, its product with A, the result
+
+  // What a phase works on.
+  struct Chunk {
+    int64_t first, rows, blocks;
+  };
+
+  Chunk chunk_of(int64_t phase) const {
+    const int64_t first = phase / kPhases * kChunkRows, rows = std::min(kChunkRows, p_.x.rows - first);
+    return {first, rows, ceil_div(rows, O::kLanes)};
+  }
+
+  Grid projections(const Chunk& chunk) const {
+    return Grid(threads_, chunk.blocks, chunk.blocks, ceil_div(p_.lora_A.rows, O::kLanes));
+  }
+
+  Grid results(const Chunk& chunk) const {
+    return Grid(threads_, p_.weight.n / O::kPanelRows, ceil_div(p_.weight.n, 16), chunk.blocks);
+  }
+
+  int64_t parts_of_phase(int64_t phase) const {
+    const Chunk chunk = chunk_of(phase);
+    if (phase % kPhases == 0) return parts_for(threads_, chunk.blocks);
+    if (phase % kPhases == 1) return rank_tiles_ > 0 ? projections(chunk).parts() : 0;
+    return results(chunk).parts();
+  }
+
+  void run_part(int64_t phase, int64_t part, Element* left, float* c) const {
+    const Chunk chunk = chunk_of(phase);
+    if (phase % kPhases == 0) return fill_x(chunk, part_of(chunk.blocks, 1, part, parts_of_phase(phase)));
+    if (phase % kPhases == 1) {
+      const Grid grid = projections(chunk);
+      return project(part_of(chunk.blocks, 1, part / grid.second, grid.first),
+                     part_of(rank_tiles_ * kTile, O::kLanes, part % grid.second, grid.second), left, c);
     }
-    team_barrier();
-    if (rank_tiles_ > 0) {
-      const Grid grid(team, blocks, ceil_div(p_.lora_A.rows, O::kLanes));
-      if (thread < grid.first * grid.second) {
-        project(part_of(blocks, 1, thread / grid.second, grid.first),
-                part_of(rank_tiles_ * kTile, O::kLanes, thread % grid.second, grid.second), left, c);
-      }
-      team_barrier();
-    }
-    const Grid grid(team, ceil_div(p_.weight.n, 16), blocks);
-    if (thread >= grid.first * grid.second) return;
-    const Range columns = part_of(p_.weight.n, 16, thread / grid.second, grid.first);
-    const Range own_blocks = part_of(blocks, 1, thread % grid.second, grid.second);
+    const Grid grid = results(chunk);
+    const int64_t unit = grid.first * O::kPanelRows <= p_.weight.n ? O::kPanelRows : 16;
+    const Range columns = part_of(p_.weight.n, unit, part / grid.second, grid.first);
+    const Range blocks = part_of(chunk.blocks, 1, part % grid.second, grid.second);
     for (int64_t n = columns.begin; n < columns.end; n += O::kPanelRows) {
-      panel(m, rows, n, std::min<int64_t>(O::kPanelRows, columns.end - n), own_blocks, left, c);
+      panel(chunk.first, chunk.rows, n, std::min<int64_t>(O::kPanelRows, columns.end - n), blocks, left, c);
+    }
+  }
+
+  void fill_x(const Chunk& chunk, Range blocks) const {
+    Matrix x = p_.x;
+    x.data = advance(x.data, x.dtype, chunk.first * x.stride);
+    x.rows = chunk.rows;
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      fill_right_transposed<O>(x, b * O::kLanes, tiles_, x_ + b * block_stride_);
     }
   }
 
   // Appends scaling x A^T to the right panel of x; zero beyond the rank.
-  void project(Range blocks, Range ranks, Element* left, float* c) {
+  void project(Range blocks, Range ranks, Element* left, float* c) const {
     const DenseRows<O> adapter(p_.lora_A);
     const int64_t count = blocks.end - blocks.begin;
     for (int64_t r = ranks.begin; r < ranks.end; r += O::kPanelRows) {
@@ -199,7 +229,8 @@ class Linear {
   const int64_t tiles_, rank_tiles_, block_stride_;
   const int64_t blocks_;    // blocks of kLanes rows of x in a chunk
   const int64_t c_stride_;  // not a power of two, like kPanelStride
-  Element* x_ = nullptr;    // right panel [blocks_][(k padded + rank padded) / kStep][kWidth]
+  int threads_ = 1;
+  Element* x_ = nullptr;  // right panel [blocks_][(k padded + rank padded) / kStep][kWidth]
 };
 
 // ---- grad_x = grad_y D + scaling (grad_y B) A
@@ -231,43 +262,71 @@ class LinearGradInput {
     if (!grad.data() || !hidden.data() || !right.data() || !c.data()) return kOutOfMemory;
     grad_ = grad.data();
     hidden_ = hidden.data();
-    parallel_team(threads, [&](int thread, int team) {
-      [[maybe_unused]] const typename O::Session session;
-      for (int64_t m = 0; m < p_.x.rows; m += kChunkRows) {
-        chunk(m, std::min(kChunkRows, p_.x.rows - m), thread, team, right.data() + thread * right_size,
-              c.data() + thread * c_size);
-        team_barrier();
-      }
-    });
+    threads_ = threads;
+    const int64_t chunks = ceil_div(p_.x.rows, kChunkRows);
+    parallel_phases(
+        threads, kPhases * chunks, [&](int64_t phase) { return parts_of_phase(phase); },
+        [&](int64_t phase, int64_t part, int slot) {
+          [[maybe_unused]] const typename O::Session session;
+          run_part(phase, part, right.data() + slot * right_size, c.data() + slot * c_size);
+        });
     return nullptr;
   }
 
  private:
+  static constexpr int64_t kPhases = 2;  // of every chunk of rows of grad_y: its panels with hidden, the result
   static constexpr int64_t kTileRows = O::rows(O::kVectors);
   static constexpr int64_t kPanelTiles = kPanelColumns<O> / kTile;
 
   int64_t left_size(int64_t tiles) const { return ceil_div(tiles, kPanelTiles) * rows_ * kPanelStride<O>; }
 
-  void chunk(int64_t m, int64_t rows, int thread, int team, Element* right, float* c) {
-    Matrix grad = p_.x;
-    grad.data = advance(grad.data, grad.dtype, m * grad.stride);
-    grad.rows = rows;
-    const Range own = part_of(rows, kTileRows, thread, team);
-    fill_left_panels(DenseRows<O>(grad), own, n_tiles_, grad_);
-    if (rank_tiles_ > 0) project(own, right, c);
-    team_barrier();
-    const Grid grid(team, k_tiles_, ceil_div(rows, kTileRows));
-    if (thread >= grid.first * grid.second) return;
-    const Range tiles = part_of(k_tiles_, 1, thread / grid.second, grid.first);
-    const Range own_rows = part_of(rows, kTileRows, thread % grid.second, grid.second);
+  // What a phase works on.
+  struct Chunk {
+    int64_t first, rows, row_tiles;
+  };
+
+  Chunk chunk_of(int64_t phase) const {
+    const int64_t first = phase / kPhases * kChunkRows, rows = std::min(kChunkRows, p_.x.rows - first);
+    return {first, rows, ceil_div(rows, kTileRows)};
+  }
+
+  Grid results(const Chunk& chunk) const { return Grid(threads_, k_tiles_ / kRightTiles, k_tiles_, chunk.row_tiles); }
+
+  int64_t parts_of_phase(int64_t phase) const {
+    const Chunk chunk = chunk_of(phase);
+    return phase % kPhases == 0 ? parts_for(threads_, chunk.row_tiles) : results(chunk).parts();
+  }
+
+  void run_part(int64_t phase, int64_t part, Element* right, float* c) const {
+    const Chunk chunk = chunk_of(phase);
+    if (phase % kPhases == 0) {
+      return fill_grad(chunk, part_of(chunk.rows, kTileRows, part, parts_of_phase(phase)), right, c);
+    }
+    const Grid grid = results(chunk);
+    const int64_t unit = grid.first * kRightTiles <= k_tiles_ ? kRightTiles : 1;
+    const Range tiles = part_of(k_tiles_, unit, part / grid.second, grid.first);
+    const Range rows = part_of(chunk.rows, kTileRows, part % grid.second, grid.second);
     for (int64_t tile = tiles.begin; tile < tiles.end; tile += kRightTiles) {
-      const int64_t count = std::min(kRightTiles, tiles.end - tile);
-      multiply(weight_, grad_, own_rows, tile, count, right, c, false);
-      if (rank_tiles_ > 0) multiply(DenseRows<O>(p_.lora_A), hidden_, own_rows, tile, count, right, c, true);
-      const int64_t column = tile * kTile, columns = std::min(count * kTile, p_.weight.k - column);
-      for (int64_t r = own_rows.begin; r < own_rows.end; ++r) {
-        from_float<S>(p_.x.dtype, c + r * kCStride, columns, advance(p_.y, p_.x.dtype, (m + r) * p_.weight.k + column));
-      }
+      result(chunk, rows, tile, std::min(kRightTiles, tiles.end - tile), right, c);
+    }
+  }
+
+  void fill_grad(const Chunk& chunk, Range rows, Element* right, float* c) const {
+    Matrix grad = p_.x;
+    grad.data = advance(grad.data, grad.dtype, chunk.first * grad.stride);
+    grad.rows = chunk.rows;
+    fill_left_panels(DenseRows<O>(grad), rows, n_tiles_, grad_);
+    if (rank_tiles_ > 0) project(rows, right, c);
+  }
+
+  // These rows of grad_x, columns of the tiles [tile, tile + count)
+  void result(const Chunk& chunk, Range rows, int64_t tile, int64_t count, Element* right, float* c) const {
+    multiply(weight_, grad_, rows, tile, count, right, c, false);
+    if (rank_tiles_ > 0) multiply(DenseRows<O>(p_.lora_A), hidden_, rows, tile, count, right, c, true);
+    const int64_t column = tile * kTile, columns = std::min(count * kTile, p_.weight.k - column);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      from_float<S>(p_.x.dtype, c + r * kCStride, columns,
+                    advance(p_.y, p_.x.dtype, (chunk.first + r) * p_.weight.k + column));
     }
   }
 
@@ -281,7 +340,7 @@ class LinearGradInput {
   }
 
   // hidden = scaling grad_y B, as left panels
-  void project(Range rows, Element* right, float* c) {
+  void project(Range rows, Element* right, float* c) const {
     const DenseRows<O> adapter(p_.lora_B);
     for (int64_t tile = 0; tile < rank_tiles_; tile += kRightTiles) {
       const int64_t count = std::min(kRightTiles, rank_tiles_ - tile);
@@ -318,7 +377,8 @@ class LinearGradInput {
   const LinearParams& p_;
   const Rows& weight_;
   const int64_t n_tiles_, k_tiles_, rank_tiles_;
-  const int64_t rows_;         // rows of grad_y in a chunk, padded to whole register tiles
+  const int64_t rows_;  // rows of grad_y in a chunk, padded to whole register tiles
+  int threads_ = 1;
   Element* grad_ = nullptr;    // left panels
   Element* hidden_ = nullptr;  // left panels
 };
@@ -357,4 +417,5 @@ Status linear_grad_input(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -8,6 +8,7 @@
 #include "cpu/scratch.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr int kMostSmallRows = 8;  // rows of x: the accumulators of one more would not fit in the registers
@@ -60,13 +61,14 @@ class SmallLinear {
   Status run(int threads) {
     const int64_t k = ceil_div(weight_.k, kStepColumns) * kStepColumns;
     // The rows of the weight are divided among threads; where there are too few rows, the columns are divided as well.
-    const int64_t row_parts = std::min<int64_t>(threads, ceil_div(weight_.n, 4));
-    const int64_t column_parts = std::max<int64_t>(1, std::min<int64_t>(threads / row_parts, tiles_ / 16));
+    row_parts_ =
+        std::max(parts_for(threads, weight_.n / kBlockRows), std::min<int64_t>(threads, ceil_div(weight_.n, 4)));
+    column_parts_ = std::max<int64_t>(1, std::min<int64_t>(threads / row_parts_, tiles_ / 16));
     const Scratch<Element> x(kM * k), steps(Steps::kTiles > 1 && scale_sums_ ? kM * k : 1);
     const Scratch<float> group_sums(kM * groups_), hidden(kM * rank_ + 1);
-    const Scratch<float> partial(column_parts > 1 ? column_parts * kM * weight_.n : 1);
+    const Scratch<float> partial(column_parts_ > 1 ? column_parts_ * kM * weight_.n : 1);
     const int64_t of_thread = 2 * groups_ * kBlockRows + rank_ + kM * kBlockRows;
-    const Scratch<float> scratch(row_parts * column_parts * of_thread);
+    const Scratch<float> scratch(threads * of_thread);
     if (!x.data() || !steps.data() || !group_sums.data() || !hidden.data() || !partial.data() || !scratch.data()) {
       return kOutOfMemory;
     }
@@ -76,26 +78,38 @@ class SmallLinear {
     hidden_ = hidden.data();
     convert_x();
     std::fill(hidden_, hidden_ + kM * rank_, 0.0f);
-    parallel_team(static_cast<int>(row_parts * column_parts), [&](int thread, int team) {
-      const int64_t columns = team == row_parts * column_parts ? column_parts : 1;
-      if (rank_ > 0) {
-        const Range rank = part_of(p_.lora_A.rows, 1, thread, team);
-        for (int64_t r = rank.begin; r < rank.end; ++r) hidden_row(r);
-        team_barrier();
-      }
-      const int64_t rows = team / columns, part = thread % columns;
-      const Range range = part_of(weight_.n, 4, thread / columns, rows);
-      const Range tiles = part_of(tiles_, Steps::kTiles, part, columns);
-      float* const own = scratch.data() + thread * of_thread;
-      if (columns == 1) return rows_of(range, tiles, true, own, nullptr);
-      rows_of(range, tiles, part == 0, own, partial.data() + part * kM * weight_.n);
-      team_barrier();
-      add_parts(part_of(weight_.n, 16, thread, team), columns, partial.data(), own);
-    });
+    partial_ = partial.data();
+    threads_ = threads;
+    parallel_phases(
+        threads, kPhases, [&](int64_t phase) { return parts_of_phase(phase); },
+        [&](int64_t phase, int64_t part, int slot) { run_part(phase, part, scratch.data() + slot * of_thread); });
     return nullptr;
   }
 
  private:
+  static constexpr int64_t kPhases = 3;  // x A^T, the products, and their sums where columns are divided
+
+  int64_t parts_of_phase(int64_t phase) const {
+    if (phase == 0) return rank_ > 0 ? std::min<int64_t>(threads_, p_.lora_A.rows) : 0;
+    if (phase == 1) return row_parts_ * column_parts_;
+    return column_parts_ > 1 ? parts_for(threads_, ceil_div(weight_.n, 16)) : 0;
+  }
+
+  void run_part(int64_t phase, int64_t part, float* scratch) const {
+    if (phase == 0) {
+      const Range rank = part_of(p_.lora_A.rows, 1, part, parts_of_phase(phase));
+      for (int64_t r = rank.begin; r < rank.end; ++r) hidden_row(r);
+    } else if (phase == 1) {
+      const int64_t column_part = part % column_parts_;
+      const Range rows = part_of(weight_.n, 4, part / column_parts_, row_parts_);
+      const Range tiles = part_of(tiles_, Steps::kTiles, column_part, column_parts_);
+      float* const sums = column_parts_ > 1 ? partial_ + column_part * kM * weight_.n : nullptr;
+      rows_of(rows, tiles, column_part == 0, scratch, sums);
+    } else {
+      add_parts(part_of(weight_.n, 16, part, parts_of_phase(phase)), scratch);
+    }
+  }
+
   void convert_x() {
     const DenseRows<O> rows(p_.x);
     for (int64_t t = 0; t < tiles_; t += Steps::kTiles) {
@@ -132,7 +146,7 @@ class SmallLinear {
   int64_t group_of(int64_t tile) const { return tile * kTile >> shift_; }
 
   // hidden[m][r] = scaling * sum_k x[m, k] A[r, k]
-  void hidden_row(int64_t r) {
+  void hidden_row(int64_t r) const {
     const DenseRows<O> rows(p_.lora_A);
     Floats sums[kM], aside[kM];
     for (Floats& sum : sums) sum = S::broadcast(0.0f);
@@ -155,7 +169,7 @@ class SmallLinear {
   }
 
   // Rows of y, or with `partial` [kM][n] this part's sums of them. The first part adds what is not split.
-  void rows_of(Range rows, Range tiles, bool first_part, float* scratch, float* partial) {
+  void rows_of(Range rows, Range tiles, bool first_part, float* scratch, float* partial) const {
     float* const results = scratch + 2 * groups_ * kBlockRows + rank_;
     for (int64_t row = 0; row < kBlockRows; ++row) clear_groups(scratch + 2 * row * groups_);
     for (int64_t n = rows.begin; n < rows.end; n += kBlockRows) {
@@ -194,13 +208,14 @@ class SmallLinear {
     }
   }
 
-  void add_parts(Range rows, int64_t parts, const float* partial, float* values) {
+  void add_parts(Range rows, float* values) const {
     for (int m = 0; m < kM; ++m) {
       for (int64_t n = rows.begin; n < rows.end; n += 16) {
         const int64_t count = std::min<int64_t>(16, rows.end - n);
         for (int64_t i = 0; i < count; ++i) {
           values[i] = 0;
-          for (int64_t part = 0; part < parts; ++part) values[i] += partial[(part * kM + m) * weight_.n + n + i];
+          for (int64_t part = 0; part < column_parts_; ++part)
+            values[i] += partial_[(part * kM + m) * weight_.n + n + i];
         }
         write(m, n, count, values);
       }
@@ -395,6 +410,9 @@ class SmallLinear {
   Element* x_steps_ = nullptr;   // [steps][kM][kStepColumns], in the order that Steps visits them
   float* group_sums_ = nullptr;  // [kM][groups_]
   float* hidden_ = nullptr;      // [kM][rank_]
+  float* partial_ = nullptr;     // [column_parts_][kM][n], where columns are divided
+  int threads_ = 1;
+  int64_t row_parts_ = 1, column_parts_ = 1;
 };
 
 template <class O, int kBits, bool kInteger, int kM = kMostSmallRows>
@@ -406,4 +424,5 @@ Status small_linear(const LinearParams& p, int threads) {
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -9,6 +9,7 @@
 #include "cpu/generic/rows.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 template <class S>
@@ -87,4 +88,5 @@ struct FloatOperand {
 };
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

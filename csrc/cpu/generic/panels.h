@@ -8,6 +8,7 @@
 #include "loftq/linear.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // The most rows and tiles that fill() is asked for at once.
@@ -178,4 +179,5 @@ void fill_right_transposed(const Matrix& matrix, int64_t row, int64_t tiles, typ
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

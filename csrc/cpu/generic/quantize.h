@@ -6,6 +6,7 @@
 #include "cpu/generic/rows.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 constexpr float kSmallestNormal = 0x1p-126f;
@@ -289,4 +290,5 @@ void quantize_rows(const QuantizeParams& p, int64_t begin, int64_t end, float* s
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -7,8 +7,10 @@
 #pragma once
 
 #include "cpu/target.h"
+#include "loftq/config.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // A left panel has this many columns, and its rows are one cache line further apart than that: at a power of two all
@@ -79,4 +81,5 @@ void multiply_tile(int rows, int vectors, const typename O::Element* a, const ty
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

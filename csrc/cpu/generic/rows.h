@@ -9,6 +9,7 @@
 #include "loftq/half.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 namespace {
 
 // count values of `type` at src become float32.
@@ -155,4 +156,5 @@ inline void decode_tile(const Decode& first, const Decode& second, const uint8_t
 }
 
 }  // namespace
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

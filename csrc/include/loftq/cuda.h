@@ -12,15 +12,17 @@
 #include "loftq/quantize.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // Turns weights into codes, scales and offsets. With low_rank, residual and residual_norm2 it does LoftQ's whole step
 // in one pass. Results are deterministic: sums have a fixed order.
-cudaError_t launch_quantize_cuda(const QuantizeParams& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_quantize_cuda(const QuantizeParams& params, cudaStream_t stream);
 
-cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_dequantize_cuda(const DequantizeParams& params, cudaStream_t stream);
 
 // Convert between one code per byte and the storage contract; bits of a code above `bits` are ignored.
-cudaError_t launch_pack_cuda(const PackParams& params, cudaStream_t stream);
-cudaError_t launch_unpack_cuda(const UnpackParams& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_pack_cuda(const PackParams& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_unpack_cuda(const UnpackParams& params, cudaStream_t stream);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

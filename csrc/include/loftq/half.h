@@ -6,6 +6,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 inline LOFTQ_HD uint32_t bits_of(float value) {
   uint32_t bits;
@@ -48,4 +49,5 @@ inline LOFTQ_HD uint16_t float_to_bfloat(float value) {
 
 inline LOFTQ_HD float bfloat_to_float(uint16_t bfloat) { return float_of(static_cast<uint32_t>(bfloat) << 16); }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

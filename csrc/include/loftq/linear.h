@@ -13,6 +13,7 @@
 #include "loftq/packing.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // A row-major matrix, whose elements of a row are contiguous. data == nullptr means that there is no matrix.
 struct Matrix {
@@ -46,4 +47,5 @@ struct LinearParams {
   void* y;  // [m, n] contiguous, of x.dtype; for the transposed product grad_x [m, k]
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

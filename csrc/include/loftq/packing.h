@@ -9,6 +9,7 @@
 #include "loftq/types.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 inline constexpr int64_t kTile = 64;  // columns per tile
 
@@ -37,8 +38,14 @@ constexpr Status check_group_size(int64_t group_size) {
   return is_group_size(group_size) ? nullptr : "group_size must be 32, 64, 128, 256 or -1";
 }
 
+// More elements than an address space holds: no offset within a matrix of at most so many overflows an int64.
+inline constexpr int64_t kMostElements = int64_t{1} << 56;
+
+constexpr bool fits(int64_t rows, int64_t columns) { return columns == 0 || rows <= kMostElements / columns; }
+
 constexpr Status check_codes(int64_t n, int64_t k, int bits) {
   if (n < 0 || k < 0) return "n and k must not be negative";
+  if (n > kMostElements || k > kMostElements || !fits(n, k)) return "n and k are too large: n * k must be at most 2^56";
   return is_code_bits(bits) ? nullptr : "bits must be 2, 4 or 8";
 }
 
@@ -96,4 +103,5 @@ struct UnpackParams {
   uint8_t* codes;  // [n, k] contiguous
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -24,6 +24,7 @@
 #include "loftq/packing.h"
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 struct QuantizeParams {
   const void* weight;  // [n, k] of weight_dtype, rows weight_stride elements apart
@@ -62,4 +63,5 @@ struct DequantizeParams {
   DType out_dtype;
 };
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

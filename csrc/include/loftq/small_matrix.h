@@ -14,7 +14,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "loftq/config.h"
+
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 // One-sided Jacobi (Hestenes): plane rotations V make the columns of A V orthogonal; their norms are the singular
 // values. For symmetric positive semi-definite A the singular vectors V are the eigenvectors, and the eigenvalues are
@@ -42,10 +45,10 @@ struct JacobiParams {
 
 // For the current device. 0 where every matrix fits in shared memory.
 template <typename T>
-size_t jacobi_workspace_bytes(const JacobiParams<T>& params);
+LOFTQ_API size_t jacobi_workspace_bytes(const JacobiParams<T>& params);
 
 template <typename T>
-cudaError_t launch_jacobi_cuda(const JacobiParams<T>& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_jacobi_cuda(const JacobiParams<T>& params, cudaStream_t stream);
 
 // Cholesky factor of Gram matrices and its inverse, both computed in float64. The columns of Y are scaled to norm 1
 // first (G_ij / sqrt(G_ii G_jj)), which makes the pivots comparable: one of at most `epsilon` is rounding noise, and G
@@ -68,10 +71,10 @@ struct CholeskyParams {
 };
 
 // Largest b that fits in the shared memory of the current device: 155 with 99 KiB (sm_86, 89, 120), 237 with 227 KiB.
-int cholesky_max_size();
+LOFTQ_API int cholesky_max_size();
 
 template <typename T>
-cudaError_t launch_cholesky_cuda(const CholeskyParams<T>& params, cudaStream_t stream);
+LOFTQ_API cudaError_t launch_cholesky_cuda(const CholeskyParams<T>& params, cudaStream_t stream);
 
 extern template size_t jacobi_workspace_bytes(const JacobiParams<float>&);
 extern template size_t jacobi_workspace_bytes(const JacobiParams<double>&);
@@ -80,4 +83,5 @@ extern template cudaError_t launch_jacobi_cuda(const JacobiParams<double>&, cuda
 extern template cudaError_t launch_cholesky_cuda(const CholeskyParams<float>&, cudaStream_t);
 extern template cudaError_t launch_cholesky_cuda(const CholeskyParams<double>&, cudaStream_t);
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

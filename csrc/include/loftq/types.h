@@ -1,6 +1,8 @@
 // Plain data types shared by every kernel. This header does not need torch and may be vendored alone.
 #pragma once
 
+#include "loftq/config.h"  // first: it refuses machines that the library is not for
+
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -10,6 +12,7 @@
 #endif
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -23,4 +26,5 @@ constexpr LOFTQ_HD int64_t size_of(DType dtype) { return dtype == DType::kFloat3
 
 constexpr LOFTQ_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq

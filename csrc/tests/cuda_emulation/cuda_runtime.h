@@ -4,6 +4,7 @@
 #include <math.h>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -54,6 +55,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 

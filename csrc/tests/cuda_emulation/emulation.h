@@ -27,12 +27,16 @@
 #include <string>
 #include <vector>
 
+#include "loftq/config.h"
+
 // This is _longjmp itself: under _FORTIFY_SOURCE the name stands for a check that forbids going to another stack.
 extern "C" [[noreturn]] void emulation_longjmp(jmp_buf to, int value) __asm__("_longjmp");
 
 namespace loftq {
+inline namespace LOFTQ_VERSION {
 // What `extern __shared__` in a kernel refers to. Filled with NaN bytes before every block.
 alignas(128) inline unsigned char dynamic_shared_memory[512 << 10];
+}  // namespace LOFTQ_VERSION
 }  // namespace loftq
 
 namespace emulation {

@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
-from loftq_kernels.ops import extension
 
 
 def run(weights: list[Tensor], options: SolverOptions) -> list[AdapterInit]:
     """Same-shape weights [N, K] on one device through num_iter alternations, as `plain.run`."""
     codebook = options.format.codebook(weights[0].device)
+    exact = options.mode == "exact"
+    results = _alternate(weights, codebook, options, exact)
+    inits = []
+    for i, weight in enumerate(weights):
+        result = results[i] if results else None
+        if not exact and (result is None or not result.sound):
+            (result,) = _alternate([weight], codebook, options, exact=True)
+        inits.append(result.init(weight, codebook, options))
+    return inits
+
+
+@dataclass(frozen=True)
+class _Result:
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    lora_A: Tensor  # without elements if scales of the first iterate did not fit their dtype, and so lora_B
+    lora_B: Tensor
+    numbers: Tensor  # the error, whether the factors can be trusted (0 or 1), and the error after every alternation
+
+    @property
+    def sound(self) -> bool:
+        return self.numbers[1] != 0
+
+    def init(self, weight: Tensor, codebook: Tensor, options: SolverOptions) -> AdapterInit:
+        error, _, *errors = self.numbers.tolist()
+        lora_A, lora_B = (self.lora_A, self.lora_B) if self.lora_A.numel() else (None, None)
+        packed = options.packed(self.codes, self.scale, self.offset, codebook, weight.shape[1])
+        return AdapterInit(packed, lora_A, lora_B, options.scaling, error, errors)
+
+
+def _alternate(weights: list[Tensor], codebook: Tensor, options: SolverOptions, exact: bool) -> list[_Result]:
+    """Results by matrix; none if the fast solver failed. Python runs between the alternations and delivers Ctrl-C."""
+    ops = torch.ops.loftq_kernels
+    number = _begin(weights, codebook, options, exact)
+    try:
+        for _ in range(options.num_iter):
+            if not ops.loftq_step(number):
+                break
+        return [_Result(*tensors) for tensors in zip(*ops.loftq_results(number), strict=True)]
+    finally:
+        ops.loftq_end(number)
+
+
+def _begin(weights: list[Tensor], codebook: Tensor, options: SolverOptions, exact: bool) -> int:
     long_side, short_side = max(weights[0].shape), min(weights[0].shape)
     width = min(low_rank.block_width(options.rank), short_side)
-    results = extension._C.loftq_batch(
-        weights=weights,
-        codebook=codebook,
-        start=low_rank.gaussian(long_side, width, options.seed, weights[0].device),
-        rank=options.rank,
-        num_iter=options.num_iter,
-        scaling=options.scaling,
-        exact=options.mode == "exact",
-        svd_first=options.order == "svd_first",
-        operand_dtype=_operand_dtype(weights[0].device, options),
-        cold_steps=low_rank.COLD_STEPS,
-        warm_steps=options.warm_steps,
-        group_size=options.group_size,
-        scale_rule=options.format.scale_rule,
-        scale_dtype=options.scale_dtype,
-        scale_search=options.scale_search,
+    return torch.ops.loftq_kernels.loftq_begin(
+        weights,
+        codebook,
+        low_rank.gaussian(long_side, width, options.seed, weights[0].device),
+        options.rank,
+        options.scaling,
+        exact,
+        options.order == "svd_first",
+        torch.float32 if exact else _operand_dtype(weights[0].device, options),
+        low_rank.COLD_STEPS,
+        options.warm_steps,
+        options.group_size,
+        options.format.scale_rule,
+        options.scale_dtype,
+        options.scale_search,
     )
-    return [
-        AdapterInit(
-            packed=options.packed(result.codes, result.scale, result.offset, codebook, weight.shape[1]),
-            lora_A=result.lora_A,
-            lora_B=result.lora_B,
-            scaling=options.scaling,
-            error=result.error,
-            errors=result.errors,
-        )
-        for weight, result in zip(weights, results, strict=True)
-    ]
 
 
 def _operand_dtype(device: torch.device, options: SolverOptions) -> torch.dtype:
@@ -52,7 +86,7 @@ def _operand_dtype(device: torch.device, options: SolverOptions) -> torch.dtype:
     Rounding a flat residual to bfloat16 adds noise far below the residual's smallest singular value. For steep
     residuals the driver falls back on the exact solver.
     """
-    if options.mode == "exact" or options.order == "svd_first":  # The low-rank term is then most of the weight.
+    if options.order == "svd_first":  # The low-rank term is then most of the weight.
         return torch.float32
     native = device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels import arguments
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SVD_MODES
 from loftq_kernels.ops import checks
@@ -52,10 +53,15 @@ def weighted_low_rank(
     for name, tensor in (("residual", residual), ("gram", gram)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or Inf")
+    mode, shape = resolve_mode(svd), (max(rows, columns), columns)
+
+    def solve(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        left = low_rank.dominant_left_space(matrix @ gram_factor(gram), rank, mode=mode, seed=seed)
+        return low_rank.balanced_factors(matrix.mT @ left, left)
+
     with torch.autocast(residual.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
-        matrix = residual.double()[None]
-        left = low_rank.dominant_left_space(matrix @ gram_factor(gram), rank, mode=resolve_mode(svd), seed=seed)
-        right, left = low_rank.balanced_factors(matrix.mT @ left, left)
+        division = parallel.divide(1, shape, residual.device, copies=2 * parallel.WORKSPACE_COPIES)
+        ((right, left),) = parallel.each(solve, [residual.double()[None]], division)
     dtype = torch.promote_types(residual.dtype, torch.float32)
     return left[0].to(dtype), right[0].mT.contiguous().to(dtype)
 

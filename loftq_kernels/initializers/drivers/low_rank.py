@@ -5,9 +5,16 @@ Quantization residuals have flat, noise-like spectra: judge a solver by the ener
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
+from loftq_kernels import threads
+
+# Decompositions of matrices up to this size run on one thread: they consist of a parallel region per column or two, in
+# each of which threads would wait for the last, for a few milliseconds' work in all.
+SMALL = 512
 COLD_STEPS = 4  # They capture 99% of the optimal energy of a flat spectrum; 2 steps capture 95%.
 
 
@@ -59,7 +66,7 @@ def dominant_space(
 def _gram_eigh(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Eigenvectors of the float64 Gram matrix: float32 would rotate vectors across gaps of 1.001."""
     columns = matrix.double()
-    basis = torch.linalg.eigh(columns.mT @ columns).eigenvectors[..., -rank:].flip(-1).to(matrix.dtype)
+    basis = _eigh(columns.mT @ columns)[1][..., -rank:].flip(-1).to(matrix.dtype)
     return basis, matrix @ basis
 
 
@@ -82,18 +89,29 @@ def _block_krylov(matrix: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Te
             block = _orthonormal(block - basis @ (basis.mT @ block))
         basis = torch.cat([basis, block], -1)
         images = torch.cat([images, matrix @ block], -1)
-    ritz = torch.linalg.eigh((images.mT @ images).double()).eigenvectors
+    ritz = _eigh((images.mT @ images).double())[1]
     leading = ritz[..., -start.shape[-1] :].flip(-1).to(matrix.dtype)
     return basis @ leading, images @ leading
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    return torch.linalg.qr(block).Q
+    with _threads_for(block):
+        return torch.linalg.qr(block).Q
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    with _threads_for(symmetric):
+        return torch.linalg.eigh(symmetric)
+
+
+def _threads_for(matrix: Tensor) -> AbstractContextManager[None]:
+    """One thread where the matrix is small, on a CPU."""
+    return threads.own_threads(1) if matrix.is_cpu and matrix.shape[-1] <= SMALL else nullcontext()
 
 
 def balanced_factors(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """image [B, n, r], basis [B, s, r] orthonormal -> U sqrt(S), V sqrt(S) with U S V^T = image @ basis.T its SVD."""
-    eigenvalues, rotation = torch.linalg.eigh(image.double().mT @ image.double())
+    eigenvalues, rotation = _eigh(image.double().mT @ image.double())
     singular = eigenvalues.flip(-1).clamp(min=0).sqrt()
     rotation = rotation.flip(-1)
     # A direction whose singular value is rounding noise contributes nothing: leave it out rather than divide by it.

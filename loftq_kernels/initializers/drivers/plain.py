@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
@@ -32,6 +33,7 @@ def run(weights: list[Tensor], options: SolverOptions) -> list[AdapterInit]:
 def _alternate(weights: list[Tensor], options: SolverOptions) -> tuple[list[AdapterInit], list[bool]]:
     alternation = Alternation(weights, options)
     for _ in range(options.num_iter):
+        parallel.poll()
         if not alternation.step():
             break
     return alternation.results(), alternation.sound

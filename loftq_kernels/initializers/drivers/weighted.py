@@ -15,6 +15,7 @@ Everything runs in float64: spectra of E F are steep, and squaring them in float
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.drivers.gram import gram_factor
 from loftq_kernels.initializers.options import SolverOptions
@@ -31,18 +33,31 @@ from loftq_kernels.ops import reference
 
 
 class FactorCache:
-    """Factors of the last Gram matrix: q, k and v come one after the other and share theirs."""
+    """Factors of the last Gram matrices, as many as there are threads: q, k and v come one after the other and share
+    theirs, which one of the threads computes while the others wait."""
 
-    def __init__(self):
-        self._gram: Tensor | None = None
-        self._factor: Tensor | None = None
+    def __init__(self, capacity: int = 1):
+        self._capacity = capacity
+        self._kept: dict[int, _Factor] = {}  # by the id of the Gram matrix, which is kept alive; the oldest first
+        self._looking = threading.Lock()
 
     def get(self, gram: Tensor, device: torch.device, name: str) -> Tensor:
-        if gram is not self._gram:
-            self._factor = None  # Drop the old factor first, so that two never exist at once.
-            self._factor = gram_factor(gram.to(device), f"gram of {name}")
-            self._gram = gram
-        return self._factor
+        with self._looking:
+            kept = self._kept.pop(id(gram), None)
+            while len(self._kept) >= self._capacity:  # Drop an old factor first, so that both never exist at once.
+                del self._kept[next(iter(self._kept))]
+            self._kept[id(gram)] = kept = kept or _Factor(gram)
+        with kept.computing:
+            if kept.factor is None:
+                kept.factor = gram_factor(gram.to(device), f"gram of {name}")
+            return kept.factor
+
+
+class _Factor:
+    def __init__(self, gram: Tensor):
+        self.gram = gram
+        self.factor: Tensor | None = None
+        self.computing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,7 @@ def run(
     if calibration.left_out is not None:
         alternation.left_out = list(calibration.left_out)
     for _ in range(options.num_iter):
+        parallel.poll()
         if not alternation.step():
             break
     return alternation.results()
