@@ -27,7 +27,11 @@ transformers = pytest.importorskip("transformers")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")))
 LANGUAGES = ("python", "sh", "text")
 # By document and a part of the text, with the reason.
-NOT_RUN = {("docs/vendoring.md", "AOTIModelPackageLoader"): "C++: test_export.py compiles and runs it"}
+NOT_RUN = {
+    ("docs/vendoring.md", "AOTIModelPackageLoader"): "C++: test_export.py compiles and runs it",
+    ("docs/vendoring.md", "FetchContent_Declare"): "CMake: the C++ tests build examples/consumer in each of these ways",
+    ("docs/vendoring.md", "set_parallel_runner"): "C++: parallel_test.cpp hands over such a runner",
+}
 # They compile for ten seconds and more, and run in tests that are marked so.
 SLOW = (("docs/vendoring.md", "aoti_compile_and_package"),)
 NOT_RUN_COMMANDS = {"loftq-kernels check": "takes most of a minute; test_check.py runs it"}
