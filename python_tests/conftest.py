@@ -56,15 +56,20 @@ def _quiet_and_seeded():
 
 @pytest.fixture(scope="session")
 def torch_library(tmp_path_factory) -> Path:
-    """The library of the ops for programs without Python, built by CMake: that takes minutes."""
+    """The library of the ops for programs without Python, in the folder where CMake built it and its test."""
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("there is no cmake or no c++")
     repository, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("torch_library")
-    options = ["-DLOFTQ_TORCH=ON", "-DLOFTQ_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    options = [
+        "-DLOFTQ_TORCH=ON",
+        "-DLOFTQ_TESTS=ON",
+        "-DLOFTQ_CUDA=OFF",
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+    ]
     jobs = os.environ.get("MAX_JOBS", "2")
     for command in (
         ["cmake", "-S", repository, "-B", folder, *options],
-        ["cmake", "--build", folder, "--target", "loftq_torch", "-j", jobs],
+        ["cmake", "--build", folder, "--target", "loftq_torch", "torch_ops_test", "-j", jobs],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

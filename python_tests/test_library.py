@@ -243,16 +243,11 @@ class TestMemory:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="there is no cmake or no c++")
-def test_a_program_without_python(tmp_path):
-    """CMake builds the library that registers schemas and kernels, and a program that calls them through libtorch."""
-    configure = ["cmake", "-S", REPOSITORY, "-B", tmp_path, "-DLOFTQ_TORCH=ON", "-DLOFTQ_CUDA=OFF"]
-    configure.append(f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    build = ["cmake", "--build", tmp_path, "--target", "loftq_torch", "torch_ops_test", "-j", "2"]
-    for command in (configure, build):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    ran = subprocess.run(["ctest", "-R", "torch_ops_test", "-V"], cwd=tmp_path, capture_output=True, text=True)
+def test_a_program_without_python(torch_library):
+    """A program calls the ops of the library, which registers schemas and kernels, through libtorch."""
+    ran = subprocess.run(
+        ["ctest", "-R", "torch_ops_test", "-V"], cwd=torch_library.parent, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "largest difference from float64" in ran.stdout
 

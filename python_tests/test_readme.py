@@ -3,6 +3,8 @@ ones, or is listed here with the reason why not."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -24,8 +26,12 @@ transformers = pytest.importorskip("transformers")
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")))
 LANGUAGES = ("python", "sh", "text")
-# By document and a part of the text, with the reason. Blocks of other languages than Python and shell are not run.
-NOT_RUN: dict[tuple[str, str], str] = {}
+# By document and a part of the text, with the reason.
+NOT_RUN = {
+    ("docs/vendoring.md", "AOTIModelPackageLoader"): "C++: test_export.py compiles and runs it",
+    ("docs/vendoring.md", "FetchContent_Declare"): "CMake: the C++ tests build examples/consumer in each of these ways",
+    ("docs/vendoring.md", "set_parallel_runner"): "C++: parallel_test.cpp hands over such a runner",
+}
 # They compile for ten seconds and more, and run in tests that are marked so.
 SLOW = (("docs/vendoring.md", "aoti_compile_and_package"),)
 NOT_RUN_COMMANDS = {"loftq-kernels check": "takes most of a minute; test_check.py runs it"}
@@ -150,8 +156,9 @@ def follow(document: str, workshop, capsys, skipped) -> None:
     for block in blocks_of(document):
         if block.section != section:
             section, names = block.section, {}
-        if is_among(block, skipped) or block.language not in ("python", "sh"):
+        if is_among(block, skipped) or block.language == "text":  # Formulas are text.
             continue
+        assert block.language in LANGUAGES, f"{block} cannot be run: say why in NOT_RUN"
         try:
             if block.language == "python":
                 run_python(block, names, presupposed)
@@ -220,6 +227,14 @@ def test_blocks_are_found():
     blocks = blocks_of("README.md")
     assert sum(b.language == "python" for b in blocks) >= 4 and sum(b.language == "sh" for b in blocks) >= 3
     assert any(b.section == "Use it" for b in blocks) and {b.language for b in blocks} <= set(LANGUAGES)
+
+
+def test_what_is_taken_for_formulas():
+    """Indented blocks that are no commands neither call nor import: code is fenced, so that it runs."""
+    for block in (block for document in DOCUMENTS for block in blocks_of(document) if block.language == "text"):
+        with contextlib.suppress(SyntaxError):
+            nodes = list(ast.walk(ast.parse(block.text)))
+            assert not any(isinstance(node, ast.Call | ast.Import | ast.ImportFrom) for node in nodes), block
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
