@@ -28,8 +28,10 @@ def ratios(axis: Any, rows: Sequence[Mapping[str, Any]], reference: str, lines: 
         if points:
             pictures.draw(axis, *zip(*points, strict=True), line)
             ends.append((*points[-1], line.label, line.colour))
+    if not ends:
+        raise ValueError(f"the results have no {reference}, or none of {', '.join(lines)} beside it")
     all_rows = sorted({row["M"] for row in rows})
-    values = [value for line in axis.get_lines() for value in line.get_ydata()] or [1.0]
+    values = [value for line in axis.get_lines() for value in line.get_ydata()]
     axis.axhline(1, color="black", linewidth=1.2)
     at = {"textcoords": "offset points", "va": "top", "fontsize": 9.5}
     axis.annotate(f"{reference.replace('linear', 'F.linear')} = 1", (all_rows[0], 1), (0, -4), **at)

@@ -186,10 +186,11 @@ class TestFiles:
         assert "[2/2, " in shown.err and "64x128, 3 rows" in shown.err and "64x128" in shown.out
         assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_peers_by_option(self, tmp_path):
+    def test_peers_by_option(self, tmp_path, capsys):
         found = run(tmp_path, "cpu", "--shape", "64x64", "--rows", "2", "--format", "nf4", "--peer", "fp32 linear")
         names = set(found["milliseconds"][0]) - {"N x K", "M", "repeats", "spread"}
         assert names == {"nf4", "nf4 r=16", "nf4 r=64", "fp32 linear"}
+        assert "the results have no bf16 linear" in capsys.readouterr().err and not (tmp_path / "cpu.png").exists()
 
     def test_the_other_parts_of_cpu(self):
         missing: dict[str, str] = {}
