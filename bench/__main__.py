@@ -139,7 +139,11 @@ def _draw(name: str, source: Path, target: Path) -> bool:
         print(f"no {target}: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return False
     results = json.loads(source.read_text(encoding="utf-8"))
-    importlib.import_module(f"bench.plot_{name}").plot(results, target)
+    try:
+        importlib.import_module(f"bench.plot_{name}").plot(results, target)
+    except ValueError as error:
+        print(f"no {target}: {error}", file=sys.stderr)
+        return False
     print(f"picture: {target}")
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from loftq_kernels.ops import extension
 
 PACKAGES = ("numpy", "bitsandbytes", "gemlite", "torchao", "transformers", "peft", "matplotlib", "llama_cpp_python")
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "LOFTQ_")  # Prefixes of variables that change how fast this is.
+LOAD = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # Before anything is measured.
 _ROOT = Path(__file__).parents[1]
 
 
@@ -27,7 +29,7 @@ def machine() -> dict[str, Any]:
         **processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load average at the start": LOAD,
         "cpu_kernels": extension._C.cpu_isa() if extension._C is not None else "none: plain-torch reference",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,8 +50,12 @@ def settings() -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS) and os.sep not in v}
 
 
+@functools.cache
 def commit() -> str:
-    """`git describe` of the source tree; "dirty" where its files differ from the commit."""
+    """`git describe` of the source tree; "dirty" where its files differ from the commit.
+
+    It is asked once, as the files that --publish writes make the tree differ.
+    """
     described = output_of(["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--tags"])
     return described or "unknown: not a git checkout"
 

@@ -28,11 +28,14 @@ def ratios(axis: Any, rows: Sequence[Mapping[str, Any]], reference: str, lines: 
         if points:
             pictures.draw(axis, *zip(*points, strict=True), line)
             ends.append((*points[-1], line.label, line.colour))
+    if not ends:
+        raise ValueError(f"the results have no {reference}, or none of {', '.join(lines)} beside it")
     all_rows = sorted({row["M"] for row in rows})
-    values = [value for line in axis.get_lines() for value in line.get_ydata()] or [1.0]
+    values = [value for line in axis.get_lines() for value in line.get_ydata()]
     axis.axhline(1, color="black", linewidth=1.2)
-    at = {"textcoords": "offset points", "va": "top", "fontsize": 9.5}
-    axis.annotate(f"{reference.replace('linear', 'F.linear')} = 1", (all_rows[0], 1), (0, -4), **at)
+    below = not any(0.75 < line.get_ydata()[0] < 1 for line in axis.get_lines()[:-1])  # Whether there is room.
+    at = {"textcoords": "offset points", "va": "top" if below else "bottom", "fontsize": 9.5}
+    axis.annotate(f"{reference.replace('linear', 'F.linear')} = 1", (all_rows[0], 1), (0, -4 if below else 4), **at)
     pictures.powers_of_two(axis, "x", [tick for tick in ROW_TICKS if all_rows[0] <= tick <= all_rows[-1]])
     ticks = [2.0**i for i in range(-5, 8) if min(values) / 1.5 <= 2.0**i <= max(values) * 1.5]
     pictures.powers_of_two(axis, "y", ticks, [_fraction(tick) for tick in ticks])

@@ -21,9 +21,10 @@ LINES = {
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     rows = results["microseconds"]
-    panels = [key for key in dict.fromkeys((row["part"], row["N x K"]) for row in rows) if key[0] in REFERENCES]
+    compared = [row for row in rows if REFERENCES[row["part"]] in row and LINES.keys() & row.keys()]
+    panels = list(dict.fromkeys((row["part"], row["N x K"]) for row in compared))
     if not panels:
-        return
+        raise ValueError("no row has bf16 and one of the others")
     made, axes = pictures.figure(0.6 + 2.8 * -(-len(panels) // 2), rows=-(-len(panels) // 2), columns=2)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)

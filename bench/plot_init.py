@@ -42,6 +42,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     what = f"{found['format']}, rank {found['rank']}, {found['num_iter']} alternations"
     axis.set_title(f"LoftQ of one {n} x {k} matrix: {what}", loc="left")
     note = "Medians of 5, in turns; PEFT's: one alternation, times five. Error: ||W - Q - BA|| / ||W|| at the end."
+    note += " Lines: least to most." if "measured, seconds" in found else ""
     pictures.caption(made, f"{note}\n{place(results['machine'])}")
     pictures.save(made, path)
 

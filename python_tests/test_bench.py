@@ -7,6 +7,7 @@ import importlib.abc
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 import bench.__main__ as cli
 import loftq_kernels as lk
-from bench import bench_cpu, bench_init_quality, gpu_targets, harness, ours, peers, pictures, subject
+from bench import bench_cpu, bench_init_quality, bench_quality, gpu_targets, harness, ours, peers, pictures, subject
 from bench.harness import Timing, faults
 from loftq_kernels.cli import pictures as house_pictures
 from loftq_kernels.cli import processor
@@ -186,10 +187,11 @@ class TestFiles:
         assert "[2/2, " in shown.err and "64x128, 3 rows" in shown.err and "64x128" in shown.out
         assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_peers_by_option(self, tmp_path):
+    def test_peers_by_option(self, tmp_path, capsys):
         found = run(tmp_path, "cpu", "--shape", "64x64", "--rows", "2", "--format", "nf4", "--peer", "fp32 linear")
         names = set(found["milliseconds"][0]) - {"N x K", "M", "repeats", "spread"}
         assert names == {"nf4", "nf4 r=16", "nf4 r=64", "fp32 linear"}
+        assert "the results have no bf16 linear" in capsys.readouterr().err and not (tmp_path / "cpu.png").exists()
 
     def test_the_other_parts_of_cpu(self):
         missing: dict[str, str] = {}
@@ -244,6 +246,11 @@ class TestFiles:
         elif results["machine"]["date"] != OF_BEFORE.get(path.name):
             assert faults(results) == []
         assert "/work" not in path.read_text() and "/home" not in path.read_text()
+
+    def test_the_table_of_quality(self):
+        folder = ROOT / "bench" / "results"
+        results = json.loads((folder / "quality.json").read_text())
+        assert bench_quality.markdown(results) == (folder / "quality.md").read_text()
 
 
 class TestFaults:
@@ -344,6 +351,41 @@ class TestPeers:
     def test_formats_by_option(self):
         assert ours.variants(["int2"]) == [("int2", None), ("int2", 16), ("int2", 64)]
         assert ours.variants(None) == list(ours.VARIANTS)
+
+    def test_every_contender_of_the_gpu_multiplies(self):
+        """On CPU tensors, by Triton's interpreter, in a process of its own: ours against the decoded weight."""
+        pytest.importorskip("triton")
+        code = """
+import torch, interpreter
+interpreter.repair()
+from bench import bench_gpu, peers
+torch.manual_seed(0)
+parts = (
+    (2, bench_gpu.decode_contenders()), (70, bench_gpu.prefill_contenders()), (70, bench_gpu.BACKWARD_CONTENDERS)
+)
+for m, contenders in parts:
+    x = torch.randn(m, 128).to(peers.DTYPE)
+    for one in contenders:
+        if "cuda" in one.devices and (one.name.startswith("nf") or one.name.startswith("bf16")):
+            weight = one.prepare((64, 128), "cpu")
+            y = one.compute(weight, x)
+            assert y.shape == (m, 64), one.name
+            packed = weight[0] if isinstance(weight, tuple) else weight
+            if " r=" not in one.name and "bf16" not in one.name:
+                dense = packed.dequantize()
+                expected = x.float() @ (dense.T if dense.shape[0] == 64 else dense)
+                assert (y.float() - expected).norm() < 0.02 * expected.norm(), one.name
+            print(one.name)
+"""
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
+        }
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        names = done.stdout.splitlines()
+        assert {"nf4, fused", "nf4, chunked", "nf4, 16 adapters r=16", "bf16 matmul"} <= set(names)
 
     def test_targets_of_the_gpu(self):
         row = {"part": "decode", "N x K": "4096x4096", "M": 1, "bf16 linear": 6.0, "nf4": 2.0}
