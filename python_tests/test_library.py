@@ -279,4 +279,4 @@ def test_warns_in_one_sentence_about_a_missing_library():
         [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True, env=os.environ
     )
     (line,) = done.stdout.splitlines()
-    assert re.search(r"cpu tensors .* extension is missing \(there is no .*libloftq_torch.so\); build it with", line)
+    assert re.search(r"cpu tensors .* extension did not load \(there is no .*libloftq_torch.so\); build it with", line)
