@@ -252,7 +252,7 @@ class TestMemory:
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="there is no cmake or no c++")
 def test_a_program_without_python(tmp_path):
     """CMake builds the library that registers schemas and kernels, and a program that calls them through libtorch."""
-    configure = ["cmake", "-S", REPOSITORY, "-B", tmp_path, "-DLOFTQ_TORCH=ON", "-DLOFTQ_CUDA=OFF"]
+    configure = ["cmake", "-S", REPOSITORY, "-B", tmp_path, "-DLOFTQ_TORCH=ON", "-DLOFTQ_TESTS=ON"]
     configure.append(f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
     build = ["cmake", "--build", tmp_path, "--target", "loftq_torch", "torch_ops_test", "-j", "2"]
     for command in (configure, build):
