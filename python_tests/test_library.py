@@ -80,6 +80,12 @@ class TestVersions:
         ):
             extension.Library(tmp_path / "libloftq_torch.so")
 
+    @needs_library
+    def test_a_library_of_another_version(self, monkeypatch):
+        monkeypatch.setitem(extension.FUNCTIONS, "loftq_later", None)
+        with pytest.raises(ImportError, match="libloftq_torch.so is of another version of .*: it has no loftq_later"):
+            extension.Library(extension.LIBRARY)
+
     def test_the_oldest_torch_is_the_same_in_both_languages(self):
         header = (REPOSITORY / "csrc" / "aten" / "version.h").read_text()
         assert tuple(int(n) for n in re.findall(r"#define LOFTQ_TORCH_\w+ (\d+)", header)) == extension.OLDEST_TORCH
@@ -268,4 +274,4 @@ def test_warns_in_one_sentence_about_a_missing_library():
         [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True, env=os.environ
     )
     (line,) = done.stdout.splitlines()
-    assert re.search(r"cpu tensors .* extension is missing \(there is no .*libloftq_torch.so\); build it with", line)
+    assert re.search(r"cpu tensors .* extension did not load \(there is no .*libloftq_torch.so\); build it with", line)

@@ -19,6 +19,15 @@ OLDEST_TORCH = (2, 10)  # The first one with the C interface that the library us
 LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
 HOW_TO_BUILD = "build it with: pip install --no-build-isolation . in the source tree (needs a C++20 compiler)"
 
+# What Python calls in the library, and the types that those return.
+FUNCTIONS = {
+    "loftq_build_info": ctypes.c_char_p,
+    "loftq_cpu_isa": ctypes.c_char_p,
+    "loftq_cpu_isas": ctypes.c_int,
+    "loftq_set_thread_limit": None,
+    "loftq_thread_limit": ctypes.c_int,
+}
+
 
 class Library:
     """What the compiled part tells about itself; its kernels are ops. Raises ImportError where it cannot be loaded."""
@@ -32,10 +41,12 @@ class Library:
             raise ImportError(f"there is no {path}")
         try:
             self._library = ctypes.CDLL(str(path))
-            self._library.loftq_build_info.restype = ctypes.c_char_p
-            self._library.loftq_cpu_isa.restype = ctypes.c_char_p
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             raise ImportError(f"torch {torch_version} does not load it: {error}") from error
+        for name, result in FUNCTIONS.items():
+            if not hasattr(self._library, name):
+                raise ImportError(f"{path} is of another version of loftq_kernels: it has no {name}")
+            getattr(self._library, name).restype = result
         self._info = json.loads(self._library.loftq_build_info())
         self.GROUP_SIZES = tuple(self._info.pop("group_sizes"))
         self.CODE_BITS = tuple(self._info.pop("code_bits"))
