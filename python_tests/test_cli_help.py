@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ class TestHelp:
         assert parser.description and f"example:\n  loftq-kernels {name}" in parser.epilog
         example = re.search(rf"loftq-kernels ({name}.*)", parser.epilog)[1]
         if name != "bench":
-            assert make_parser().parse_args(re.findall(r"'[^']*'|\S+", example)).command == name
+            assert make_parser().parse_args(shlex.split(example)).command == name
 
     def test_of_the_choices_each_is_explained(self, capsys):
         with pytest.raises(SystemExit, match="0"):

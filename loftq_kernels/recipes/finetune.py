@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = small_lm.pretrained(args.pretrain_steps, args.seed, progress=lambda step: bar.update())
     dense = small_lm.perplexity(base, small_lm.code()[1])
     runs = []
-    runs = [(format, init) for format in FORMATS for init in STARTS]
-    for format, init in progress_bar(runs, desc="fine-tune", unit="model", show=True):
+    starts = [(format, init) for format in FORMATS for init in STARTS]
+    for format, init in progress_bar(starts, desc="fine-tune", unit="model", show=True):
         runs.append(finetune(base, format, init, args.rank, steps=args.steps, lr=args.lr, seed=args.seed))
     text = table(runs, dense)
     print(f"\n{sum(p.numel() for p in base.parameters())} weights, {torch.get_num_threads()} threads\n\n{text}\n")
