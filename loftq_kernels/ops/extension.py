@@ -20,6 +20,16 @@ LIBRARY = Path(__file__).parents[1] / "libloftq_torch.so"
 HOW_TO_BUILD = "build it with: pip install --no-build-isolation . in the source tree (needs a C++20 compiler)"
 
 
+# By what they return. A library of another version of the package may lack some, and then is not used at all.
+_FUNCTIONS = {
+    "loftq_build_info": ctypes.c_char_p,
+    "loftq_cpu_isa": ctypes.c_char_p,
+    "loftq_cpu_isas": ctypes.c_int,
+    "loftq_set_thread_limit": None,
+    "loftq_thread_limit": ctypes.c_int,
+}
+
+
 class Library:
     """What the compiled part tells about itself; its kernels are ops. Raises ImportError where it cannot be loaded."""
 
@@ -32,8 +42,8 @@ class Library:
             raise ImportError(f"there is no {path}")
         try:
             self._library = ctypes.CDLL(str(path))
-            self._library.loftq_build_info.restype = ctypes.c_char_p
-            self._library.loftq_cpu_isa.restype = ctypes.c_char_p
+            for name, result in _FUNCTIONS.items():
+                getattr(self._library, name).restype = result
         except (OSError, AttributeError) as error:
             raise ImportError(f"torch {torch_version} does not load it: {error}") from error
         self._info = json.loads(self._library.loftq_build_info())
