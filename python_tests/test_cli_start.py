@@ -392,3 +392,10 @@ def test_the_budget_is_checked_before_anything_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match="SciPy: pip install"):
         solve.milp()
+
+
+@pytest.mark.parametrize("check", [output.check_folder, output.check_file])
+def test_a_link_to_nothing_is_no_place_to_write(check, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is a link to what is not there"):
+        check(tmp_path / "link", True, "result", lambda path: True)

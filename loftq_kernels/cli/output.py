@@ -62,6 +62,8 @@ def check_space(path: Path, nbytes: int) -> None:
 
 
 def _check_place(path: Path, *, folder: bool) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to what is not there: remove it, or choose another place")
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{path} is a {'file, not a folder' if folder else 'folder, not a file'}")
     place = _existing(path) if folder else path.absolute().parent
