@@ -137,11 +137,14 @@ def find_compiler() -> None:
 
 
 def find_ninja() -> None:
-    """pip puts ninja beside a Python whose folder of programs is not on the path unless its environment is active."""
+    """Take the ninja of this Python, which is on the path in active environments alone.
+
+    Another version, such as the system's, would compile everything anew: it hashes command lines in another way.
+    """
     with suppress(ImportError):
         from ninja import BIN_DIR
 
-        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), BIN_DIR))
+        os.environ["PATH"] = os.pathsep.join((BIN_DIR, os.environ.get("PATH", os.defpath)))
 
 
 def fail(reason: str) -> None:
