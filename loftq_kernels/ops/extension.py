@@ -29,16 +29,6 @@ FUNCTIONS = {
 }
 
 
-# By what they return. A library of another version of the package may lack some, and then is not used at all.
-_FUNCTIONS = {
-    "loftq_build_info": ctypes.c_char_p,
-    "loftq_cpu_isa": ctypes.c_char_p,
-    "loftq_cpu_isas": ctypes.c_int,
-    "loftq_set_thread_limit": None,
-    "loftq_thread_limit": ctypes.c_int,
-}
-
-
 class Library:
     """What the compiled part tells about itself; its kernels are ops. Raises ImportError where it cannot be loaded."""
 
@@ -51,13 +41,7 @@ class Library:
             raise ImportError(f"there is no {path}")
         try:
             self._library = ctypes.CDLL(str(path))
-<<<<<<< HEAD
         except OSError as error:
-=======
-            for name, result in _FUNCTIONS.items():
-                getattr(self._library, name).restype = result
-        except (OSError, AttributeError) as error:
->>>>>>> w-review
             raise ImportError(f"torch {torch_version} does not load it: {error}") from error
         for name, result in FUNCTIONS.items():
             if not hasattr(self._library, name):
