@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import BACKENDS, gaussian
@@ -45,3 +47,26 @@ def test_weights_that_matter(format, rank, backend):
     with pytest.raises(ValueError, match="row .*float16; use scale_dtype=torch.float32"):
         initialized(weight, format, rank, 64, backend)
     assert lk.quantize(weight, format, scale_dtype=torch.float32).dequantize()[0].any()
+
+
+class TestManyScales:
+    """More scales than are looked at in one piece: the fault may be in any of them."""
+
+    WEIGHT = gaussian(300, 4096)  # 38400 groups of 32
+
+    @pytest.mark.parametrize("row", [0, 151, 299])
+    @pytest.mark.parametrize("format", ["nf4", "int4"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_weight_that_is_not_finite(self, row, format, value):
+        weight = self.WEIGHT.clone()
+        weight[row, 4095] = value
+        with pytest.raises(ValueError, match=rf"holds {value} in row {row}, column 4095"):
+            lk.quantize(weight, format, 32)
+
+    @pytest.mark.parametrize("row", [0, 151, 299])
+    def test_a_row_whose_scales_round_to_zero(self, row):
+        weight = 1e-7 * self.WEIGHT
+        lk.quantize(weight, "nf4", 32)
+        weight[row] *= 0.05  # below float16's least number, and half a percent of the matrix's norm
+        with pytest.raises(ValueError, match=rf"row {row}, group \d+: .*does not fit torch.float16"):
+            lk.quantize(weight, "nf4", 32)

@@ -12,7 +12,7 @@ using std::chrono::milliseconds;
 
 // Threads of an idle machine wake within 100 us, and time slices are milliseconds long.
 constexpr Crowding::Duration kPunctual = std::chrono::microseconds(200);
-constexpr Crowding::Duration kFirstBackoff = milliseconds(5);
+constexpr Crowding::Duration kFirstBackoff = milliseconds(20);
 constexpr Crowding::Duration kLastBackoff = milliseconds(640);  // a late try of 4 ms then costs less than one percent
 
 int64_t ticks(Crowding::Clock::time_point time) { return time.time_since_epoch().count(); }
@@ -26,11 +26,12 @@ int Crowding::allowed(int threads, Clock::time_point now) const {
 
 // Callers on several threads may overwrite each other's notes: each of these is a valid state.
 void Crowding::note(int used, Duration waited, Duration total, Clock::time_point now) {
-  const bool late = waited > kPunctual && waited > (total - waited) / 2;
   const Duration last(backoff_.load(std::memory_order_relaxed));
+  const bool late = waited > kPunctual && waited > (total - waited) / 2;
   if (!late) {
-    const bool limited = ticks(now) < until_.load(std::memory_order_relaxed);
-    if (!limited && last.count() > 0) backoff_.store((last / 2).count(), std::memory_order_relaxed);
+    if (last.count() == 0 || ticks(now) - until_.load(std::memory_order_relaxed) <= last.count()) return;
+    backoff_.store(last.count() / 2, std::memory_order_relaxed);
+    until_.store(ticks(now), std::memory_order_relaxed);
     return;
   }
   const Duration next = std::clamp<Duration>(2 * last, kFirstBackoff, kLastBackoff);

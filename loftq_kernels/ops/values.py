@@ -11,6 +11,9 @@ from loftq_kernels.ops import checks
 from loftq_kernels.storage import packing
 
 NEGLIGIBLE = 2.0**-10  # of a matrix's norm: the 8-bit formats lose five times as much to rounding
+# Elements that torch reduces on the calling thread. More of them take all its threads, and beside a busy process each
+# such step may wait for some milliseconds: that is longer than the quantization whose scales are checked.
+_ON_ONE_THREAD = 1 << 14
 
 
 def kernel_dtype(weight: Tensor, name: str = "weight") -> Tensor:
@@ -35,6 +38,15 @@ def check_finite(weight: Tensor, name: str = "weight", *, first_row: int = 0) ->
     raise ValueError(f"{name} holds {weight[row, column].item()} in row {first_row + row}, column {column}")
 
 
+def _extremes(scales: Tensor) -> tuple[float, float]:
+    """Least and largest of a small tensor's elements; NaN if one is NaN, and (1, 1) of none."""
+    if scales.numel() == 0:
+        return 1.0, 1.0
+    pieces = [scales] if scales.device.type != "cpu" else scales.reshape(-1).split(_ON_ONE_THREAD)
+    lows, highs = zip(*(piece.aminmax() for piece in pieces), strict=True)
+    return torch.stack(lows).amin().item(), torch.stack(highs).amax().item()
+
+
 def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str = "weight") -> None:
     """Raise ValueError for faults that only values show: NaN or Inf in weight, scales beyond the range of their dtype.
 
@@ -46,13 +58,14 @@ def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_siz
 
 def check_finite_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, name: str = "weight") -> None:
     """Raise ValueError where a scale or offset of weight, or of weight less a low-rank term, is not finite."""
+    if all(map(math.isfinite, (*_extremes(scale), *(() if offset is None else _extremes(offset))))):
+        return
     finite = torch.isfinite(scale)
     if offset is not None:
         finite = finite & torch.isfinite(offset)
-    if not finite.all():
-        row, group = (~finite).nonzero()[0].tolist()
-        check_finite(weight[row : row + 1], name, first_row=row)
-        raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
+    row, group = (~finite).nonzero()[0].tolist()
+    check_finite(weight[row : row + 1], name, first_row=row)
+    raise ValueError(_range_message(name, row, group, weight[row].abs().max().item(), scale.dtype))
 
 
 def check_zero_scales(
@@ -70,6 +83,8 @@ def check_zero_scales(
     scaling) leaves in those groups, entries count as lost where |D| > |W| / 2, and ||lost||_F may be up to
     `NEGLIGIBLE` * ||W||_F, below the rounding errors of any format.
     """
+    if min(_extremes(scale)) > 0:
+        return
     rows = (scale == 0).any(1).nonzero().flatten()
     if rows.numel() == 0:
         return
