@@ -43,8 +43,10 @@ def _extremes(scales: Tensor) -> tuple[float, float]:
     if scales.numel() == 0:
         return 1.0, 1.0
     pieces = [scales] if scales.device.type != "cpu" else scales.reshape(-1).split(_ON_ONE_THREAD)
-    lows, highs = zip(*(piece.aminmax() for piece in pieces), strict=True)
-    return torch.stack(lows).amin().item(), torch.stack(highs).amax().item()
+    found = [(low.item(), high.item()) for low, high in (piece.aminmax() for piece in pieces)]
+    if any(math.isnan(low) for low, _ in found):
+        return math.nan, math.nan
+    return min(low for low, _ in found), max(high for _, high in found)
 
 
 def check_scales(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, name: str = "weight") -> None:
