@@ -73,8 +73,9 @@ def headers() -> list[str]:
 def extension():
     """The extension and its build command, for the torch that is importable now.
 
-    It is a shared library and no Python module: it uses the stable C interface of torch alone, that of the version
-    in csrc/aten/version.h, so newer ones and every Python load it; one with CUDA is bound to that CUDA's runtime. Its threads are those of torch, so it needs no OpenMP.
+    It is a shared library and no Python module, and uses the stable C interface of torch alone, that of the version in
+    csrc/aten/version.h: newer ones and every Python load it. With CUDA it is bound to that CUDA's runtime. Its threads
+    are those of torch, so it needs no OpenMP.
     """
     import torch
     from torch.utils import cpp_extension

@@ -59,9 +59,7 @@ def _is_the_command() -> bool:
 
     The program says so itself: a script of any other package may have its name.
     """
-    if sys.argv[:1] == [
-        "-m"
-    ]:  # Python has not found the module yet: it stands before the arguments, perhaps as -mNAME.
+    if sys.argv[:1] == ["-m"]:  # Python has not found the module yet; its name stands before the arguments.
         module = sys.orig_argv[-len(sys.argv)]
         return re.fullmatch(rf"(-\w*m)?{__name__}(\.cli)?(\.__main__)?", module) is not None
     return getattr(sys.modules.get(f"_{__name__}_command"), "running", False)

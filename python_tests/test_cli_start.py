@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -249,7 +250,9 @@ def test_a_place_that_takes_nothing_new(world, at_work, capsys):
     if not proc.is_dir():
         pytest.skip("there is no /proc")
     for arguments in (["quantize", "bert"], ["demo", "--output"], ["plan", "bert", "--budget", "4"]):
-        assert f"{proc} takes nothing new (" in said(capsys, *arguments, proc / "new")
+        assert re.search(
+            r"cannot be written: /proc/\w+/fdinfo takes nothing new \(", said(capsys, *arguments, proc / "new")
+        )
 
 
 def test_bytes_of_the_demo():
@@ -362,7 +365,7 @@ class TestOverwriting:
         assert cli.main([*map(str, arguments), "--budget", "4"]) == 0
         capsys.readouterr()
         assert "give --overwrite" in said(capsys, *arguments, "--budget", 5)
-        again = [*map(str, arguments), "--budget", "5", "--from", str(file), "--overwrite"]
+        again = [*map(str, arguments[:3]), "--budget", "5", "--from", str(file), "--overwrite"]
         assert cli.main(again) == 0 and lk.BitPlan.load(file).budget == 5
 
     def test_a_link_to_a_plan_leads_to_the_new_one(self, world, tmp_path):

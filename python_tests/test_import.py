@@ -79,7 +79,10 @@ class TestWithTorchAndTritonAlone:
             model(torch.randn(2, 64)).sum().backward()
             import bench.__main__, bench.bench_gpu
             from pathlib import Path
-            for save in (lk.save_quantized,):
+            from loftq_kernels.tuning import state
+            teacher = lambda model, place: lk.cache_teacher(model, [torch.randn(2, 64)], place)
+            tuned = lambda model, place: state.save(Path(place), {}, state.RilqProgress(), {})
+            for save in (lk.save_quantized, teacher, tuned):
                 try:
                     save(model, PLACE)
                 except ImportError as error:
