@@ -1,7 +1,7 @@
 """Builds the C++ extension ``loftq_kernels/libloftq_torch.so``; everything else about the package is in pyproject.toml.
 
     pip install .           compiles it against the torch of the environment that installs; a failure fails the install
-    LOFTQ_SKIP_EXT=1        asks for a slow package in pure Python instead
+    LOFTQ_SKIP_EXT=1        asks for a slow package in pure Python instead (also true, yes, on; 0, false, no, off)
     LOFTQ_PREBUILT=FILE     packs this library, compiled before
     MAX_JOBS=2              compiles that many files at a time
     CXX=g++-14              names the compiler
@@ -44,6 +44,14 @@ FILE = "libloftq_torch.so"
 PURE = "or set LOFTQ_SKIP_EXT=1 for a slow package in pure Python"
 
 
+def switch(name: str) -> bool:
+    """Whether an environment variable is on; SystemExit for what is neither on nor off."""
+    value = os.environ.get(name, "").strip().lower()
+    if value not in ("1", "true", "yes", "on", "0", "false", "no", "off", ""):
+        raise SystemExit(f"loftq_kernels: {name}={os.environ[name]} is neither on nor off: set it to 1 or 0")
+    return value in ("1", "true", "yes", "on")
+
+
 def sources(folder: str, suffix: str) -> list[str]:
     # The paths are relative, as setuptools requires, and sorted, so that builds are the same everywhere.
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
@@ -65,8 +73,9 @@ def headers() -> list[str]:
 def extension():
     """The extension and its build command, for the torch that is importable now.
 
-    It is a shared library and no Python module: it uses the stable C interface of torch alone, and runs with every
-    Python and with every torch from csrc/aten/version.h on. Its threads are those of torch, so it needs no OpenMP.
+    It is a shared library and no Python module, and uses the stable C interface of torch alone, that of the version in
+    csrc/aten/version.h: newer ones and every Python load it. With CUDA it is bound to that CUDA's runtime. Its threads
+    are those of torch, so it needs no OpenMP.
     """
     import torch
     from torch.utils import cpp_extension
@@ -261,7 +270,9 @@ def find_extension() -> tuple[Extension, dict[str, type]]:
     return module, {"build_ext": told(command)}
 
 
-if os.environ.get("LOFTQ_SKIP_EXT") == "1":
+if switch("LOFTQ_SKIP_EXT"):
+    if file := os.environ.get("LOFTQ_PREBUILT"):
+        raise SystemExit(f"loftq_kernels: LOFTQ_SKIP_EXT leaves out the library LOFTQ_PREBUILT={file}: set one of them")
     setup()
 else:
     module, commands = find_extension()

@@ -1,6 +1,6 @@
 # LOFTQ_TORCH=ON: the shared library loftq_torch, which registers the ops and their kernels with libtorch, for programs
 # without Python. It needs the libtorch (2.10 or later) that Torch_DIR or CMAKE_PREFIX_PATH names, uses its stable C
-# interface alone, and so runs with every later libtorch too.
+# interface alone, that of libtorch 2.10, which later ones keep.
 option(LOFTQ_TORCH "Build loftq_torch, the ops for libtorch" OFF)
 
 if(LOFTQ_TORCH)

@@ -6,7 +6,7 @@ y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora
 # ruff: noqa: F405
 from __future__ import annotations
 
-import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,14 @@ __all__ = [
 
 
 def _is_the_command() -> bool:
-    """Whether this process is ``loftq-kernels`` or ``python -m loftq_kernels``, which has to answer --help at once."""
-    if sys.argv[:1] == ["-m"]:  # Python has not found the module yet; which one it is, its own arguments say.
-        own = sys.orig_argv
-        return any(pair == ("-m", __name__) for pair in zip(own, own[1:], strict=False))
-    return bool(sys.argv) and os.path.basename(sys.argv[0]) in ("loftq-kernels", "loftq-kernels.exe")
+    """Whether this process is ``loftq-kernels`` or ``python -m loftq_kernels``, which has to answer --help at once.
+
+    The program says so itself: a script of any other package may have its name.
+    """
+    if sys.argv[:1] == ["-m"]:  # Python has not found the module yet; its name stands before the arguments.
+        module = sys.orig_argv[-len(sys.argv)]
+        return re.fullmatch(rf"(-\w*m)?{__name__}(\.cli)?(\.__main__)?", module) is not None
+    return getattr(sys.modules.get(f"_{__name__}_command"), "running", False)
 
 
 # Everything is imported here, for the ops are registered with torch by it: exported programs and torch.ops need them.

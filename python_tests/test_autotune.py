@@ -182,6 +182,13 @@ def test_enabled(monkeypatch):
     monkeypatch.setenv("LOFTQ_AUTOTUNE", "1")
     assert autotune.enabled(DEVICE)
     assert not autotune.enabled(torch.device("cpu"))
+    for value, on in [("True", True), ("yes", True), ("ON", True), ("0", False), ("no", False), ("", False)]:
+        monkeypatch.setenv("LOFTQ_AUTOTUNE", value)
+        assert autotune.enabled(DEVICE) == on
+    monkeypatch.setenv("LOFTQ_AUTOTUNE", "2")
+    with pytest.raises(ValueError, match="LOFTQ_AUTOTUNE=2 is neither on nor off"):
+        autotune.enabled(DEVICE)
+    monkeypatch.setenv("LOFTQ_AUTOTUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not autotune.enabled(DEVICE)
 

@@ -415,6 +415,13 @@ class TestCompanions:
 
 
 class TestInspect:
+    @pytest.mark.parametrize(
+        ("number", "said"),
+        [(512, "512"), (3072, "3.07 thousand"), (21_233_664, "21.23 million"), (8_030_000_000, "8.03 billion")],
+    )
+    def test_counts_have_the_unit_that_fits(self, number, said):
+        assert sys.modules["loftq_kernels.cli.inspect"]._count(number) == said
+
     def test_describes_the_layers(self, bert, tmp_path, capsys):
         run(capsys, "quantize", bert, tmp_path / "out", "--format", "nf2", "--rank", 4, "--num-iter", 1)
         status, out, _ = run(capsys, "inspect", tmp_path / "out")

@@ -103,8 +103,13 @@ def without_torch(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     script = tmp_path / "bin" / "loftq-kernels"
     script.parent.mkdir()
-    script.write_text("import sys\nfrom loftq_kernels.cli import main\nsys.exit(main())\n")
-    starts = {"module": ["-m", "loftq_kernels"], "script": [str(script)]}
+    script.write_text("import sys\nfrom _loftq_kernels_command import main\nsys.exit(main())\n")
+    starts = {
+        "module": ["-m", "loftq_kernels"],
+        "joined": ["-Bmloftq_kernels"],
+        "folder": ["-m", "loftq_kernels.cli"],
+        "script": [str(script)],
+    }
 
     def run(start: str, *arguments: str) -> subprocess.CompletedProcess:
         environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "/usr/bin:/bin"}
@@ -123,7 +128,7 @@ class TestWithoutTorch:
         done = without_torch(start, *[command] * bool(command), "--help")
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: loftq-kernels")
 
-    @pytest.mark.parametrize("start", ["module", "script"])
+    @pytest.mark.parametrize("start", ["module", "joined", "folder", "script"])
     def test_version(self, without_torch, start):
         assert without_torch(start, "--version").stdout == f"{lk.__version__}\n"
 
@@ -185,17 +190,19 @@ class TestWithoutTorch:
 class TestImportInTheCommand:
     """In the process of the command torch comes late, and everything is there all the same; elsewhere it is at once."""
 
-    def python(self, tmp_path, name: str, code: str) -> str:
+    def python(self, tmp_path, name: str, code: str, *command: str) -> str:
+        """What the code prints as a file of this name, or as the command has it."""
         (tmp_path / name).write_text(code)
-        environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / name)], capture_output=True, text=True, env=environment, timeout=300
-        )
+        environment = {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, *(command or [str(tmp_path / name)])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def test_names_come_when_they_are_asked_for(self, tmp_path):
         code = (
+            "import _loftq_kernels_command\n"
+            "_loftq_kernels_command.running = True\n"
             "import sys, loftq_kernels as lk\n"
             "assert 'torch' not in sys.modules and set(lk.__all__) <= set(dir(lk))\n"
             "try: lk.nothing\n"
@@ -204,13 +211,28 @@ class TestImportInTheCommand:
             "assert all(getattr(lk, name) is not None for name in lk.__all__)\n"
             "import torch; print(torch.ops.loftq_kernels.quantize)\n"
         )
-        out = self.python(tmp_path, "loftq-kernels", code)
+        out = self.python(tmp_path, "program.py", code)
         assert out.startswith("module 'loftq_kernels' has no attribute 'nothing'") and "loftq_kernels.quantize" in out
 
     def test_ops_are_registered_elsewhere(self, tmp_path):
         """Also where torch is imported later, as import sorters have it."""
         code = "import loftq_kernels\nimport torch\nprint(torch.ops.loftq_kernels.quantize)\n"
         assert "loftq_kernels.quantize" in self.python(tmp_path, "program.py", code)
+
+    @pytest.mark.parametrize("command", [[], ["-m", "other", "-m", "loftq_kernels"]], ids=["script", "module"])
+    def test_others_that_look_like_the_command(self, tmp_path, command):
+        """A script of the program's name, and a module that is given the words that start ours."""
+        name = "other.py" if command else "loftq-kernels"
+        code = "import loftq_kernels, sys, torch\nprint(torch.ops.loftq_kernels.quantize)\n"
+        assert "loftq_kernels.quantize" in self.python(tmp_path, name, code, *command)
+
+    def test_modules_of_other_packages(self, tmp_path):
+        """While Python looks for ``-m other.module``, the package other imports ours."""
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "__init__.py").write_text("import loftq_kernels, sys; assert 'torch' in sys.modules")
+        code = "import torch; print(torch.ops.loftq_kernels.quantize)"
+        out = self.python(tmp_path, "other/module.py", code, "-m", "other.module", "-m", "loftq_kernels")
+        assert "loftq_kernels.quantize" in out
 
     def test_public_names(self):
         from loftq_kernels import public

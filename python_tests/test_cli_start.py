@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -155,6 +157,10 @@ PLAN = {
         ["bert", "new.json", "--from", "plan.json", "--candidate", "nf2", "--absolute"],
         "--from measures nothing: --candidate, --absolute cannot",
     ),
+    "measuring nothing, by any option": (
+        ["bert", "new.json", "--from", "plan.json", "--rank", "8", "--format", "nf2", "--device", "cpu"],
+        "--from measures nothing: --format, --rank, --device cannot",
+    ),
     "ranks without their cost": (
         ["bert", "new.json", "--candidate", "nf2", "--candidate", "nf4,rank=8"],
         "candidates of different ranks need --count total",
@@ -235,11 +241,30 @@ def test_a_disk_without_room(world, at_work, capsys, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
     assert "cannot be written: the result takes" in said(capsys, "quantize", "bert", "out")
 
+    assert "cannot be written: the result takes 60 MiB" in said(capsys, "demo", "--output", "out")
 
-def test_a_read_only_place(world, at_work, capsys, monkeypatch):
-    monkeypatch.setattr(output.os, "access", lambda path, mode: False)
-    for arguments in (["quantize", "bert", "out"], ["plan", "bert", "new.json", "--budget", "4"], ["demo"]):
-        assert "is read-only: " in said(capsys, *arguments)
+
+def test_a_place_that_takes_nothing_new(world, at_work, capsys):
+    """Permissions do not say so: root has all of them in /proc, which is no place for files."""
+    proc = Path("/proc/self/fdinfo")
+    if not proc.is_dir():
+        pytest.skip("there is no /proc")
+    for arguments in (["quantize", "bert"], ["demo", "--output"], ["plan", "bert", "--budget", "4"]):
+        assert re.search(
+            r"cannot be written: /proc/\w+/fdinfo takes nothing new \(", said(capsys, *arguments, proc / "new")
+        )
+
+
+def test_bytes_of_the_demo():
+    """Known without looking at the model, which its package has."""
+    demo.minilm_folder() if importlib.util.find_spec(demo._MODEL_PACKAGE) else pytest.skip("its model is not here")
+    from loftq_kernels.checkpoints import dense
+    from loftq_kernels.cli import preflight
+    from loftq_kernels.models.convert import check_quantize
+
+    shapes = dense.outline(demo.minilm_folder(), layers=None)
+    tensors = preflight._least_bytes(shapes, check_quantize(shapes, lk.QuantConfig(demo.SAVED[0])))
+    assert 0.8 * demo.RESULT_BYTES < tensors < demo.RESULT_BYTES
 
 
 class TestTheCheckIsNoStricterThanTheWork:
@@ -340,8 +365,18 @@ class TestOverwriting:
         assert cli.main([*map(str, arguments), "--budget", "4"]) == 0
         capsys.readouterr()
         assert "give --overwrite" in said(capsys, *arguments, "--budget", 5)
-        again = [*map(str, arguments), "--budget", "5", "--from", str(file), "--overwrite"]
+        again = [*map(str, arguments[:3]), "--budget", "5", "--from", str(file), "--overwrite"]
         assert cli.main(again) == 0 and lk.BitPlan.load(file).budget == 5
+
+    def test_a_link_to_a_plan_leads_to_the_new_one(self, world, tmp_path):
+        (tmp_path / "real").mkdir()
+        file, link = tmp_path / "real" / "plan.json", tmp_path / "link.json"
+        shutil.copy(world / "plan.json", file)
+        link.symlink_to(Path("real", "plan.json"))
+        arguments = ["plan", world / "bert", link, "--budget", 3, "--from", link, "--overwrite"]
+        assert cli.main([*map(str, arguments)]) == 0
+        assert link.is_symlink() and lk.BitPlan.load(file).budget == 3
+        assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
 
     def test_demos(self, tmp_path, capsys, monkeypatch):
         """An earlier demo's folder is known by its results."""

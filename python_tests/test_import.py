@@ -68,19 +68,28 @@ BLOCK_OPTIONAL = """
 class TestWithTorchAndTritonAlone:
     """What a machine with a GPU may have, beside NumPy and pytest."""
 
-    def test_models_are_quantized(self):
+    def test_models_are_quantized(self, tmp_path):
         python(
             BLOCK_OPTIONAL,
+            f"PLACE = {str(tmp_path / 'new')!r}",
             """
             import torch, loftq_kernels as lk
             model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
             lk.quantize_model(model, lk.QuantConfig(rank=4, exclude=()), progress=True)
             model(torch.randn(2, 64)).sum().backward()
             import bench.__main__, bench.bench_gpu
-            try:
-                lk.save_quantized(model, "nowhere")
-            except ImportError as error:
-                assert "safetensors" in str(error)
+            from pathlib import Path
+            from loftq_kernels.tuning import state
+            teacher = lambda model, place: lk.cache_teacher(model, [torch.randn(2, 64)], place)
+            tuned = lambda model, place: state.save(Path(place), {}, state.RilqProgress(), {})
+            for save in (lk.save_quantized, teacher, tuned):
+                try:
+                    save(model, PLACE)
+                except ImportError as error:
+                    assert "safetensors" in str(error)
+                else:
+                    raise SystemExit("it was saved")
+                assert not Path(PLACE).exists()
             """,
         )
 

@@ -148,6 +148,7 @@ class TestWheel:
     def test_runs_without_a_compiler(self, empty_environment):
         assert in_empty_environment(empty_environment, DEMO) == ["True"]
         program = empty_environment / "bin" / "loftq-kernels"
+        assert re.search(r"from _loftq_kernels_command import main", program.read_text())
         assert "CPU kernels" in run(program, "info", cwd=empty_environment, PATH=str(empty_environment / "bin"))
 
     @pytest.mark.parametrize(("version", "loads"), [("2.9.1", False), ("2.10.0+cu128", True), ("3.7.0a0+git1", True)])
@@ -215,11 +216,54 @@ class TestFailedBuild:
     def test_prebuilt_is_missing(self, tree, tmp_path):
         assert "nowhere.so does not exist" in self.pip(tree, tmp_path, LOFTQ_PREBUILT=str(tmp_path / "nowhere.so"))
 
-    def test_pure_python_on_request(self, tree, tmp_path):
-        self.pip(tree, tmp_path, status=0, LOFTQ_SKIP_EXT="1", PATH=str(tmp_path))
+    @pytest.mark.parametrize("value", ["1", "True"])
+    def test_pure_python_on_request(self, tree, tmp_path, value):
+        self.pip(tree, tmp_path, status=0, LOFTQ_SKIP_EXT=value, PATH=str(tmp_path))
         (wheel,) = tmp_path.glob("*.whl")
         assert wheel.name.endswith("-py3-none-any.whl")
         assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+class TestSwitches:
+    """Of the environment: what is misspelled or contradictory is one sentence, not another build."""
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"LOFTQ_SKIP_EXT": "maybe"}, "LOFTQ_SKIP_EXT=maybe is neither on nor off: set it to 1 or 0"),
+            ({"LOFTQ_SKIP_EXT": "yes", "LOFTQ_PREBUILT": "x.so"}, "leaves out the library LOFTQ_PREBUILT=x.so"),
+        ],
+    )
+    def test_refused(self, tree, environment, message):
+        output = run(sys.executable, "setup.py", "--version", cwd=tree, status=1, **environment)
+        assert message in output and output.count("\n") == 1
+
+    @pytest.mark.parametrize(("value", "extensions"), [("1", 0), (" YES", 0), ("on", 0), ("0", 1), ("off", 1), ("", 1)])
+    def test_spellings(self, tree, value, extensions):
+        """Without torch, as in the environments of resolvers; that of pure Python has metadata all the same."""
+        program = "import runpy, setuptools as s; s.setup = lambda ext_modules=(), **_: print(len(ext_modules)); "
+        output = run(
+            sys.executable,
+            "-c",
+            BLOCK_TORCH + program + "runpy.run_path('setup.py')",
+            cwd=tree,
+            LOFTQ_SKIP_EXT=value,
+        )
+        assert output.split()[-1] == str(extensions)
+
+    def test_metadata_without_torch(self, tree, tmp_path):
+        """As resolvers ask for it: setuptools is alone with this source, and pure Python needs no torch for it."""
+        import setuptools
+
+        site = Path(setuptools.__file__).parents[1]
+        for path in (site / "setuptools", *site.glob("setuptools-*.dist-info")):
+            (tmp_path / path.name).symlink_to(path)
+        program = "import sys; from setuptools import build_meta as b; b.prepare_metadata_for_build_wheel(sys.argv[1])"
+        command = sys.executable, "-S", "-c", BLOCK_TORCH + program, tmp_path
+        assert "install torch first" in run(*command, cwd=tree, status=1, PYTHONPATH=str(tmp_path))
+        run(*command, cwd=tree, PYTHONPATH=str(tmp_path), LOFTQ_SKIP_EXT="1")
+        (metadata,) = tmp_path.glob("loftq_kernels-*.dist-info/METADATA")
+        assert "Requires-Dist: torch>=" in metadata.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

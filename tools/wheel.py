@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 OF_TORCH = ("libc10.so", "libc10_cuda.so", "libtorch*.so", "libcudart.so*")
 LIBRARY = "libloftq_torch.so"
+PROGRAM = "_loftq_kernels_command.py"  # the one module beside the package
 MOST_BYTES = 100 * 2**20  # what package indexes take
 
 
@@ -63,11 +64,12 @@ def check(wheel: Path) -> str:
 
 
 def _faults(paths: set[PurePosixPath]):
-    package = {path for path in paths if path.parts[0] == "loftq_kernels"}
+    package = {path for path in paths if path.parts[0] in ("loftq_kernels", PROGRAM)}
     information = {path for path in paths if path.parts[0].endswith(".dist-info")}
     if strays := paths - information - {path for path in package if path.suffix == ".py" or path.name == LIBRARY}:
         yield f"stray files {sorted(map(str, strays))}"
-    modules = {PurePosixPath(path.relative_to(ROOT)) for path in (ROOT / "loftq_kernels").rglob("*.py")}
+    files = (ROOT / PROGRAM, *(ROOT / "loftq_kernels").rglob("*.py"))
+    modules = {PurePosixPath(path.relative_to(ROOT)) for path in files}
     if wrong := modules ^ {path for path in package if path.suffix == ".py"}:
         yield f"modules of the source tree or the wheel alone: {sorted(map(str, wrong))}"
     if PurePosixPath("loftq_kernels", LIBRARY) not in package:

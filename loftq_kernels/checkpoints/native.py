@@ -102,6 +102,7 @@ def _write(
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     for name in layers:
         _packed_of(name, submodule(model, name), tensors, tied).validate()
+    files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
     with files.replacing(path / _PENDING) as pending:

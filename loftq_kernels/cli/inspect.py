@@ -60,7 +60,14 @@ def _bits(layers: Mapping[str, StoredLayer], errors: Mapping[str, float]) -> str
     weights = sum(layer.weights for layer in layers.values())
     bits = 8 * sum(layer.packed_bytes for layer in layers.values()) / weights
     mean = f"mean error {sum(errors.values()) / len(errors):.4f}" if errors else "errors: with --against DENSE_DIR"
-    return f"{weights / 1e6:.2f} million weights in {bits:.3f} bits each; {mean}"
+    return f"{_count(weights)} weights in {bits:.3f} bits each; {mean}"
+
+
+def _count(number: int) -> str:
+    """A number of weights in the unit that fits: 512, 3.07 thousand, 21.23 million, 8.03 billion."""
+    units = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
+    fitting = (f"{number / size:.2f} {name}" for name, size in units if number >= size)
+    return next(fitting, str(number))
 
 
 def _sizes(config: CheckpointConfig, layers: Mapping[str, StoredLayer], tensors: list[TensorReport]) -> str:

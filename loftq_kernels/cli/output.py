@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def check_folder(path: Path, overwrite: bool, what: str, is_ours: Callable[[Path
         raise ValueError(f"{path} is not empty and no {what} (it holds {listed}): choose another folder")
     if held and not overwrite:
         raise ValueError(f"{path} holds a {what}: give --overwrite to replace it, or choose another folder")
+    _try(path, _existing(path), tempfile.TemporaryDirectory)
 
 
 def check_file(path: Path, overwrite: bool, what: str, is_ours: Callable[[Path], bool]) -> None:
@@ -36,6 +38,7 @@ def check_file(path: Path, overwrite: bool, what: str, is_ours: Callable[[Path],
         raise ValueError(f"{path} exists and is no {what}: choose another file")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is a {what}: give --overwrite to replace it, or choose another file")
+    _try(path, path.resolve().parent, tempfile.NamedTemporaryFile)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -66,11 +69,18 @@ def _check_place(path: Path, *, folder: bool) -> None:
         raise ValueError(f"{path} is a link to what is not there: remove it, or choose another place")
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{path} is a {'file, not a folder' if folder else 'folder, not a file'}")
-    place = _existing(path) if folder else path.absolute().parent
+    place = _existing(path) if folder else path.resolve().parent
     if not place.is_dir():
         raise ValueError(f"{place} is not a folder: {path} cannot be written")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{place} is read-only: {path} cannot be written")
+
+
+def _try(path: Path, place: Path, make: Callable[..., AbstractContextManager]) -> None:
+    """Make something in a folder and remove it: what a user may do there, permissions alone do not say."""
+    try:
+        with make(dir=place, prefix=".loftq-kernels-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {place} takes nothing new ({error.strerror})") from error
 
 
 def _existing(path: Path) -> Path:

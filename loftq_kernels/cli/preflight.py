@@ -15,12 +15,14 @@ from torch import nn
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import tensor_files
 from loftq_kernels.cli import companions, options, output
-from loftq_kernels.cli.demo import check_needs
+from loftq_kernels.cli.demo import RESULT_BYTES, check_needs
 from loftq_kernels.models.allocate import check_plan
 from loftq_kernels.models.convert import check_quantize
 from loftq_kernels.models.report import account
 from loftq_kernels.models.select import Selection, packed_bytes
 from loftq_kernels.models.solve import milp
+
+_OF_SOLVING = {"model_dir", "plan_file", "overwrite", "budget", "source"}  # what plan reads where it measures nothing
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Inputs:
 def demo(args: argparse.Namespace) -> None:
     output.check_folder(args.output, args.overwrite, "demo's folder", output.is_demo)
     check_needs(args.sentences)
+    output.check_space(args.output, RESULT_BYTES)
 
 
 def quantize(args: argparse.Namespace) -> Inputs:
@@ -72,8 +75,9 @@ def plan(args: argparse.Namespace) -> Inputs:
 
 
 def _plan_again(args: argparse.Namespace) -> Inputs:
-    given = {name: getattr(args, name) for name in ("candidate", "count", "absolute", "calibration")}
-    if measured := [f"--{name}" for name, value in given.items() if value]:
+    options_of_it = dict.fromkeys(args.parser.spelled.values())  # each once, in the order of the help
+    given = [option for option in options_of_it if getattr(args, option.dest) != option.default]
+    if measured := [option.option_strings[0] for option in given if option.dest not in _OF_SOLVING]:
         raise ValueError(f"--from measures nothing: {', '.join(measured)} cannot change the errors of that plan")
     return Inputs(options.config(args), plan=lk.BitPlan.load(args.source))
 

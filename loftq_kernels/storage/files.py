@@ -28,8 +28,8 @@ _writing: set[str] = set()  # names of temporary files that this process is writ
 _numbers = itertools.count()
 
 
-def _safetensors() -> ModuleType:
-    """Imported where a file is read or written: the kernels alone run without it."""
+def require_safetensors() -> ModuleType:
+    """Imported where a file is read or written, for the kernels alone run without it; else raises ImportError."""
     import safetensors.torch
 
     return safetensors
@@ -47,10 +47,11 @@ def _machine() -> str:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside path; on success it is renamed over path, on failure it is removed.
 
+    Of a link the file that it leads to is replaced, and the link stays.
     A name that is gone at the end has been moved by the caller. Temporary files that dead writers of the same path have
     left are removed first.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a folder")
     remove_abandoned(path.parent, re.escape(path.name))
@@ -130,7 +131,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # safetensors makes files that the owner alone can read
-    safetensors = _safetensors()
+    safetensors = require_safetensors()
     try:
         safetensors.torch.save_file(own, path, metadata=dict(metadata))
     except safetensors.SafetensorError as error:  # which hides a full disk
@@ -154,7 +155,7 @@ def open_tensors(path: str | Path, device: torch.device | str = "cpu") -> Iterat
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    safetensors = _safetensors()
+    safetensors = require_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             yield file

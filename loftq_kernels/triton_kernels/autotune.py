@@ -30,9 +30,16 @@ _LASTING = ("illegal memory access", "misaligned address", "illegal instruction"
 
 def enabled(device: torch.device) -> bool:
     """Whether launches are to be tuned now. Launches that a CUDA graph captures cannot be timed."""
-    if os.environ.get("LOFTQ_AUTOTUNE") != "1" or device.type != "cuda":
+    if device.type != "cuda" or not _wanted():
         return False
     return not torch.cuda.is_current_stream_capturing()
+
+
+def _wanted() -> bool:
+    value = os.environ.get("LOFTQ_AUTOTUNE", "").strip().lower()
+    if value not in ("1", "true", "yes", "on", "0", "false", "no", "off", ""):
+        raise ValueError(f"LOFTQ_AUTOTUNE={os.environ['LOFTQ_AUTOTUNE']} is neither on nor off: set it to 1 or 0")
+    return value in ("1", "true", "yes", "on")
 
 
 def holder() -> str:

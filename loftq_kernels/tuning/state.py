@@ -50,6 +50,7 @@ class RilqProgress:
 
 def save(folder: Path, settings: Mapping[str, Any], done: RilqProgress, tensors: Mapping[str, Tensor]) -> None:
     """Write a state; the one before it stays if that fails."""
+    files.require_safetensors()
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_abandoned(folder, r"state-\d+\.safetensors")
     name = f"state-{done.step}.safetensors"

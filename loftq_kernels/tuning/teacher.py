@@ -177,6 +177,7 @@ def _file(path: Path, batch: Batch) -> Path:
 
 
 def _write_index(path: Path, key: str) -> None:
+    files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
     files.remove_abandoned(path, r"states-[0-9a-f]+\.safetensors")
     if (path / _INDEX).exists():
