@@ -128,7 +128,7 @@ def _measured(
 
 def avx2(shape: Shape, rows: Sequence[int], rotated: int, missing: dict[str, str]) -> list[dict]:
     """float32 x, with the kernels for processors without AVX-512."""
-    if extension._C is None or "avx2" not in extension._C.cpu_isas():
+    if extension.library is None or "avx2" not in extension.library.cpu_isas():
         missing["AVX2"] = "this machine has no AVX2 kernels"
         return []
     with forced_isa("avx2"):

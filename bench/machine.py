@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load average at the start": LOAD,
-        "cpu_kernels": extension._C.cpu_isa() if extension._C is not None else "none: plain-torch reference",
+        "cpu_kernels": extension.library.cpu_isa() if extension.library is not None else "none: plain-torch reference",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -21,8 +21,8 @@ from loftq_kernels.ops import extension
 
 OPS = torch.ops.loftq_kernels
 SOME_FORMATS = ("nf4", "int8")
-needs_extension = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
-ISAS = extension._C.cpu_isas() if extension._C is not None else ()
+needs_extension = pytest.mark.skipif(extension.library is None, reason="the extension is not built")
+ISAS = extension.library.cpu_isas() if extension.library is not None else ()
 
 
 def lines(capsys) -> list[str]:
@@ -74,7 +74,7 @@ class TestThisMachine:
             monkeypatch.setenv(ISA_VARIABLE, before)
         used = {}
         for isa in ISAS:
-            case = Case("", lambda isa=isa: used.update({isa: extension._C.cpu_isa()}) or Finding(0, ""))
+            case = Case("", lambda isa=isa: used.update({isa: extension.library.cpu_isa()}) or Finding(0, ""))
             row = attempt(KernelPath("", "", [case], setting=lambda isa=isa: check_paths.forced_isa(isa)))
             assert row.outcome == "pass"
         assert used == {isa: isa for isa in ISAS}
@@ -292,7 +292,7 @@ class TestRows:
 
 class TestWhatIsMissing:
     def test_without_extension(self, monkeypatch, capsys):
-        monkeypatch.setattr(extension, "_C", None)
+        monkeypatch.setattr(extension, "library", None)
         monkeypatch.setattr(extension, "LOAD_ERROR", "no such file")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert check.run_checks() == 0
@@ -302,8 +302,8 @@ class TestWhatIsMissing:
 
     @needs_extension
     def test_extension_without_cuda(self, monkeypatch):
-        info = {**extension._C.build_info(), "cuda": False}
-        monkeypatch.setattr(extension, "_C", SimpleNamespace(build_info=lambda: info))
+        info = {**extension.library.build_info(), "cuda": False}
+        monkeypatch.setattr(extension, "library", SimpleNamespace(build_info=lambda: info))
         rows = [attempt(path) for path in check_paths.cuda_paths("cuda:0", FORMATS)]
         assert len(rows) == 8 and {row.outcome for row in rows} == {"not here"}
         assert all("built without CUDA" in row.said for row in rows)

@@ -350,6 +350,6 @@ class TestNumbersOfNumpy:
 def test_backends_without_an_initializer(init, backend, extension, monkeypatch):
     """Refused in words, with the compiled extension and without it."""
     if not extension:
-        monkeypatch.setattr("loftq_kernels.ops.extension._C", None)
+        monkeypatch.setattr("loftq_kernels.ops.extension.library", None)
     with pytest.raises(ValueError, match=f"backend='{backend}'"):
         init(torch.randn(64, 64), backend=backend)

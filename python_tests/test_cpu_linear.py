@@ -23,10 +23,10 @@ from loftq_kernels.formats import get_format
 from loftq_kernels.ops import budget, extension, reference
 from loftq_kernels.storage import packing
 
-pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(extension.library is None, reason="the extension is not built")
 
 OPS = torch.ops.loftq_kernels
-ISAS = extension._C.cpu_isas() if extension._C is not None else ()
+ISAS = extension.library.cpu_isas() if extension.library is not None else ()
 CODEBOOKS = (*FORMATS, "irregular8")  # the last has 256 entries that no integer equals
 GROUPS = (32, 64, 128, 256, -1)
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +41,7 @@ TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["forward"
 def forced(isa: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOFTQ_CPU_ISA", isa)
-        assert extension._C.cpu_isa() == isa
+        assert extension.library.cpu_isa() == isa
         yield
 
 

@@ -149,13 +149,13 @@ def test_reference_gives_no_warning():
     )
 
 
-@pytest.mark.skipif(extension._C is None, reason="there are no instruction sets to choose from: it is not built")
+@pytest.mark.skipif(extension.library is None, reason="there are no instruction sets to choose from: it is not built")
 class TestInstructionSets:
     def test_each_gives_the_same_bits(self):
         code = f"""
             import os, torch, loftq_kernels as lk
             from loftq_kernels.ops import extension
-            assert extension._C.cpu_isa() == os.environ["LOFTQ_CPU_ISA"]
+            assert extension.library.cpu_isa() == os.environ["LOFTQ_CPU_ISA"]
             torch.manual_seed(0)
             for weight in (torch.randn(7, 300), torch.randn(3, 31).half(), torch.randn(2, 512).bfloat16()):
                 for format in {FORMATS}:
@@ -169,7 +169,7 @@ class TestInstructionSets:
                                 assert torch.equal(a.dequantize(dtype, backend="reference"), b.dequantize(dtype))
             print("same")
         """
-        for isa in extension._C.cpu_isas():
+        for isa in extension.library.cpu_isas():
             assert python(code, LOFTQ_CPU_ISA=isa).strip() == "same", isa
 
     def test_unknown_name(self):
@@ -202,7 +202,7 @@ USE = """
     model(x).sum().backward()
 """
 LOADED = f"""
-    if {extension._C is not None} and extension._C is None:
+    if {extension.library is not None} and extension.library is None:
         raise SystemExit(extension.LOAD_ERROR)
 """
 

@@ -19,7 +19,7 @@ from loftq_kernels.ops import extension
 REPOSITORY = Path(__file__).parent.parent
 BACKEND = "import sys; from setuptools import build_meta; print(build_meta.build_{}(sys.argv[1]))"
 pytest.importorskip("setuptools", minversion="77")
-needs_library = pytest.mark.skipif(extension._C is None, reason="there is no compiled library to pack")
+needs_library = pytest.mark.skipif(extension.library is None, reason="there is no compiled library to pack")
 
 
 def run(*command, cwd: Path, status: int = 0, **environment: str | None) -> str:
@@ -102,7 +102,7 @@ DEMO = """
     lk.save_quantized(model, f"model-{torch.__version__}")
     assert torch.equal(lk.load_quantized(f"model-{torch.__version__}", model=network())(x), y)
     ours = [w.message for w in caught if "loftq_kernels" in str(w.message)]
-    print(extension._C is not None, *ours, sep="\\n")
+    print(extension.library is not None, *ours, sep="\\n")
 """
 
 

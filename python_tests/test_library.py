@@ -27,7 +27,7 @@ from loftq_kernels.ops import extension, schemas
 
 REPOSITORY = Path(__file__).parents[1]
 OPS = torch.ops.loftq_kernels
-needs_library = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
+needs_library = pytest.mark.skipif(extension.library is None, reason="the extension is not built")
 
 
 def literals(source: str) -> str:
@@ -42,25 +42,25 @@ class TestThreadLimit:
     @pytest.fixture(autouse=True)
     def as_before(self):
         yield
-        extension._C.limit_threads(threads.cpu_quota())
+        extension.library.limit_threads(threads.cpu_quota())
 
     @pytest.mark.parametrize("quota, most", [(None, 2**31 - 1), (0.5, 1), (1.0, 1), (1.5, 2), (64.0, 64)])
     def test_a_part_of_a_processor_counts_as_one(self, quota, most):
-        extension._C.limit_threads(quota)
-        assert extension._C.thread_limit() == most
+        extension.library.limit_threads(quota)
+        assert extension.library.thread_limit() == most
 
     @pytest.mark.parametrize("rows", [1, 40])
     def test_results_are_the_same(self, rows):
         x, packed = gaussian(rows, 300), lk.quantize(gaussian(500, 300), "nf4", 64)
         results = []
         for quota in (None, 1.0):
-            extension._C.limit_threads(quota)
+            extension.library.limit_threads(quota)
             results.append(lk.qlora_linear(x, packed))
         assert torch.equal(*results)
 
     def test_the_quota_of_this_process_holds_from_the_start(self):
         quota = threads.cpu_quota()
-        assert extension._C.thread_limit() == (2**31 - 1 if quota is None else math.ceil(quota))
+        assert extension.library.thread_limit() == (2**31 - 1 if quota is None else math.ceil(quota))
 
 
 class TestVersions:
@@ -92,7 +92,7 @@ class TestVersions:
 
     @needs_library
     def test_build_info(self):
-        info = extension._C.build_info()
+        info = extension.library.build_info()
         assert info["torch_at_least"] == ".".join(map(str, extension.OLDEST_TORCH))
         assert set(info) == {"torch", "torch_at_least", "compiler", "cuda"}
 
@@ -118,26 +118,116 @@ class TestSchemas:
 
 @needs_library
 class TestDriver:
-    def begin(self):
-        weight, codebook = gaussian(96, 128), torch.linspace(-1, 1, 16)
-        start = gaussian(128, 20)
-        return OPS.loftq_begin(
-            [weight], codebook, start, 4, 1.0, False, False, torch.float32, 1, 1, 64, "absmax", torch.float16, False
-        )
+    def begin(self, number=None, rank=4, operand_dtype=torch.float32, cold_steps=1, warm_steps=1, group_size=64):
+        weight, codebook, start = gaussian(96, 128), torch.linspace(-1, 1, 16), gaussian(128, 20)
+        number = OPS.loftq_number() if number is None else number
+        OPS.loftq_begin(
+            number, [weight], codebook, start, rank, 1.0, False, False, operand_dtype, cold_steps, warm_steps,
+            group_size, "absmax", torch.float16, False,
+        )  # fmt: skip
+        return number
 
     def test_a_number_ends(self):
         number = self.begin()
         assert OPS.loftq_step(number)
         OPS.loftq_end(number)
-        for op in (OPS.loftq_step, OPS.loftq_results, OPS.loftq_end):
+        OPS.loftq_end(number)
+        for op in (OPS.loftq_step, OPS.loftq_results):
             with pytest.raises(ValueError, match=f"no alternation {number}"):
                 op(number)
+
+    def test_a_number_belongs_to_one_alternation(self):
+        number = self.begin()
+        with pytest.raises(ValueError, match=f"alternation {number} is in progress"):
+            self.begin(number)
+        with pytest.raises(ValueError, match="number=1000000000 is not one that loftq_number returned"):
+            self.begin(10**9)
+        OPS.loftq_end(number)
+
+    def test_steps_come_before_results(self):
+        number = self.begin()
+        with pytest.raises(ValueError, match="no result before its first step"):
+            OPS.loftq_results(number)
+        OPS.loftq_step(number)
+        OPS.loftq_results(number)
+        with pytest.raises(ValueError, match="ended with its results"):
+            OPS.loftq_step(number)
+        OPS.loftq_end(number)
+
+    def test_threads_take_turns(self):
+        """Steps from four threads are those of one."""
+
+        def take_steps(number, count):
+            for _ in range(count):
+                OPS.loftq_step(number)
+
+        counts = []
+        for workers in (1, 4):
+            number = self.begin()
+            steps = [threading.Thread(target=take_steps, args=(number, 20 // workers)) for _ in range(workers)]
+            for thread in steps:
+                thread.start()
+            for thread in steps:
+                thread.join()
+            counts.append(OPS.loftq_results(number)[5][0])
+            OPS.loftq_end(number)
+        assert len(counts[0]) == 22 and torch.allclose(*counts, rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ({"rank": 97}, r"rank=97 is outside 1\.\.96"),
+            ({"cold_steps": -1}, "cold_steps=-1"),
+            ({"warm_steps": -2}, "warm_steps=-2"),
+            ({"group_size": 0}, "group_size=0 is not"),
+            ({"group_size": 48}, "group_size=48 is not"),
+            ({"operand_dtype": torch.float64}, "operand_dtype=float64 is neither"),
+        ],
+    )
+    def test_numbers_are_checked(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            self.begin(**wrong)
+
+    @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory"])
+    def test_out_of_memory_has_its_name(self, monkeypatch, words):
+        def step(number):
+            raise RuntimeError(f"aten::empty failed: {words}")
+
+        monkeypatch.setattr(OPS, "loftq_step", step, raising=False)
+        with pytest.raises(torch.OutOfMemoryError, match="aten::empty failed"):
+            lk.loftq_init(gaussian(96, 128), "nf4", 4, 2)
+
+    @pytest.mark.skipif(extension._release(torch.__version__) < (2, 13), reason="torch tells its message since 2.13")
+    @pytest.mark.parametrize(
+        "words, calls",
+        [("CUDA out of memory.", [False]), ("linalg.eigh: The algorithm failed to converge", [False, True])],
+    )
+    def test_only_a_failed_solver_has_a_substitute(self, words, calls):
+        code = f"""
+            import torch, loftq_kernels as lk
+            from loftq_kernels.initializers.drivers import compiled
+            def fail(*args):
+                raise RuntimeError({words!r})
+            library = torch.library.Library("aten", "IMPL")
+            library.impl("_linalg_eigh", fail, "CPU")
+            calls, alternate = [], compiled._alternate
+            def record(weights, codebook, options, exact):
+                calls.append(exact)
+                return alternate(weights, codebook, options, exact)
+            compiled._alternate = record
+            try:
+                lk.loftq_init(torch.randn(96, 128), "nf4", 4, 2, svd="fast")
+            except RuntimeError as error:
+                print(calls, type(error).__name__)
+        """
+        name = "OutOfMemoryError" if len(calls) == 1 else "RuntimeError"
+        assert printed(code).splitlines()[-1] == f"{calls} {name}"
 
     def test_arguments_are_checked(self):
         with pytest.raises(ValueError, match=r"rank=4 is outside 1\.\.2"):
             OPS.loftq_begin(
-                [gaussian(2, 9)], torch.zeros(16), gaussian(9, 2), 4, 1.0, True, False, torch.float32, 1, 1, 64,
-                "absmax", torch.float16, False,
+                OPS.loftq_number(), [gaussian(2, 9)], torch.zeros(16), gaussian(9, 2), 4, 1.0, True, False,
+                torch.float32, 1, 1, 64, "absmax", torch.float16, False,
             )  # fmt: skip
 
     def test_ctrl_c_between_alternations(self, monkeypatch):
@@ -168,9 +258,10 @@ class TestDriver:
         thread = threading.Thread(target=tick)
         thread.start()
         try:
-            number = OPS.loftq_begin(
-                [weight], torch.linspace(-1, 1, 16), gaussian(1024, 40), 16, 1.0, True, False, torch.float32, 4, 1, 64,
-                "absmax", torch.float16, False,
+            number = OPS.loftq_number()
+            OPS.loftq_begin(
+                number, [weight], torch.linspace(-1, 1, 16), gaussian(1024, 40), 16, 1.0, True, False,
+                torch.float32, 4, 1, 64, "absmax", torch.float16, False,
             )  # fmt: skip
             before = time.perf_counter()
             OPS.loftq_step(number)
@@ -195,6 +286,35 @@ class TestDriver:
         exact = lk.loftq_init(weight, "nf4", 8, 2, svd="exact", order="svd_first")
         assert fast.error <= exact.error * 1.01
         assert exact_calls == [False, True, True]
+
+
+def printed(code: str) -> str:
+    """What a Python of its own prints."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_library
+def test_a_library_that_torch_refuses(tmp_path):
+    """Ops exist once: a second copy cannot define them again. The process goes on, with the first one's kernels."""
+    shutil.copy(extension.LIBRARY, tmp_path / "libcopy.so")
+    code = f"""
+        import pathlib, torch, loftq_kernels as lk
+        from loftq_kernels.ops import extension
+        weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+        before = lk.loftq_init(weight, "nf4", 4, 2)
+        try:
+            extension.Library(pathlib.Path({str(tmp_path / "libcopy.so")!r}))
+        except ImportError as error:
+            print(error)
+        after = lk.loftq_init(weight, "nf4", 4, 2)
+        print(torch.equal(before.lora_A, after.lora_A), torch.equal(before.packed.codes, after.packed.codes))
+    """
+    message, same = printed(
+        code.replace("before.weight", "before.packed").replace("after.weight", "after.packed")
+    ).splitlines()
+    assert re.match(r"torch \S+ refuses the kernels of .*libcopy.so: \S+.* failed: ", message) and same == "True True"
 
 
 def resident_bytes() -> int:

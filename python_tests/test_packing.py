@@ -95,7 +95,7 @@ def test_bad_bits(bits):
         packing.check_bits(bits)
 
 
-@pytest.mark.skipif(extension._C is None, reason="the extension is not built")
+@pytest.mark.skipif(extension.library is None, reason="the extension is not built")
 def test_python_and_cpp_state_the_same_contract():
-    assert extension._C.GROUP_SIZES == packing.GROUP_SIZES
-    assert extension._C.CODE_BITS == packing.BITS
+    assert extension.library.GROUP_SIZES == packing.GROUP_SIZES
+    assert extension.library.CODE_BITS == packing.BITS

@@ -598,13 +598,13 @@ def test_two_callers_at_once(machine):
     assert after == {2: 2, 3: 3} and numbers() == (2, 2)
 
 
-@pytest.mark.parametrize("driver", ["plain", "weighted"])
+@pytest.mark.parametrize("driver", ["plain", "weighted", "compiled"])
 def test_interrupt(machine, driver):
     """Ctrl-C ends all workers between alternations, which would take minutes in all; a call after that works."""
     machine(2)
     weights = [gaussian(96, 128, seed=i) for i in range(4)]
     own = [lk.InputStatistics.from_inputs(with_outliers()[1])] * 4 if driver == "weighted" else None
-    options = {"statistics": own, "backend": "reference"}
+    options = {"statistics": own, "backend": None if driver == "compiled" else "reference"}
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -617,7 +617,6 @@ def test_interrupt(machine, driver):
 
 
 def test_interrupt_between_matrices(machine):
-    """The compiled driver, which has no step to stop at in a worker, ends with its matrix."""
     machine(2)
     weights, told = [gaussian(64, 96, seed=i) for i in range(64)], []
 

@@ -19,9 +19,11 @@ namespace loftq::aten {
 
 static_assert(std::endian::native == std::endian::little, "small values are in the low bytes");
 
-// An op of torch failed.
+// An op of torch failed. `text` is what torch says; nothing where this version of torch does not tell.
 struct CallFailed : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  CallFailed(const std::string& message, std::string text) : std::runtime_error(message), text(std::move(text)) {}
+
+  std::string text;
 };
 
 // How a T travels: take() receives one, give() hands one over.

@@ -57,4 +57,13 @@ class Library {
   std::unique_ptr<TorchLibraryOpaque, Delete> library_;
 };
 
+// Registers what `make` returns while this shared library is loaded. An exception would end the process there: the
+// first one is kept for `load_error`, what was registered before it is withdrawn, and the rest is left out.
+struct Registration {
+  explicit Registration(Library (*make)()) noexcept;
+};
+
+// Why this shared library registered nothing; null if it registered all it has.
+const char* load_error() noexcept;
+
 }  // namespace loftq::aten

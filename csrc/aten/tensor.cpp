@@ -48,19 +48,23 @@ const NamedType* find(ScalarType type) {
   return nullptr;
 }
 
-// The message of the last failure in this thread: torch has the function since 2.13, and writes to stderr before.
+// The message of the last failure in this thread: torch has the function since 2.13; before, it writes the message to
+// stderr, and this is empty.
 std::string last_message() {
   using Message = const char* (*)();
   static const auto message =
       reinterpret_cast<Message>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  return message == nullptr ? "see the message of torch on stderr" : message();
+  return message == nullptr ? "" : message();
 }
 
 }  // namespace
 
 void require(AOTITorchError error, const char* what) {
-  if (error != 0) [[unlikely]]
-    throw CallFailed(std::string(what) + " failed: " + last_message());
+  if (error == 0) [[likely]]
+    return;
+  const std::string text = last_message();
+  throw CallFailed(std::string(what) + " failed: " + (text.empty() ? "see the message of torch on stderr" : text),
+                   text);
 }
 
 std::string_view name_of(ScalarType type) {

@@ -2,6 +2,7 @@
 #include <string>
 
 #include <torch/headeronly/version.h>
+#include "aten/library.h"
 #include "aten/version.h"
 #include "loftq/cpu.h"
 #include "loftq/packing.h"
@@ -61,3 +62,6 @@ LOFTQ_EXPORT int loftq_cpu_isas(const char** names, int most) { return loftq::su
 // The most threads that a kernel uses, whatever torch has; below 1 for no limit.
 LOFTQ_EXPORT void loftq_set_thread_limit(int threads) { loftq::set_thread_limit(threads); }
 LOFTQ_EXPORT int loftq_thread_limit() { return loftq::thread_limit(); }
+
+// Why torch refused the ops and kernels, of which then none is registered; null if it took them.
+LOFTQ_EXPORT const char* loftq_load_error() { return loftq::aten::load_error(); }

@@ -131,7 +131,7 @@ Library registered() {
   return library;
 }
 
-const Library library = registered();
+const Registration registration(registered);
 
 }  // namespace
 

@@ -32,7 +32,7 @@ aten::Library defined() {
   return library;
 }
 
-const aten::Library library = defined();
+const aten::Registration registration(defined);
 
 }  // namespace
 

@@ -120,7 +120,7 @@ Library registered() {
   return library;
 }
 
-const Library library = registered();
+const Registration registration(registered);
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "aten/functions.h"
+#include "loftq/packing.h"
 #include "low_rank.h"
 
 namespace loftq {
@@ -392,6 +393,12 @@ void check(const std::vector<Tensor>& weights, const Tensor& start, const LoftQO
     LOFTQ_CHECK(std::ranges::equal(weight.sizes(), weights[0].sizes()) && weight.device() == weights[0].device(),
                 "a batch must agree in shape and device");
   }
+  LOFTQ_CHECK(std::ranges::find(kGroupSizes, options.group_size) != std::end(kGroupSizes),
+              "group_size=", options.group_size, " is not supported");
+  LOFTQ_CHECK(options.cold_steps >= 0 && options.warm_steps >= 0, "cold_steps=", options.cold_steps,
+              " and warm_steps=", options.warm_steps, " must be >= 0");
+  LOFTQ_CHECK(options.operand_dtype == kFloat || options.operand_dtype == kBFloat16,
+              "operand_dtype=", options.operand_dtype, " is neither float32 nor bfloat16");
   const int64_t shorter = std::min(weights[0].size(0), weights[0].size(1));
   const int64_t longer = std::max(weights[0].size(0), weights[0].size(1));
   LOFTQ_CHECK(options.rank >= 1 && options.rank <= shorter, "rank=", options.rank, " is outside 1..", shorter);

@@ -13,7 +13,7 @@ using aten::Tensor;
 
 // The eigenvalues of a small symmetric matrix could not be found.
 struct EighFailed : aten::CallFailed {
-  using aten::CallFailed::CallFailed;
+  explicit EighFailed(const CallFailed& error) : CallFailed(error) {}
 };
 
 struct Space {

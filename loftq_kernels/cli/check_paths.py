@@ -51,13 +51,13 @@ def paths_of_machine(formats: Sequence[str]) -> Iterator[KernelPath]:
 
 
 def cpu_paths(formats: Sequence[str]) -> Iterator[KernelPath]:
-    if extension._C is None:
+    if extension.library is None:
         reason = f"the extension did not load ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}"
         yield KernelPath("CPU", "all kernels", missing=lambda: reason)
         return
     yield KernelPath("CPU", "pack, unpack", _pack_cases("cpu"))
     problems = _CpuProblems.of(formats)
-    for isa in extension._C.cpu_isas():
+    for isa in extension.library.cpu_isas():
         yield from _paths_of_isa(isa, problems)
 
 
@@ -104,7 +104,7 @@ def forced_isa(isa: str) -> Iterator[None]:
     before = os.environ.get(ISA_VARIABLE)
     os.environ[ISA_VARIABLE] = isa
     try:
-        used = extension._C.cpu_isa()
+        used = extension.library.cpu_isa()
         if used != isa:
             raise RuntimeError(f"{ISA_VARIABLE}={isa} gives the instruction set {used}")
         yield
@@ -153,9 +153,9 @@ def cuda_paths(device: str, formats: Sequence[str]) -> Iterator[KernelPath]:
 
 
 def _no_cuda_kernel(op: str) -> str | None:
-    if extension._C is None:
+    if extension.library is None:
         return f"the extension did not load ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}"
-    if not extension._C.build_info()["cuda"]:
+    if not extension.library.build_info()["cuda"]:
         return "the extension was built without CUDA, plain torch serves; build it where torch and nvcc have CUDA"
     has = torch._C._dispatch_has_kernel_for_dispatch_key(f"loftq_kernels::{op}", "CUDA")
     return None if has else "the extension has no CUDA kernel of it"

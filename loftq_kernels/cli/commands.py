@@ -53,11 +53,11 @@ def check(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> None:
     print(f"loftq_kernels {lk.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    if extension._C is None:
+    if extension.library is None:
         print(f"extension: not loaded ({extension.LOAD_ERROR}); {extension.HOW_TO_BUILD}")
     else:
-        print(f"extension: {extension._C.build_info()}")
-        print(f"CPU kernels: {extension._C.cpu_isa()} (available: {', '.join(extension._C.cpu_isas())})")
+        print(f"extension: {extension.library.build_info()}")
+        print(f"CPU kernels: {extension.library.cpu_isa()} (available: {', '.join(extension.library.cpu_isas())})")
     print(f"backends: {', '.join(lk.available_backends())}; CPU threads: {torch.get_num_threads()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices: {', '.join(devices) or 'none'}")

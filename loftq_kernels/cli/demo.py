@@ -207,7 +207,7 @@ def _plot_formats(axis: Any, rows: list[Row], attribute: str) -> None:
 
 
 def _machine() -> str:
-    kernels = "plain torch" if extension._C is None else extension._C.cpu_isa()
+    kernels = "plain torch" if extension.library is None else extension.library.cpu_isa()
     return (
         f"{processor.named()}, {torch.get_num_threads()} threads, CPU kernels: {kernels}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"

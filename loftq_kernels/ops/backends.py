@@ -15,7 +15,7 @@ def available_backends() -> tuple[str, ...]:
     """The names that ``backend=`` accepts on this machine."""
     triton_device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     missing = {
-        "cpu": extension._C is None,
+        "cpu": extension.library is None,
         "triton": triton_routes.unavailable(triton_device) is not None,
     }
     return tuple(name for name in BACKENDS if not missing.get(name))
@@ -24,10 +24,10 @@ def available_backends() -> tuple[str, ...]:
 def select_backend(backend: str | None, device: torch.device) -> str | None:
     """Check that ``backend`` exists and takes tensors of device; None becomes "reference" where there is no other."""
     if backend is None:
-        return None if extension._C is not None else "reference"
+        return None if extension.library is not None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {BACKENDS} (None: by the device of the tensors)")
-    if backend == "cpu" and extension._C is None:
+    if backend == "cpu" and extension.library is None:
         raise RuntimeError(
             f"backend='cpu' needs the compiled extension, which did not load ({extension.LOAD_ERROR}); "
             f"{extension.HOW_TO_BUILD}"

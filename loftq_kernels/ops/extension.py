@@ -24,6 +24,7 @@ FUNCTIONS = {
     "loftq_build_info": ctypes.c_char_p,
     "loftq_cpu_isa": ctypes.c_char_p,
     "loftq_cpu_isas": ctypes.c_int,
+    "loftq_load_error": ctypes.c_char_p,
     "loftq_set_thread_limit": None,
     "loftq_thread_limit": ctypes.c_int,
 }
@@ -47,6 +48,9 @@ class Library:
             if not hasattr(self._library, name):
                 raise ImportError(f"{path} is of another version of loftq_kernels: it has no {name}")
             getattr(self._library, name).restype = result
+        failure = self._library.loftq_load_error()
+        if failure is not None:
+            raise ImportError(f"torch {torch_version} refuses the kernels of {path}: {_first_line(failure)}")
         self._info = json.loads(self._library.loftq_build_info())
         self.GROUP_SIZES = tuple(self._info.pop("group_sizes"))
         self.CODE_BITS = tuple(self._info.pop("code_bits"))
@@ -85,16 +89,21 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _first_line(message: bytes) -> str:
+    """Of a message of torch, which may go on with a page of C++."""
+    return message.decode(errors="replace").strip().partition("\n")[0]
+
+
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
 LOAD_ERROR: str | None = None
 try:
-    _C: Library | None = Library(LIBRARY)
-    _C.limit_threads(threads.cpu_quota())
+    library: Library | None = Library(LIBRARY)
+    library.limit_threads(threads.cpu_quota())
 except ImportError as error:
-    _C, LOAD_ERROR = None, str(error)
+    library, LOAD_ERROR = None, str(error)
 
 _warned: set[str] = set()
 
@@ -104,11 +113,11 @@ def warn_slow(device_type: str, reason: str | None = None) -> None:
 
     On CPUs that happens when the extension is missing; on other devices when an op has no kernel for them.
     """
-    if device_type in _warned or device_type == "meta" or (device_type == "cpu" and _C is not None):
+    if device_type in _warned or device_type == "meta" or (device_type == "cpu" and library is not None):
         return
     _warned.add(device_type)
     missing = f"the compiled extension did not load ({LOAD_ERROR}); {HOW_TO_BUILD}"
-    reason = reason or (missing if _C is None else "there is no kernel")
+    reason = reason or (missing if library is None else "there is no kernel")
     warnings.warn(
         f"loftq_kernels: {device_type} tensors are served by the slow plain-torch reference: {reason}", stacklevel=4
     )

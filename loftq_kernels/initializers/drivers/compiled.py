@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loftq_kernels.initializers import parallel
 from loftq_kernels.initializers.drivers import low_rank
 from loftq_kernels.initializers.options import SolverOptions
 from loftq_kernels.initializers.result import AdapterInit
@@ -49,20 +52,41 @@ class _Result:
 def _alternate(weights: list[Tensor], codebook: Tensor, options: SolverOptions, exact: bool) -> list[_Result]:
     """Results by matrix; none if the fast solver failed. Python runs between the alternations and delivers Ctrl-C."""
     ops = torch.ops.loftq_kernels
-    number = _begin(weights, codebook, options, exact)
+    number = ops.loftq_number()  # Nothing is kept under it yet that an exception here could leave behind.
     try:
-        for _ in range(options.num_iter):
-            if not ops.loftq_step(number):
-                break
-        return [_Result(*tensors) for tensors in zip(*ops.loftq_results(number), strict=True)]
+        with _out_of_memory_by_name():
+            _begin(number, weights, codebook, options, exact)
+            for _ in range(options.num_iter):
+                parallel.poll()
+                if not ops.loftq_step(number):
+                    break
+            return [_Result(*tensors) for tensors in zip(*ops.loftq_results(number), strict=True)]
     finally:
         ops.loftq_end(number)
 
 
-def _begin(weights: list[Tensor], codebook: Tensor, options: SolverOptions, exact: bool) -> int:
+@contextlib.contextmanager
+def _out_of_memory_by_name() -> Iterator[None]:
+    """Raises torch.OutOfMemoryError, a RuntimeError, where an op that the driver calls has no memory.
+
+    Its exception loses its type in torch's C interface, and keeps its text from torch 2.13 on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is RuntimeError and any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of CUDA, of CPUs, of CPUs on Windows
+
+
+def _begin(number: int, weights: list[Tensor], codebook: Tensor, options: SolverOptions, exact: bool) -> None:
     long_side, short_side = max(weights[0].shape), min(weights[0].shape)
     width = min(low_rank.block_width(options.rank), short_side)
-    return torch.ops.loftq_kernels.loftq_begin(
+    torch.ops.loftq_kernels.loftq_begin(
+        number,
         weights,
         codebook,
         low_rank.gaussian(long_side, width, options.seed, weights[0].device),
