@@ -47,7 +47,9 @@ def samples(name: str, device: str = "cpu") -> list[tuple]:
         return [(root.mT @ root,) for root in roots]
     if name == "adapter_grad":
         sizes = [((5,), True, True), ((2, 3), False, True), ((0,), True, True), ((), True, False)]
-        leaves = [(gaussian(*m, 130, device=device), gaussian(*m, 7, seed=1, device=device), *need) for m, *need in sizes]
+        leaves = [
+            (gaussian(*m, 130, device=device), gaussian(*m, 7, seed=1, device=device), *need) for m, *need in sizes
+        ]
         return [(x, g, *adapter(7, 130, 3, device=device), 0.5, *need) for x, g, *need in leaves]
     if name == "qlora_linear_multi":
         p, x = packed("nf4", 7, 130), gaussian(4, 130, seed=3, device=device)
