@@ -45,6 +45,12 @@ def samples(name: str, device: str = "cpu") -> list[tuple]:
     if name in ("jacobi_eigh", "cholesky_inverse_factor"):
         roots = [gaussian(*shape, device=device) for shape in [(3, 9, 5), (1, 4, 4), (2, 1, 1)]]
         return [(root.mT @ root,) for root in roots]
+    if name == "adapter_grad":
+        sizes = [((5,), True, True), ((2, 3), False, True), ((0,), True, True), ((), True, False)]
+        leaves = [
+            (gaussian(*m, 130, device=device), gaussian(*m, 7, seed=1, device=device), *need) for m, *need in sizes
+        ]
+        return [(x, g, *adapter(7, 130, 3, device=device), 0.5, *need) for x, g, *need in leaves]
     if name == "qlora_linear_multi":
         p, x = packed("nf4", 7, 130), gaussian(4, 130, seed=3, device=device)
         lora = [
@@ -327,7 +333,7 @@ class TestBadInput:
 def test_extension_serves_cpu_tensors():
     """The dispatcher's CPU kernels are the compiled ones, for the ops that have one."""
     compiled = {"quantize", "quantize_residual_", "dequantize", "pack_codes", "unpack_codes"}
-    compiled |= {"qlora_linear", "qlora_linear_grad_input"}
+    compiled |= {"qlora_linear", "qlora_linear_grad_input", "adapter_grad"}
     for name in compiled:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"loftq_kernels::{name}", "CPU"), name
 

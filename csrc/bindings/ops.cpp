@@ -275,6 +275,41 @@ LinearCall prepare_linear(const Tensor& x, const Tensor& codes, const Tensor& sc
   return call;
 }
 
+void check_adapter_grad(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A, const Tensor& lora_B) {
+  LOFTQ_CHECK(x.dim() > 0 && is_floating(x.dtype()), "x has shape ", x.sizes(), " and dtype ", x.dtype(),
+              "; expected [..., K], floating point");
+  const Sizes sizes = x.sizes();
+  LOFTQ_CHECK(lora_B.dim() == 2, "lora_B has shape ", lora_B.sizes(), ", expected [N, rank]");
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = lora_B.size(0);
+  check_operand(grad_y, Sizes(shape), x, "grad_y");
+  check_adapter_and_bias(lora_B.size(0), sizes.back(), x, lora_A, lora_B, std::nullopt);
+}
+
+AdapterGradCall prepare_adapter_grad(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A, const Tensor& lora_B,
+                                     double scaling, bool need_A, bool need_B) {
+  check_adapter_grad(x, grad_y, lora_A, lora_B);
+  AdapterGradCall call;
+  AdapterGradParams& p = call.params;
+  p = AdapterGradParams{};
+  const int64_t n = lora_B.size(0), k = lora_A.size(1), r = lora_A.size(0);
+  int64_t m = 1;
+  for (const int64_t size : x.sizes().first(x.sizes().size() - 1)) m *= size;
+  p.x = matrix_of(x, m, k, call.x, "x");
+  p.grad_y = matrix_of(grad_y, m, n, call.grad_y, "grad_y");
+  p.lora_A = matrix_of(lora_A, call.lora_A, "lora_A");
+  p.lora_B = matrix_of(lora_B, call.lora_B, "lora_B");
+  p.scaling = static_cast<float>(scaling);
+  const auto computed = [](const Tensor& t) { return t.dtype() == kDouble ? kFloat : t.dtype(); };
+  call.grad_A = need_A ? empty({r, k}, computed(lora_A), x.device()) : empty({0}, computed(lora_A), x.device());
+  call.grad_B = need_B ? empty({n, r}, computed(lora_B), x.device()) : empty({0}, computed(lora_B), x.device());
+  p.grad_A = need_A ? call.grad_A.mutable_data() : nullptr;
+  p.grad_B = need_B ? call.grad_B.mutable_data() : nullptr;
+  p.grad_A_dtype = dtype_of(call.grad_A.dtype(), "lora_A");
+  p.grad_B_dtype = dtype_of(call.grad_B.dtype(), "lora_B");
+  return call;
+}
+
 PackCall prepare_pack(const Tensor& codes, int64_t bits) {
   check_bits(bits);
   check_bytes(codes, "codes");

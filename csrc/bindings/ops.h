@@ -74,6 +74,19 @@ LinearCall prepare_linear(const Tensor& x, const Tensor& codes, const Tensor& sc
                           int64_t group_size, const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
                           double scaling, const std::optional<Tensor>& bias, bool transposed);
 
+// The gradients of an adapter, for x [..., K] and grad_y [..., N] in float32, float16 or bfloat16.
+struct AdapterGradCall {
+  Tensor x, grad_y, lora_A, lora_B;  // copies
+  Tensor grad_A, grad_B;             // [r, K] and [N, r], or [0] where not needed; float32 for a float64 adapter
+  AdapterGradParams params;
+};
+
+// Refuses tensors that do not fit together.
+void check_adapter_grad(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A, const Tensor& lora_B);
+
+AdapterGradCall prepare_adapter_grad(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A, const Tensor& lora_B,
+                                     double scaling, bool need_A, bool need_B);
+
 struct PackCall {
   Tensor codes;   // a copy of [N, K]
   Tensor packed;  // [N, row_bytes] uint8

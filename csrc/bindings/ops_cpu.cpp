@@ -118,6 +118,31 @@ Tensor qlora_linear_grad_input_cpu(const Tensor& grad_y, const Tensor& codes, co
   return call.y;
 }
 
+// Float64, for checking other results.
+std::tuple<Tensor, Tensor> adapter_grad_float64(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A,
+                                                const Tensor& lora_B, double scaling, bool need_A, bool need_B) {
+  check_adapter_grad(x, grad_y, lora_A, lora_B);
+  const int64_t n = lora_B.size(0), k = lora_A.size(1);
+  int64_t m = 1;
+  for (const int64_t size : x.sizes().first(x.sizes().size() - 1)) m *= size;
+  const Tensor rows = reshape(to(x, kDouble), {m, k}), grads = reshape(to(grad_y, kDouble), {m, n});
+  const Tensor grad_A =
+      need_A ? mm(mT(mul(mm(grads, to(lora_B, kDouble)), scaling)), rows) : empty({0}, kDouble, x.device());
+  const Tensor grad_B =
+      need_B ? mm(mT(grads), mul(mm(rows, mT(to(lora_A, kDouble))), scaling)) : empty({0}, kDouble, x.device());
+  return {to(grad_A, lora_A.dtype()), to(grad_B, lora_B.dtype())};
+}
+
+std::tuple<Tensor, Tensor> adapter_grad_cpu(const Tensor& x, const Tensor& grad_y, const Tensor& lora_A,
+                                            const Tensor& lora_B, double scaling, bool need_A, bool need_B) {
+  if (x.dtype() == kDouble || grad_y.dtype() == kDouble) {
+    return adapter_grad_float64(x, grad_y, lora_A, lora_B, scaling, need_A, need_B);
+  }
+  AdapterGradCall call = prepare_adapter_grad(x, grad_y, lora_A, lora_B, scaling, need_A, need_B);
+  raise_if(launch_adapter_grad_cpu(call.params, num_threads()));
+  return {to(call.grad_A, lora_A.dtype()), to(call.grad_B, lora_B.dtype())};
+}
+
 Library registered() {
   set_parallel_runner(run_on_threads_of_torch);
   Library library = Library::kernels("CPU");
@@ -128,6 +153,7 @@ Library registered() {
   library.add<unpack_codes_cpu>("unpack_codes");
   library.add<qlora_linear_cpu>("qlora_linear");
   library.add<qlora_linear_grad_input_cpu>("qlora_linear_grad_input");
+  library.add<adapter_grad_cpu>("adapter_grad");
   return library;
 }
 

@@ -19,6 +19,8 @@ constexpr const char* kSchemas[] = {
     "lora_A, Tensor? lora_B, float scaling, Tensor? bias) -> Tensor",
     "qlora_linear_grad_input(Tensor grad_y, Tensor codes, Tensor scale, Tensor? offset, Tensor codebook, int "
     "in_features, int group_size, Tensor? lora_A, Tensor? lora_B, float scaling) -> Tensor",
+    "adapter_grad(Tensor x, Tensor grad_y, Tensor lora_A, Tensor lora_B, float scaling, bool need_A, bool need_B) -> "
+    "(Tensor grad_A, Tensor grad_B)",
     "qlora_linear_multi(Tensor x, Tensor codes, Tensor scale, Tensor? offset, Tensor codebook, int group_size, Tensor "
     "lora_A, Tensor lora_B, Tensor adapter_ids, float scaling, Tensor? bias) -> Tensor",
     "jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors, Tensor info)",

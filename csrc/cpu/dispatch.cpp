@@ -130,6 +130,15 @@ Status launch_linear_grad_input_cpu(const LinearParams& p, int num_threads) {
   return kernels->linear_grad_input(p, threads_for(p, num_threads));
 }
 
+Status launch_adapter_grad_cpu(const AdapterGradParams& p, int num_threads) {
+  if (Status error = check_launch(num_threads, p)) return error;
+  const CpuKernels* kernels;
+  if (Status error = select(&kernels)) return error;
+  if (p.lora_A.rows == 0 || (p.grad_A == nullptr && p.grad_B == nullptr)) return nullptr;
+  const int64_t columns = p.x.columns + p.grad_y.columns;
+  return kernels->adapter_grad(p, useful_threads(num_threads, std::max(p.x.rows, columns / kTile), columns));
+}
+
 const char* active_isa(Status* status) {
   const CpuKernels* kernels = nullptr;
   const Status error = select(&kernels);

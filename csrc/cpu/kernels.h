@@ -20,11 +20,13 @@ struct CpuKernels {
   // The products of linear.h, on at most `threads` threads.
   Status (*linear)(const LinearParams& params, int threads);
   Status (*linear_grad_input)(const LinearParams& params, int threads);
+  Status (*adapter_grad)(const AdapterGradParams& params, int threads);
 };
 
 // The functions of kAvx512Kernels, which the instruction sets that extend AVX-512 use as well.
 void quantize_rows_avx512(const QuantizeParams& params, int64_t begin, int64_t end, float* scratch);
 void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64_t end, float* scratch);
+Status adapter_grad_avx512(const AdapterGradParams& params, int threads);
 
 extern const CpuKernels kScalarKernels;
 extern const CpuKernels kAvx2Kernels;

@@ -49,7 +49,8 @@ inline namespace LOFTQ_VERSION {
 
 const CpuKernels kAmxBf16Kernels = {"amx_bf16",           kAmxBf16 | kAvx512Bf16 | kAvx512 | kAvx2 | kF16c,
                                     quantize_rows_avx512, dequantize_rows_avx512,
-                                    linear_amx,           linear_grad_input_amx};
+                                    linear_amx,           linear_grad_input_amx,
+                                    adapter_grad_avx512};
 
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq

@@ -15,6 +15,7 @@
 
 LOFTQ_TARGET_BEGIN("avx2,fma,f16c")
 
+#include "cpu/generic/adapter_grad.h"
 #include "cpu/generic/dequantize.h"
 #include "cpu/generic/linear.h"
 #include "cpu/generic/operand_float.h"
@@ -30,7 +31,8 @@ const CpuKernels kAvx2Kernels = {"avx2",
                                  quantize_rows<Avx2>,
                                  dequantize_rows<Avx2>,
                                  linear<FloatOperand<Avx2>>,
-                                 linear_grad_input<FloatOperand<Avx2>>};
+                                 linear_grad_input<FloatOperand<Avx2>>,
+                                 adapter_grad<Avx2>};
 
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq

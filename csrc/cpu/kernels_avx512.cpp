@@ -20,6 +20,7 @@
 
 LOFTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
+#include "cpu/generic/adapter_grad.h"
 #include "cpu/generic/dequantize.h"
 #include "cpu/generic/linear.h"
 #include "cpu/generic/operand_float.h"
@@ -38,12 +39,17 @@ void dequantize_rows_avx512(const DequantizeParams& params, int64_t begin, int64
   dequantize_rows<Avx512>(params, begin, end, scratch);
 }
 
+Status adapter_grad_avx512(const AdapterGradParams& params, int threads) {
+  return adapter_grad<Avx512>(params, threads);
+}
+
 const CpuKernels kAvx512Kernels = {"avx512",
                                    kAvx512 | kAvx2 | kF16c,
                                    quantize_rows_avx512,
                                    dequantize_rows_avx512,
                                    linear<FloatOperand<Avx512>>,
-                                   linear_grad_input<FloatOperand<Avx512>>};
+                                   linear_grad_input<FloatOperand<Avx512>>,
+                                   adapter_grad_avx512};
 
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq

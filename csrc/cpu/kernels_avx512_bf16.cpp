@@ -48,7 +48,8 @@ inline namespace LOFTQ_VERSION {
 
 const CpuKernels kAvx512Bf16Kernels = {"avx512_bf16",        kAvx512Bf16 | kAvx512 | kAvx2 | kF16c,
                                        quantize_rows_avx512, dequantize_rows_avx512,
-                                       linear_bf16,          linear_grad_input_bf16};
+                                       linear_bf16,          linear_grad_input_bf16,
+                                       adapter_grad_avx512};
 
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq

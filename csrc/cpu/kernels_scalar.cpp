@@ -1,3 +1,4 @@
+#include "cpu/generic/adapter_grad.h"
 #include "cpu/generic/dequantize.h"
 #include "cpu/generic/linear.h"
 #include "cpu/generic/operand_float.h"
@@ -14,7 +15,8 @@ const CpuKernels kScalarKernels = {"scalar",
                                    quantize_rows<Scalar>,
                                    dequantize_rows<Scalar>,
                                    linear<FloatOperand<Scalar>>,
-                                   linear_grad_input<FloatOperand<Scalar>>};
+                                   linear_grad_input<FloatOperand<Scalar>>,
+                                   adapter_grad<Scalar>};
 
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq

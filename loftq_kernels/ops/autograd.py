@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loftq_kernels.ops import differentiation
+from loftq_kernels.ops import differentiation, extension, reference
 from loftq_kernels.ops.differentiation import differentiable_jvp, each_sample, refuse_packed
 from loftq_kernels.ops.schemas import NAMESPACE
 
@@ -52,17 +52,21 @@ def _transposed(*matrices: Tensor | None) -> list[Tensor | None]:
     return [None if matrix is None else matrix.mT for matrix in matrices]
 
 
-def _adapter_gradients(
-    x: Tensor, grad_y: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, need_A: bool, need_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dA = s (g B)^T x and dL/dB = s g^T (x A^T), computed in the dtype of x and returned in the adapter's."""
-    x, grad_y = _rows(x), _rows(grad_y)
-    grad_A = grad_B = None
-    if need_A:
-        grad_A = ((scaling * (grad_y @ lora_B.to(x.dtype))).T @ x).to(lora_A.dtype)
-    if need_B:
-        grad_B = (grad_y.T @ (scaling * (x @ lora_A.to(x.dtype).T))).to(lora_B.dtype)
-    return grad_A, grad_B
+def _adapter_gradients(*args) -> tuple[Tensor | None, Tensor | None]:
+    """`reference.adapter_grad` with None for what is not needed; autograd and transforms see through it."""
+    return _wanted(reference.adapter_grad(*args), *args[-2:])
+
+
+def _adapter_gradients_alone(x: Tensor, *args) -> tuple[Tensor | None, Tensor | None]:
+    """The same by the op where there is a CPU kernel and nothing that would differentiate or map over the result."""
+    plain = not (torch.is_grad_enabled() or differentiation.forward_mode())
+    if plain and x.is_cpu and extension._C is not None and not torch._C._are_functorch_transforms_active():
+        return _wanted(_ops.adapter_grad(x, *args), *args[-2:])
+    return _adapter_gradients(x, *args)
+
+
+def _wanted(gradients: tuple[Tensor, Tensor], need_A: bool, need_B: bool) -> tuple[Tensor | None, Tensor | None]:
+    return gradients[0] if need_A else None, gradients[1] if need_B else None
 
 
 def _front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
@@ -114,7 +118,7 @@ class _Linear(Function):
                 grad_y, codes, scale, offset, codebook, ctx.in_features, ctx.group_size, lora_A, lora_B, ctx.scaling
             )
         if need[6] or need[7]:
-            grad_A, grad_B = _adapter_gradients(x, grad_y, lora_A, lora_B, ctx.scaling, need[6], need[7])
+            grad_A, grad_B = _adapter_gradients_alone(x, grad_y, lora_A, lora_B, ctx.scaling, need[6], need[7])
         if need[9]:
             grad_bias = _rows(grad_y).sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, None, None, None, None, grad_A, grad_B, None, grad_bias
@@ -221,5 +225,6 @@ def _dequantize_vmap(info, in_dims, *args) -> tuple[Tensor, int]:
 differentiation.register_derivatives(_ops.qlora_linear.default, _Linear)
 differentiation.register_derivatives(_ops.qlora_linear_grad_input.default, _GradInput)
 differentiation.register_refusal(_ops.dequantize.default, differentiation.refuse_constants)
+differentiation.register_refusal(_ops.adapter_grad.default, differentiation.refuse_adapter_grad)
 differentiation.register_refusal(_ops.qlora_linear_multi.default, differentiation.refuse_multi)
 torch.library.register_vmap(f"{NAMESPACE}::dequantize", _dequantize_vmap)

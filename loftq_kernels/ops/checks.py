@@ -181,6 +181,15 @@ def check_grad_input(
     check_adapter(lora_A, lora_B, codes.shape[0], in_features, codes)
 
 
+def check_adapter_grad(x: Tensor, grad_y: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    check_floating("x", x)
+    check_floating("grad_y", grad_y)
+    if x.dim() == 0 or grad_y.dim() == 0 or x.shape[:-1] != grad_y.shape[:-1]:
+        raise ValueError(f"grad_y has shape {tuple(grad_y.shape)}, which does not fit x of shape {tuple(x.shape)}")
+    check_same_device("grad_y", grad_y, "x", x)
+    check_adapter(lora_A, lora_B, grad_y.shape[-1], x.shape[-1], x)
+
+
 def check_qlora_linear_multi(
     x: Tensor,
     codes: Tensor,

@@ -104,6 +104,15 @@ def refuse_multi(names: Sequence[str]) -> None:
         )
 
 
+def refuse_adapter_grad(names: Sequence[str]) -> None:
+    """Raise RuntimeError if a derivative is wanted for an argument of adapter_grad; names are those arguments."""
+    if names:
+        raise RuntimeError(
+            f"adapter_grad has no derivative, but {', '.join(names)} would need a gradient or carries a tangent; use "
+            "torch.no_grad(), or differentiate qlora_linear, which may be done twice"
+        )
+
+
 def to_quantize(name: str, weight: Tensor) -> Tensor:
     """The weight's values, without what torch.func wrapped around them; quantize them within `outside_transforms`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -197,6 +198,23 @@ def qlora_linear_grad_input(
     if lora_A is not None:
         grad_x = grad_x + scaling * (grad_y @ lora_B.to(grad_y.dtype)) @ lora_A.to(grad_y.dtype)
     return grad_x
+
+
+def adapter_grad(
+    x: Tensor, grad_y: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, need_A: bool, need_B: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/dA = s (g B)^T x and dL/dB = s g^T (x A^T), in the adapter's dtypes; [0] where not needed.
+
+    They are computed in the dtype that x and grad_y have in common.
+    """
+    dtype = torch.promote_types(x.dtype, grad_y.dtype)
+    x, grad_y = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]).to(dtype) for t in (x, grad_y))
+    grad_A, grad_B = lora_A.new_empty(0), lora_B.new_empty(0)
+    if need_A:
+        grad_A = ((scaling * (grad_y @ lora_B.to(dtype))).T @ x).to(lora_A.dtype)
+    if need_B:
+        grad_B = (grad_y.T @ (scaling * (x @ lora_A.to(dtype).T))).to(lora_B.dtype)
+    return grad_A, grad_B
 
 
 def qlora_linear_multi(

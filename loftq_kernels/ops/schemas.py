@@ -112,6 +112,17 @@ def _qlora_linear_grad_input_fake(
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
 
 
+@_define(
+    "adapter_grad",
+    "(Tensor x, Tensor grad_y, Tensor lora_A, Tensor lora_B, float scaling, bool need_A, bool need_B) -> "
+    "(Tensor grad_A, Tensor grad_B)",
+    reference.adapter_grad,
+)
+def _adapter_grad_fake(x, grad_y, lora_A, lora_B, scaling, need_A, need_B):
+    checks.check_adapter_grad(x, grad_y, lora_A, lora_B)
+    return lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
+
+
 def _qlora_linear_multi(
     x, codes, scale, offset, codebook, group_size, lora_A, lora_B, adapter_ids, scaling, bias
 ) -> Tensor:
@@ -166,6 +177,7 @@ def names() -> tuple[str, ...]:
         "unpack_codes",
         "qlora_linear",
         "qlora_linear_grad_input",
+        "adapter_grad",
         "qlora_linear_multi",
         "jacobi_eigh",
         "jacobi_svd",

@@ -94,6 +94,25 @@ constexpr Status check_params(const LinearParams& p, bool transposed) {
   return check_adapter(p.lora_A, p.lora_B, w.n, w.k);
 }
 
+constexpr Status check_params(const AdapterGradParams& p) {
+  if (p.x.rows < 0 || p.x.rows != p.grad_y.rows) return "x and grad_y must have the same number of rows";
+  const bool sized = p.x.columns >= 0 && p.grad_y.columns >= 0 && p.lora_A.rows >= 0;
+  const bool adapts = p.lora_A.columns == p.x.columns && p.lora_B.rows == p.grad_y.columns;
+  if (!sized || !adapts || p.lora_A.rows != p.lora_B.columns) {
+    return "lora_A must be [r, k] and lora_B [n, r], for x [m, k] and grad_y [m, n]";
+  }
+  if (!fits(p.x.columns, p.lora_A.rows) || !fits(p.grad_y.columns, p.lora_A.rows) || !fits(p.x.rows, p.lora_A.rows)) {
+    return "the adapter is too large: it may have at most 2^56 elements";
+  }
+  if (Status error = check_operand(p.x)) return error;
+  if (Status error = check_operand(p.grad_y)) return error;
+  if (Status error = check_operand(p.lora_A)) return error;
+  if (Status error = check_operand(p.lora_B)) return error;
+  const bool typed =
+      (p.grad_A == nullptr || is_dtype(p.grad_A_dtype)) && (p.grad_B == nullptr || is_dtype(p.grad_B_dtype));
+  return typed ? nullptr : "grad_A_dtype and grad_B_dtype must be values of DType";
+}
+
 // Of PackParams and UnpackParams.
 template <class Params>
 constexpr Status check_packing(const Params& p) {

@@ -16,6 +16,9 @@ LOFTQ_API Status launch_dequantize_cpu(const DequantizeParams& params, int num_t
 LOFTQ_API Status launch_linear_cpu(const LinearParams& params, int num_threads);
 LOFTQ_API Status launch_linear_grad_input_cpu(const LinearParams& params, int num_threads);
 
+// The gradients of linear.h; results do not depend on num_threads.
+LOFTQ_API Status launch_adapter_grad_cpu(const AdapterGradParams& params, int num_threads);
+
 LOFTQ_API Status launch_pack_cpu(const PackParams& params, int num_threads);
 LOFTQ_API Status launch_unpack_cpu(const UnpackParams& params, int num_threads);
 

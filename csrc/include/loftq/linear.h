@@ -47,5 +47,23 @@ struct LinearParams {
   void* y;  // [m, n] contiguous, of x.dtype; for the transposed product grad_x [m, k]
 };
 
+// The gradients of the adapter, given that of y:
+//
+//   grad_A[r, k] = scaling * sum_m (sum_n grad_y[m, n] * B[n, r]) * x[m, k]
+//   grad_B[n, r] = scaling * sum_m grad_y[m, n] * (sum_k x[m, k] * A[r, k])
+//
+// Operands and sums are float32. Results depend on the instruction set, and not on the number of threads.
+struct AdapterGradParams {
+  Matrix x;       // [m, k]
+  Matrix grad_y;  // [m, n]
+  Matrix lora_A;  // [r, k], any dtype
+  Matrix lora_B;  // [n, r], any dtype
+  float scaling;
+  void* grad_A;  // [r, k] contiguous, or nullptr: not wanted
+  DType grad_A_dtype;
+  void* grad_B;  // [n, r] contiguous, or nullptr: not wanted
+  DType grad_B_dtype;
+};
+
 }  // namespace LOFTQ_VERSION
 }  // namespace loftq
