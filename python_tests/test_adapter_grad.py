@@ -11,7 +11,7 @@ from test_cpu_linear import BUDGET, ISAS, OPS, ROUNDING, forced, threads
 import loftq_kernels as lk
 from loftq_kernels.ops import autograd, extension, reference
 
-pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(extension.library is None, reason="the extension is not built")
 
 
 def problem(m: int, n: int, k: int, rank: int, dtype=torch.float32, adapter_dtype=torch.float32) -> tuple:

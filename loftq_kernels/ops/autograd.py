@@ -60,7 +60,7 @@ def _adapter_gradients(*args) -> tuple[Tensor | None, Tensor | None]:
 def _adapter_gradients_alone(x: Tensor, *args) -> tuple[Tensor | None, Tensor | None]:
     """The same by the op where there is a CPU kernel and nothing that would differentiate or map over the result."""
     plain = not (torch.is_grad_enabled() or differentiation.forward_mode())
-    if plain and x.is_cpu and extension._C is not None and not torch._C._are_functorch_transforms_active():
+    if plain and x.is_cpu and extension.library is not None and not torch._C._are_functorch_transforms_active():
         return _wanted(_ops.adapter_grad(x, *args), *args[-2:])
     return _adapter_gradients(x, *args)
 
