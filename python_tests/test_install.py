@@ -256,7 +256,7 @@ class TestSwitches:
         import setuptools
 
         site = Path(setuptools.__file__).parents[1]
-        for path in (site / "setuptools", *site.glob("setuptools-*.dist-info")):
+        for path in (site / "setuptools", site / "_distutils_hack", *site.glob("setuptools-*.dist-info")):
             (tmp_path / path.name).symlink_to(path)
         program = "import sys; from setuptools import build_meta as b; b.prepare_metadata_for_build_wheel(sys.argv[1])"
         command = sys.executable, "-S", "-c", BLOCK_TORCH + program, tmp_path
