@@ -255,14 +255,15 @@ class TestSwitches:
         """As resolvers ask for it: setuptools is alone with this source, and pure Python needs no torch for it."""
         import setuptools
 
-        site = Path(setuptools.__file__).parents[1]
-        for path in (site / "setuptools", *site.glob("setuptools-*.dist-info")):
+        site, made = Path(setuptools.__file__).parents[1], tmp_path / "made"
+        made.mkdir()
+        for path in (site / "setuptools", site / "_distutils_hack", *site.glob("setuptools-*.dist-info")):
             (tmp_path / path.name).symlink_to(path)
         program = "import sys; from setuptools import build_meta as b; b.prepare_metadata_for_build_wheel(sys.argv[1])"
-        command = sys.executable, "-S", "-c", BLOCK_TORCH + program, tmp_path
+        command = sys.executable, "-S", "-c", BLOCK_TORCH + program, made
         assert "install torch first" in run(*command, cwd=tree, status=1, PYTHONPATH=str(tmp_path))
         run(*command, cwd=tree, PYTHONPATH=str(tmp_path), LOFTQ_SKIP_EXT="1")
-        (metadata,) = tmp_path.glob("loftq_kernels-*.dist-info/METADATA")
+        (metadata,) = made.glob("*.dist-info/METADATA")
         assert "Requires-Dist: torch>=" in metadata.read_text(encoding="utf-8")
 
 
