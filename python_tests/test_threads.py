@@ -534,8 +534,12 @@ def model_bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+seeding = threading.Lock()  # torch has one generator for all threads
+
+
 def quantized(**options) -> dict[str, torch.Tensor]:
-    model = tiny_model(width=192)
+    with seeding:
+        model = tiny_model(width=192)
     lk.quantize_model(model, lk.QuantConfig(rank=8, num_iter=2, **options), progress=False)
     return model_bits(model)
 
