@@ -3,7 +3,8 @@
 // Either one is a projection, which leaves few columns, followed by a contraction over the rows:
 //   hidden [m, r] = scaling * from [m, c] factor [c, r]     grad [r, columns] = hidden^T onto [m, columns]
 // with factor = B, from = grad_y, onto = x for A; and factor = A^T, from = x, onto = grad_y for B, whose gradient is
-// written transposed. Sums are of at most kSteps terms, then added. Each has one order, whoever computes it.
+// written transposed. Rounding errors grow with the length of a sum: contractions add 128 rows, then eight such sums,
+// then those. Each sum has one order, whoever computes it.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,7 @@ constexpr int64_t kGradColumns = 128;  // of a part of the contraction
 constexpr int64_t kProjectSteps = 256;
 constexpr int64_t kProjectStride = kProjectSteps + 16;  // rows a power of two apart would share sets of the cache
 constexpr int64_t kContractSteps = 128;
+constexpr int64_t kRecentSteps = 8 * kContractSteps;
 constexpr int64_t kFactorRows = 128;  // of a part of the conversion of a factor
 constexpr int64_t kGradBlock = std::max(kGradRows * kProjectStride, kContractSteps* kGradColumns);
 
@@ -87,7 +89,7 @@ class AdapterGrad {
     const int64_t m = p_.x.rows, padded_m = ceil_div(m, kGradRows) * kGradRows;
     int64_t floats = 0;
     for (int i = 0; i < count_; ++i) floats += (sides_[i].from.columns + padded_m) * padded_rank_;
-    const int64_t own = kGradBlock + padded_rank_ * (kGradColumns + 1);
+    const int64_t own = kGradBlock + padded_rank_ * (2 * kGradColumns + 1);
     const Scratch<float> shared(floats), blocks(threads * own);
     if (shared.data() == nullptr || blocks.data() == nullptr) return kOutOfMemory;
     float* next = shared.data();
@@ -172,12 +174,14 @@ class AdapterGrad {
     const int64_t first = part * kGradColumns, columns = std::min(kGradColumns, side.onto.columns - first);
     const int64_t padded = ceil_div(columns, S::kLanes) * S::kLanes;
     float* const sums = block + kGradBlock;  // [padded rank, kGradColumns]
-    std::fill(sums, sums + padded_rank_ * kGradColumns, 0.0f);
+    float* const recent = sums + padded_rank_ * kGradColumns;
+    std::fill(sums, sums + 2 * padded_rank_ * kGradColumns, 0.0f);
     for (int64_t row = 0; row < side.onto.rows; row += kContractSteps) {
       const int64_t steps = std::min(kContractSteps, side.onto.rows - row);
       read(side.onto, row, steps, first, columns, padded, block, kGradColumns);
       add_product<S>(padded_rank_, padded, side.hidden + row * padded_rank_, 1, padded_rank_, block, kGradColumns,
-                     steps, sums, kGradColumns);
+                     steps, recent, kGradColumns);
+      if ((row + steps) % kRecentSteps == 0 || row + steps == side.onto.rows) move(recent, sums);
     }
     if (side.grad_is_transposed) return write_transposed(side, first, columns, sums);
     for (int64_t r = 0; r < rank_; ++r) {
@@ -186,8 +190,16 @@ class AdapterGrad {
     }
   }
 
+  // to += from; from = 0
+  void move(float* from, float* to) const {
+    for (int64_t i = 0; i < padded_rank_ * kGradColumns; i += S::kLanes) {
+      S::store(to + i, S::add(S::load(to + i), S::load(from + i)));
+      S::store(from + i, S::broadcast(0.0f));
+    }
+  }
+
   void write_transposed(const Side& side, int64_t first, int64_t columns, float* sums) const {
-    float* const row = sums + padded_rank_ * kGradColumns;
+    float* const row = sums + 2 * padded_rank_ * kGradColumns;
     for (int64_t i = 0; i < columns; ++i) {
       for (int64_t r = 0; r < rank_; ++r) row[r] = sums[r * kGradColumns + i];
       from_float<S>(side.grad_dtype, row, rank_, advance(side.grad, side.grad_dtype, (first + i) * rank_));
