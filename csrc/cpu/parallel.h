@@ -32,7 +32,7 @@ inline int64_t parts_for(int threads, int64_t most) {
 
 class Phases {
  public:
-  explicit Phases(int64_t count) : count(count) {}
+  explicit Phases(int64_t phase_count) : count(phase_count) {}
 
   // How many parts a phase has; 0 skips it.
   virtual int64_t parts(int64_t phase) const = 0;
@@ -53,11 +53,12 @@ void run_phases(int threads, const Phases& phases);
 template <class PartsOf, class Body>
 void parallel_phases(int threads, int64_t count, const PartsOf& parts_of, const Body& body) {
   struct Bound final : Phases {
-    Bound(int64_t count, const PartsOf& parts_of, const Body& body) : Phases(count), parts_of(parts_of), body(body) {}
-    int64_t parts(int64_t phase) const override { return parts_of(phase); }
-    void run(int64_t phase, int64_t part, int slot) const override { body(phase, part, slot); }
-    const PartsOf& parts_of;
-    const Body& body;
+    Bound(int64_t phase_count, const PartsOf& function_of_parts, const Body& function)
+        : Phases(phase_count), parts_of_(function_of_parts), body_(function) {}
+    int64_t parts(int64_t phase) const override { return parts_of_(phase); }
+    void run(int64_t phase, int64_t part, int slot) const override { body_(phase, part, slot); }
+    const PartsOf& parts_of_;
+    const Body& body_;
   };
   run_phases(threads, Bound(count, parts_of, body));
 }
