@@ -29,14 +29,17 @@ void Crowding::note(int used, Duration waited, Duration total, Clock::time_point
   const Duration last(backoff_.load(std::memory_order_relaxed));
   const bool late = waited > kPunctual && waited > (total - waited) / 2;
   if (!late) {
-    if (last.count() == 0 || ticks(now) - until_.load(std::memory_order_relaxed) <= last.count()) return;
+    if (last.count() == 0) return;
+    const int64_t punctual = punctual_.fetch_add(total.count(), std::memory_order_relaxed) + total.count();
+    if (punctual <= last.count()) return;
     backoff_.store(last.count() / 2, std::memory_order_relaxed);
-    until_.store(ticks(now), std::memory_order_relaxed);
+    punctual_.store(0, std::memory_order_relaxed);
     return;
   }
   const Duration next = std::clamp<Duration>(2 * last, kFirstBackoff, kLastBackoff);
   limit_.store(std::max(1, used / 2), std::memory_order_relaxed);
   backoff_.store(next.count(), std::memory_order_relaxed);
+  punctual_.store(0, std::memory_order_relaxed);
   until_.store(ticks(now + next), std::memory_order_relaxed);
 }
 

@@ -2,7 +2,7 @@
 //
 // Beside a busy process, a thread starts or goes on only after the scheduler's time slice of some milliseconds, while a
 // product may take a hundred microseconds. After a call that waited long for its threads, half as many are asked for,
-// for a while. It doubles if another call waits within the same time after its end, and halves if none does.
+// for a while. It doubles with every call that waits, and halves when punctual calls have taken as long together.
 #pragma once
 
 #include <atomic>
@@ -29,8 +29,9 @@ class Crowding {
   static constexpr int64_t kNoLimit = INT64_MAX;
 
   std::atomic<int64_t> limit_{kNoLimit};
-  std::atomic<int64_t> until_{0};    // ticks of Clock at which the limit ends, or backoff_ was halved last
-  std::atomic<int64_t> backoff_{0};  // ticks that the last limit held
+  std::atomic<int64_t> until_{0};     // ticks of Clock at which the limit ends
+  std::atomic<int64_t> backoff_{0};   // ticks that the last limit held
+  std::atomic<int64_t> punctual_{0};  // ticks of punctual calls since backoff_ changed
 };
 
 }  // namespace LOFTQ_VERSION

@@ -143,7 +143,7 @@ void check_crowding() {
   for (int i = 0; i < 3; ++i) crowding.note(8, 0us, 1ms, now + 700ms);
   crowding.note(8, 3ms, 4ms, now + 700ms);
   CHECK(crowding.allowed(8, now + 1300ms) == 4, "a few punctual calls change nothing");
-  for (int i = 0; i < 16; ++i) crowding.note(8, 0us, 1ms, now += 1s);
+  for (int i = 0; i < 16; ++i) crowding.note(8, 0us, 1s, now += 1s);
   crowding.note(8, 3ms, 4ms, now);
   CHECK(crowding.allowed(8, now + 19ms) == 4 && crowding.allowed(8, now + 21ms) == 8, "a punctual time is forgotten");
 }
