@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import loftq_kernels as lk
 from bench import harness
 from bench.harness import Timing
 from bench.subject import Subject
+from loftq_kernels.threads import own_threads
 
 SUBJECT = Subject(takes="2 min", quick="20 s")
 MOST_OF_QUIET, MOST_OF_ONE_THREAD = 2.5, 1.3
@@ -69,11 +70,13 @@ def another_process(spins: bool) -> Iterator[subprocess.Popen | None]:
 
 
 def all_paths() -> dict[str, Sample]:
-    return {"init, MiniLM's 37 layers": initializer(384, 6)} | layer_paths(4096, 4096)
+    init = {"init, MiniLM's 37 layers": initializer(384, 6), "init, one 4096x4096": one_matrix(4096)}
+    return init | layer_paths(4096, 4096)
 
 
 def small_paths() -> dict[str, Sample]:
-    return {"init, 7 layers": initializer(128, 1)} | layer_paths(512, 512)
+    init = {"init, 7 layers": initializer(128, 1), "init, one 256x256": one_matrix(256)}
+    return init | layer_paths(512, 512)
 
 
 def initializer(width: int, blocks: int) -> Sample:
@@ -86,6 +89,19 @@ def initializer(width: int, blocks: int) -> Sample:
         model = copy.deepcopy(dense)
         started = time.perf_counter()
         lk.quantize_model(model, lk.QuantConfig(rank=RANK), progress=False)
+        return time.perf_counter() - started
+
+    return sample
+
+
+def one_matrix(side: int) -> Sample:
+    """`loftq_init` of a square matrix, rank 64: a large one is shared by all threads of torch."""
+    torch.manual_seed(0)
+    weight = torch.randn(side, side)
+
+    def sample() -> float:
+        started = time.perf_counter()
+        lk.loftq_init(weight, "nf4", 4 * RANK)
         return time.perf_counter() - started
 
     return sample
@@ -120,7 +136,7 @@ def layer_paths(rows: int, columns: int) -> dict[str, Sample]:
 
 def repeated(call: Callable[[], Any]) -> Sample:
     """So many calls that they take SAMPLE_SECONDS here and now, on one thread."""
-    with one_thread(True):
+    with own_threads(1):
         call()
         started = time.perf_counter()
         call()
@@ -138,16 +154,6 @@ def repeated(call: Callable[[], Any]) -> Sample:
 # ---- measurements
 
 
-@contextmanager
-def one_thread(alone: bool) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if alone else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 Times = dict[tuple[bool, bool], list[float]]  # (busy, alone) -> seconds
 
 
@@ -161,7 +167,7 @@ def measure(paths: dict[str, Sample], rounds: int) -> dict[str, Times]:
             with another_process(busy):
                 for path, sample in paths.items():
                     for alone in both:
-                        with one_thread(alone):
+                        with own_threads(1) if alone else nullcontext():
                             seconds[path][busy, alone].append(sample())
     return seconds
 

@@ -16,6 +16,8 @@ import torch  # noqa: E402
 from gpu_session import Case, GpuSession, in_order_of_risk  # noqa: E402
 from properties import settings  # noqa: E402
 
+from loftq_kernels import threads  # noqa: E402
+
 # Deadlines are timing asserts; the examples are the same in every run.
 settings.register_profile("repeatable", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("repeatable")
@@ -79,3 +81,16 @@ def torch_library(tmp_path_factory) -> Path:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(n): n processors, and n threads of torch's in this thread and in new ones."""
+    before = torch.get_num_threads()
+
+    def sized(count: int) -> None:
+        monkeypatch.setattr(threads, "available_cpus", lambda: count)
+        torch.set_num_threads(count)
+
+    yield sized
+    torch.set_num_threads(before)

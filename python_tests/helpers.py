@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,16 @@ def output_error(weight: Tensor, approximation: Tensor, x: Tensor, seen: Tensor 
 def dense_of(init: lk.AdapterInit) -> Tensor:
     """Q + s B A in float64."""
     return init.packed.dequantize(torch.float64) + init.scaling * init.lora_B.double() @ init.lora_A.double()
+
+
+def in_new_thread(function):
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(function()))
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def numbers() -> tuple[int, int]:
+    """Torch's threads for this thread, and for one that has just started."""
+    return torch.get_num_threads(), in_new_thread(torch.get_num_threads)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import loftq_kernels as lk
+from loftq_kernels import threads
 from loftq_kernels.cli.check_rows import Finding, worst_of
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import budget, reference
@@ -23,16 +24,10 @@ SCALING = 0.75
 RANK = 9
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """For what plain torch computes in small pieces: on a busy machine, threads that wait for each other in each piece
     make it ten times slower. The kernels themselves are tried with all threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return threads.own_threads(1)
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
