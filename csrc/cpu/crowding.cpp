@@ -13,7 +13,7 @@ using std::chrono::milliseconds;
 // Threads of an idle machine wake within 100 us, and time slices are milliseconds long.
 constexpr Crowding::Duration kPunctual = std::chrono::microseconds(200);
 constexpr Crowding::Duration kFirstBackoff = milliseconds(20);
-constexpr Crowding::Duration kLastBackoff = milliseconds(640);  // a late try of 4 ms then costs less than one percent
+constexpr Crowding::Duration kLastBackoff = milliseconds(2560);  // a late try of 20 ms costs less than one percent
 
 int64_t ticks(Crowding::Clock::time_point time) { return time.time_since_epoch().count(); }
 
