@@ -27,8 +27,7 @@ int Crowding::allowed(int threads, Clock::time_point now) const {
 // Callers on several threads may overwrite each other's notes: each of these is a valid state.
 void Crowding::note(int used, Duration waited, Duration total, Clock::time_point now) {
   const Duration last(backoff_.load(std::memory_order_relaxed));
-  const bool late = waited > kPunctual && waited > (total - waited) / 2;
-  if (!late) {
+  if (waited <= kPunctual) {
     if (last.count() == 0) return;
     const int64_t punctual = punctual_.fetch_add(total.count(), std::memory_order_relaxed) + total.count();
     if (punctual <= last.count()) return;
@@ -36,6 +35,7 @@ void Crowding::note(int used, Duration waited, Duration total, Clock::time_point
     punctual_.store(0, std::memory_order_relaxed);
     return;
   }
+  if (waited <= (total - waited) / 2) return;  // A long call says little: threads that come late still do their share.
   const Duration next = std::clamp<Duration>(2 * last, kFirstBackoff, kLastBackoff);
   limit_.store(std::max(1, used / 2), std::memory_order_relaxed);
   backoff_.store(next.count(), std::memory_order_relaxed);

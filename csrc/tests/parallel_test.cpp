@@ -143,7 +143,10 @@ void check_crowding() {
   for (int i = 0; i < 3; ++i) crowding.note(8, 0us, 1ms, now + 2600ms);
   crowding.note(8, 3ms, 4ms, now + 2600ms);
   CHECK(crowding.allowed(8, now + 5100ms) == 4, "a few punctual calls change nothing");
-  for (int i = 0; i < 16; ++i) crowding.note(8, 0us, 1s, now += 1s);
+  for (int i = 0; i < 16; ++i) crowding.note(8, 3ms, 1s, now += 6s);
+  crowding.note(8, 3ms, 4ms, now);
+  CHECK(crowding.allowed(8, now + 2500ms) == 4, "nor do long calls, whatever they wait");
+  for (int i = 0; i < 16; ++i) crowding.note(8, 0us, 3s, now += 6s);
   crowding.note(8, 3ms, 4ms, now);
   CHECK(crowding.allowed(8, now + 19ms) == 4 && crowding.allowed(8, now + 21ms) == 8, "a punctual time is forgotten");
 }
