@@ -1,7 +1,7 @@
 """PEFT on models that hold our layers: `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` and the rest.
 
 Nothing is to be called: importing both packages, in either order, is enough (`register`). PEFT has no public hook for
-layers that it does not know, so `register` replaces three of its functions by ones that add ours, and this is the one
+layers that it does not know, so `register` replaces four of its functions by ones that add ours, and this is the one
 place that does. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
 """
 
@@ -34,6 +34,9 @@ def register() -> None:
     model = lora_model.LoraModel
     if not hasattr(model._create_new_module, _OURS):
         model._create_new_module = staticmethod(_marked(model._create_new_module, _create_new_module))
+    tuner = tuners_utils.BaseTuner
+    if not hasattr(tuner.inject_adapter, _OURS):
+        tuner.inject_adapter = _marked(tuner.inject_adapter, _inject_adapter)
     for function, ours in (
         (tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
         (other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
@@ -44,7 +47,11 @@ def register() -> None:
 
 def _marked(original: Callable, ours: Callable) -> Callable:
     """``ours``, which takes the original first, as a function that looks like the original."""
-    replacement = functools.wraps(original)(functools.partial(ours, original))
+
+    @functools.wraps(original)
+    def replacement(*args, **kwargs):
+        return ours(original, *args, **kwargs)
+
     setattr(replacement, _OURS, True)
     return replacement
 
@@ -76,6 +83,34 @@ def _create_new_module(original: Callable, lora_config: LoraConfig, adapter_name
             )
         lora_config._register_custom_module(LAYERS)
     return original(lora_config, adapter_name, target, **kwargs)
+
+
+def _inject_adapter(original: Callable, tuner: tuners_utils.BaseTuner, model: nn.Module, *args, **kwargs) -> None:
+    """PEFT's injection; ValueError where a tuner passes over a layer of ours that it was to have put an adapter on.
+
+    So it is, before anything is changed, where modules_to_save names one, which PEFT would train in full.
+    """
+    _check_modules_to_save(model, tuner.peft_config[args[0] if args else kwargs["adapter_name"]])
+    original(tuner, model, *args, **kwargs)
+    for name in tuner.targeted_module_names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantLoRAModule):
+            raise ValueError(
+                f"{type(tuner).__name__} has put no adapter on {name!r}, a {type(layer).__name__}: use LoraConfig, or "
+                "keep the layer dense with QuantConfig(exclude=...)"
+            )
+
+
+def _check_modules_to_save(model: nn.Module, peft_config: Any) -> None:
+    for key in getattr(peft_config, "modules_to_save", None) or ():
+        for name, module in model.named_modules():
+            inside = quantized_layers(module) if f".{name}".endswith(f".{key}") else {}
+            for layer in inside.values():
+                raise ValueError(
+                    f"modules_to_save={key!r} would train all of {name!r}, which holds a {type(layer).__name__}, whose "
+                    "packed weight is constant: name it in target_modules, or keep it dense with "
+                    "QuantConfig(exclude=...)"
+                )
 
 
 def _include_all_linear_layers(original: Callable, peft_config: Any, model: nn.Module) -> Any:

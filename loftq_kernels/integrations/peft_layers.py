@@ -78,14 +78,6 @@ class AroundQuantized:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.merged_adapters.clear()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"the adapter {adapter_name!r} is merged, and deleting it would take it out of the outputs: call "
-                "unmerge_adapter() first, or merge_and_unload()"
-            )
-        super().delete_adapter(adapter_name)
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
