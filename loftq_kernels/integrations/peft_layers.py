@@ -66,6 +66,8 @@ class AroundQuantized:
         Raises what PEFT's own merge into the dense layer raises, such as NotImplementedError for aLoRA and, with
         ``safe_merge``, ValueError for NaN or Inf.
         """
+        if self._is_dense():
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._held()]
         if names:
             if safe_merge or any(name in self.lora_variant or self.lora_bias[name] for name in names):
@@ -74,6 +76,8 @@ class AroundQuantized:
 
     def unmerge(self) -> None:
         """Let the active adapters count again instead of those that `merge` noted."""
+        if self._is_dense():
+            return super().unmerge()
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.merged_adapters.clear()
@@ -126,6 +130,10 @@ class AroundQuantized:
         finally:
             self.base_layer, self.merged_adapters = base, noted
         return dense
+
+    def _is_dense(self) -> bool:
+        """Whether `_dense` is at work, in which PEFT's merging merges and unmerges as it pleases."""
+        return not isinstance(self.base_layer, QuantLoRAModule)
 
     def _held(self) -> set[str]:
         """Names of the adapters of this layer."""
