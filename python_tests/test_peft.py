@@ -189,7 +189,7 @@ class TestOneAdapter:
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
     def test_all_linear_leaves_the_head(self):
-        model = quantized(llama(), include=("*",))
+        model = quantized(llama(), quantize_head=True)
         assert isinstance(model.lm_head, lk.QuantLoRALinear)
         config = peft.get_peft_model(model, lora(target_modules="all-linear")).peft_config["default"]
         assert len(config.target_modules) == 14 and not any("head" in name for name in config.target_modules)
@@ -197,7 +197,7 @@ class TestOneAdapter:
     def test_all_linear_leaves_the_head_of_a_classifier(self):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**CONFIG, **HEADS, pad_token_id=0)
-        model = quantized(transformers.LlamaForSequenceClassification(config), include=("*",))
+        model = quantized(transformers.LlamaForSequenceClassification(config), quantize_head=True)
         assert isinstance(model.score, lk.QuantLoRALinear)
         assert ours._heads(model, lora(task_type="SEQ_CLS")) == {model.score}
 
