@@ -1,1 +1,1 @@
-"""Where other packages meet this one: a file for each. Nothing else in the package imports them."""
+"""What makes our layers known to other packages, one file per host; nothing else in the package imports them."""
