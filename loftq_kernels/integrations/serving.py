@@ -27,6 +27,10 @@ except ImportError as error:
 if not is_serve_available():
     raise ImportError("the server needs openai and pydantic: pip install 'loftq_kernels[serve]'")
 
+from loftq_kernels.checkpoints.architecture import model_class
+from loftq_kernels.checkpoints.hosted import read_config
+from loftq_kernels.checkpoints.native import load_quantized
+
 TRIED_WITH = "5.23 and 5.24"
 _PRIVATE = {
     "_model_manager": ("process_model_name", "load_model_and_processor"),
@@ -52,39 +56,36 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
 
     Raises ValueError for a model that the server has no endpoint for, and OSError where there is no tokenizer.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    kind = _model_class(folder, config)
+    _check_kind(folder)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} has no tokenizer: copy its files there from the folder of the dense model") from error
-    return kind.from_pretrained(folder, dtype="auto", device_map=device, local_files_only=True), processor
+    return load_quantized(folder, device=device), processor
 
 
-def _model_class(folder: Path, config: Any) -> type:
-    """The class that a folder's config.json names, if the server can generate text with it."""
-    name = (config.architectures or ["model without a class"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"{folder} holds a {name}, which transformers {transformers.__version__} has not")
+def _check_kind(folder: Path) -> None:
+    """Raise ValueError unless the server can answer with what a folder's model generates."""
+    told = read_config(folder).transformers
+    kind = model_class(told["class"])
     if not kind.can_generate():
         raise ValueError(
-            f"{folder} holds a {name}, which generates no text: transformers' server has no endpoint for embeddings or "
-            "classes; load it by from_pretrained"
+            f"{folder} holds a {told['class']}, which generates no text: transformers' server has no endpoint for "
+            "embeddings or classes; load it by from_pretrained"
         )
+    config = kind.config_class.from_dict(told["config"])
     if config.is_encoder_decoder and kind.main_input_name == "input_ids":
         raise ValueError(
-            f"{folder} holds a {name}, an encoder-decoder of text: transformers' server would cut the start off its "
-            "answers; load it by from_pretrained"
+            f"{folder} holds a {told['class']}, an encoder-decoder of text: transformers' server would cut the start of "
+            "its answers off; load it by from_pretrained"
         )
-    return kind
 
 
 def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequence[str], choose: Choose) -> Server:
     """A server, not started, of a model in memory: its ``run(sockets=[...])`` serves until it is told to exit.
 
-    bases: names of the model without an adapter, the first of which ``/v1/models`` lists. adapters: names that ``choose``
-    takes, listed, too. Raises ImportError, naming the version, where transformers' server is not as it is known here.
+    bases: names of the model without an adapter, the first of which ``/v1/models`` lists. adapters: names that
+    ``choose`` takes. Raises ImportError, naming the version, where transformers' server is not as it is known here.
     """
     models = Models(model, processor, bases, adapters, choose)
     config = _built(models).server.config
@@ -105,7 +106,8 @@ def _built(models: Models) -> Serve:
         owner = getattr(serve, place, None)
         if missing := [name for name in methods if not hasattr(owner, name)]:
             raise ImportError(
-                f"the server of transformers {transformers.__version__} has no {place}.{missing[0]}; tried: {TRIED_WITH}"
+                f"the server of transformers {transformers.__version__} has no {place}.{missing[0]}: "
+                f"tried with {TRIED_WITH}"
             )
         for name in methods:
             setattr(owner, name, getattr(models, name))
@@ -171,10 +173,8 @@ class Models:
 
 
 class _Requests(GenerateManager):
-    """Generation for one name. All names share one thread, so that a model has one adapter at a time, each request's own.
-
-    One thread also keeps torch from having a team of threads for each name, which would fight for the processors.
-    """
+    """Generation for one name, in the thread of all: one for each name would have a team of torch's threads each, which
+    would fight for the processors. The adapter is chosen in that thread, for the length of a request."""
 
     def __init__(self, thread: GenerateManager, choose: Choose, adapter: str | None):  # It starts no thread of its own.
         self._shared, self._choose, self._adapter = thread, choose, adapter
