@@ -54,8 +54,8 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} is not a folder: give one that loftq-kernels quantize has written")
     if not hosted.is_hosted(folder) and not (folder / manifest.CONFIG_NAME).is_file():
         raise ValueError(
-            f"{folder} holds no model that loftq_kernels has quantized: loftq-kernels quantize {folder} OUT_DIR makes one, "
-            "and transformers serve takes it as it is"
+            f"{folder} holds no model that loftq_kernels has quantized: loftq-kernels quantize {folder} OUT_DIR makes "
+            "one, and transformers serve takes it as it is"
         )
     config = hosted.read_config(folder)
     if config.transformers is None:
@@ -94,7 +94,9 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
         except OSError as error:
-            raise OSError(f"--host {host} --port {port}: {error.strerror}; port 0 takes any that is free") from error
+            raise OSError(
+                f"--host {host} --port {port}: {error.strerror}; choose another, --port 0 is any free one"
+            ) from error
         yield sock
 
 

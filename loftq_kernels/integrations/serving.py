@@ -27,9 +27,9 @@ except ImportError as error:
 if not is_serve_available():
     raise ImportError("the server needs openai and pydantic: pip install 'loftq_kernels[serve]'")
 
+import loftq_kernels as lk
 from loftq_kernels.checkpoints.architecture import model_class
 from loftq_kernels.checkpoints.hosted import read_config
-from loftq_kernels.checkpoints.native import load_quantized
 
 TRIED_WITH = "5.23 and 5.24"
 _PRIVATE = {
@@ -61,7 +61,7 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} has no tokenizer: copy its files there from the folder of the dense model") from error
-    return load_quantized(folder, device=device), processor
+    return lk.load_quantized(folder, device=device), processor
 
 
 def _check_kind(folder: Path) -> None:
@@ -76,8 +76,8 @@ def _check_kind(folder: Path) -> None:
     config = kind.config_class.from_dict(told["config"])
     if config.is_encoder_decoder and kind.main_input_name == "input_ids":
         raise ValueError(
-            f"{folder} holds a {told['class']}, an encoder-decoder of text: transformers' server would cut the start of "
-            "its answers off; load it by from_pretrained"
+            f"{folder} holds a {told['class']}, an encoder-decoder of text: transformers' server would cut off the "
+            "start of its answers; load it by from_pretrained"
         )
 
 
