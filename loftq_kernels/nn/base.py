@@ -189,12 +189,12 @@ class QuantLoRAModule(LayerState, Mergeable):
         """
         return self.dense_weight(detach=False) if torch.compiler.is_dynamo_compiling() else QuantizedWeight(self)
 
-    def dense_weight(self, *, detach: bool = True) -> Tensor:
-        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.
+    def dense_weight(self, *, detach: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape.
 
-        Without ``detach`` it is differentiable in lora_A and lora_B.
+        In ``dtype``, or in that of `weight`. Without ``detach`` it is differentiable in lora_A and lora_B.
         """
-        return self._merged(detach=detach).to(self.dtype).view(self._weight_shape)
+        return self._merged(detach=detach).to(dtype or self.dtype).view(self._weight_shape)
 
     def _merged(self, *, detach: bool = True) -> Tensor:
         dense = self.packed.dequantize(torch.promote_types(self.dtype, torch.float32))
