@@ -85,8 +85,12 @@ def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequen
     """A server, not started, of a model in memory: its ``run(sockets=[...])`` serves until it is told to exit.
 
     bases: names of the model without an adapter, the first of which ``/v1/models`` lists. adapters: names that
-    ``choose`` takes. Raises ImportError, naming the version, where transformers' server is not as it is known here.
+    ``choose`` takes; what it raises for one of them is raised. Raises ImportError, naming the version, where
+    transformers' server is not as it is known here.
     """
+    for name in adapters:
+        with choose(name):  # What cannot be chosen fails here: in a request's thread nobody would hear of it.
+            pass
     models = Models(model, processor, bases, adapters, choose)
     config = _built(models).server.config
     config.timeout_graceful_shutdown = _SECONDS_TO_STOP
