@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from helpers import gaussian
 from torch import Tensor, nn
 
 import loftq_kernels as lk
-from loftq_kernels.nn.adapters import adapter_parameters
+from loftq_kernels.nn.adapters import adapter_parameters, quantized_layers
 
 VOCABULARY = 96
 IMAGE_TOKEN = 95
@@ -109,6 +110,10 @@ class Architecture:
     tied: bool = False
     loss: dict[str, bool] = field(default_factory=dict)
     reads: int = 0
+
+    @property
+    def generates(self) -> bool:
+        return self.model.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -232,6 +237,14 @@ def quantized(name: str) -> tuple[nn.Module, lk.QuantizationReport]:
     model = dense_model(name)
     report = lk.quantize_model(model, adapter_config(), progress=False)
     return fill_adapters(model), report
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy of dense layers that hold the same weights, adapters merged in float32."""
+    twin = copy.deepcopy(model)
+    for name, layer in quantized_layers(model).items():
+        twin.set_submodule(name, getattr(layer, layer.dense_copy)())
+    return twin
 
 
 def inputs(name: str, *, labels: bool = True) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import hf_models
 import pytest
 import torch
 from helpers import gaussian, parameters_of
-from hf_models import ARCHITECTURES, adapter_config, fill_adapters, logits
+from hf_models import ARCHITECTURES, adapter_config, dense_twin, fill_adapters, logits, quantized_layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,17 +109,6 @@ def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def total_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in unique_tensors(model).values())
-
-
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
-
-
-def dense_twin(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for name, layer in quantized_layers(model).items():
-        twin.set_submodule(name, getattr(layer, layer.dense_copy)())
-    return twin
 
 
 @pytest.mark.parametrize("name", NAMES)
