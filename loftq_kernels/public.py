@@ -18,6 +18,7 @@ from loftq_kernels.initializers import (
     qlora_init,
     weighted_low_rank,
 )
+from loftq_kernels.integrations.register import register_all as _register_all
 from loftq_kernels.models.allocate import plan_bits
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.convert import quantize_model
@@ -37,3 +38,5 @@ from loftq_kernels.ops import available_backends
 from loftq_kernels.tuning.rilq import rilq_tune
 from loftq_kernels.tuning.teacher import cache_teacher
 from loftq_kernels.tuning.tuner import RilqConfig, RilqResult
+
+_register_all()

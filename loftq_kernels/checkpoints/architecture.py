@@ -29,7 +29,8 @@ class PlainModel(nn.Module):
         )
 
 
-def _transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """The package, which `integrations` makes a host as it is imported. Raises ImportError that says how to get it."""
     try:
         import transformers
     except ImportError as error:
@@ -39,7 +40,7 @@ def _transformers() -> ModuleType:
 
 def model_class(name: str) -> type[nn.Module]:
     """transformers' model class of that name. Raises ValueError where there is none."""
-    transformers = _transformers()
+    transformers = import_transformers()
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{name!r} is not a model class of transformers {transformers.__version__}")
@@ -71,7 +72,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 def skeleton(described: dict[str, Any]) -> nn.Module:
     """The model of `describe`, in eval mode, with every tensor on the meta device."""
-    transformers = _transformers()
+    transformers = import_transformers()
     try:
         cls = model_class(described["class"])
         config = cls.config_class.from_dict(described["config"])
