@@ -66,7 +66,8 @@ class Contents:
             layers[name] = _spec(module)
             if source != name:
                 tied |= {f"{name}.{key}": f"{source}.{key}" for key, _ in named_tensors(module)}
-        buffers = sorted(name for name, _ in named_tensors(model, persistent=True) if name in dict(model.named_buffers()))
+        persistent = {name for name, _ in named_tensors(model, persistent=True)}
+        buffers = sorted(name for name, _ in model.named_buffers() if name in persistent)
         return cls(layers, tied, trained_beside(model), buffers, _dtypes(model))
 
     def to_values(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`save_quantized` and `load_quantized`: a folder with one safetensors file and a JSON description of the layers.
 
 Models of a library that has a way of its own to save them (transformers: see `hosted`) are saved and loaded that way.
-For all others the JSON names the tensor file by its content hash and is replaced last, so that a reader finds either the old
-checkpoint or the new one, whenever a save is cut short. Loading builds the model on the meta device: no dense weight of
-a quantized layer is ever allocated, and nothing of the model is changed before the whole checkpoint has been checked.
+For all others the JSON names the tensor file by its content hash and is replaced last, so that a reader finds either
+the old checkpoint or the new one, whenever a save is cut short. Loading builds the model on the meta device: no dense
+weight of a quantized layer is ever allocated, and nothing of the model is changed before the whole checkpoint has been
+checked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from loftq_kernels.checkpoints.tensor_file import (
     with_ties,
 )
 from loftq_kernels.formats import PackedTensor
-from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
+from loftq_kernels.nn.adapters import train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
@@ -202,7 +203,9 @@ def load_quantized(
     config = hosted.read_config(path)
     paths = config.paths(path)
     if verify and not config.hosted and (digest := _sha256(paths[0])) != config.sha256:
-        raise ValueError(f"{paths[0]} is truncated or corrupted: SHA-256 is {digest}, {CONFIG_NAME} says {config.sha256}")
+        raise ValueError(
+            f"{paths[0]} is truncated or corrupted: SHA-256 is {digest}, {CONFIG_NAME} says {config.sha256}"
+        )
     with files.open_all(paths) as stored:
         if config.hosted:
             _check_hosted(path, config, stored, verify)
@@ -236,7 +239,7 @@ def load_quantized(
 
 
 def _check_hosted(path: Path, config: CheckpointConfig, stored: files.TensorFiles, verify: bool) -> None:
-    """Raise ValueError for files of another save than the config's, and with ``verify`` for tensors that have changed."""
+    """Raise ValueError for files of another save than the config's; with ``verify`` also for changed tensors."""
     hosted.check_one_save(path, config.sha256, stored.metadata())
     if verify and config.sha256 is not None:
         found = hosted.digest({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118

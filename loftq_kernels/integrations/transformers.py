@@ -30,6 +30,7 @@ from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.checkpoints import architecture, hosted
 from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.checkpoints.native import one_writer, whole
+from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.checkpoints.tensor_file import check_layers, check_places
 from loftq_kernels.integrations.loading import Arrivals
 from loftq_kernels.models.config import QuantConfig
@@ -38,7 +39,7 @@ from loftq_kernels.nn.adapters import quantized_layers, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
-from loftq_kernels.nn.wrappers import named_modules, set_submodule, submodule, tensor_of
+from loftq_kernels.nn.wrappers import named_modules, set_submodule, submodule
 from loftq_kernels.ops.constant import restore_constants
 from loftq_kernels.storage import files
 
@@ -225,7 +226,9 @@ class LoftqQuantizer(HfQuantizer):
 
         contents = hosted.Contents.of(model)
         ignored = {*contents.tied, *(getattr(model, "_keys_to_ignore_on_save", None) or ())}
-        state = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in ignored}
+        state = {
+            name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in ignored
+        }
         state = remove_tied_weights_from_state_dict(state, model)
         sha256 = hosted.digest(state)
         self.quantization_config.contents = dataclasses.replace(contents, sha256=sha256)
@@ -298,13 +301,15 @@ class _Transformers:
         with one_writer(model) as writes:
             path.mkdir(parents=True, exist_ok=True)
             with files.working_folder(path, _WORKING) as working:
-                model.save_pretrained(working, is_main_process=writes, **options)
+                with quiet_transformers(), files.full_disk_told(path):
+                    model.save_pretrained(working, is_main_process=writes, **options)
                 if writes:
                     _publish(working, path)
 
     def load(self, path: Path, device: torch.device) -> nn.Module:
         cls = architecture.model_class(architecture.architecture_of(path / hosted.CONFIG_NAME))
-        return cls.from_pretrained(path, local_files_only=True, dtype="auto").to(device)
+        with quiet_transformers():
+            return cls.from_pretrained(path, local_files_only=True, dtype="auto").to(device)
 
 
 def _check_packed(name: str, layer: QuantLoRAModule) -> None:
@@ -326,7 +331,10 @@ def _publish(working: Path, path: Path) -> None:
 
 def register() -> None:
     """Make the quantizer known to transformers, and transformers to the package's other parts."""
-    for mapping, cls in ((auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LoftqConfig), (auto.AUTO_QUANTIZER_MAPPING, LoftqQuantizer)):
+    for mapping, cls in (
+        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LoftqConfig),
+        (auto.AUTO_QUANTIZER_MAPPING, LoftqQuantizer),
+    ):
         if mapping.get(hosted.METHOD) is not cls:
             mapping.pop(hosted.METHOD, None)  # of a module that was reloaded
     if hosted.METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

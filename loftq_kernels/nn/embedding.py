@@ -119,9 +119,9 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         except (IndexError, RuntimeError) as error:
             self._check_indices(indices)
             raise error
-        if self.has_adapter:
-            hidden = functional.embedding(indices.reshape(-1), self.lora_B, self.padding_idx)
-            y = torch.add(y, (hidden @ self.lora_A).to(y.dtype), alpha=self.scaling)
+        if (term := self.low_rank()) is not None:
+            hidden = functional.embedding(indices.reshape(-1), term.lora_B, self.padding_idx)
+            y = torch.add(y, (hidden @ term.lora_A).to(y.dtype), alpha=term.scaling)
         return y.view(*indices.shape, self.embedding_dim)
 
     def _rows(self, indices: Tensor) -> Tensor:

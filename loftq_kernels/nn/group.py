@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.constant import Constant, plain
 
 _STACKED = ("codes", "scale", "offset")
+_groups: WeakKeyDictionary[QuantLoRALinear, WeakSet[QuantLoRALinearGroup]] = WeakKeyDictionary()
+
+
+def is_grouped(layer: object) -> bool:
+    """Whether a layer is in a group, which computes with it without calling it."""
+    return bool(_groups.get(layer))
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -64,6 +71,8 @@ class QuantLoRALinearGroup:
         self.out_features = [layer.out_features for layer in self.layers]
         self._in_graphs: list[tuple[Tensor | None, ...]] = []
         self._stack()
+        for layer in self.layers:
+            _groups.setdefault(layer, WeakSet()).add(self)
 
     def invalidate(self) -> None:
         """Forget the copy of adapters and biases. Call it after writes to their ``.data``, which leave no trace."""

@@ -33,6 +33,7 @@ class ReadOnly(Tensor):
     Results that share this memory are ReadOnly, too, all others plain tensors. Any write raises RuntimeError.
     """
 
+    _is_hf_initialized = True  # What transformers asks before it writes random values into the weights of a module.
     _explanation = "the tensor is a view of a decoded weight, which is read-only"
 
     @classmethod

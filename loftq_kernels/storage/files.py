@@ -147,12 +147,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # safetensors makes files that the owner alone can read
+    with full_disk_told(path):
+        require_safetensors().torch.save_file(own, path, metadata=dict(metadata))
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn the error by which safetensors hides a full disk into OSError."""
     safetensors = require_safetensors()
     try:
-        safetensors.torch.save_file(own, path, metadata=dict(metadata))
-    except safetensors.SafetensorError as error:  # which hides a full disk
+        yield
+    except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
