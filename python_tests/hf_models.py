@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,6 +254,25 @@ def inputs(name: str, *, labels: bool = True) -> dict[str, Tensor]:
     one = ARCHITECTURES[name]
     given = one.inputs()
     return {**given, **one.loss} if labels else {key: value for key, value in given.items() if key != "labels"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' messages and bars, and without collecting objects that are there already over and over.
+
+    Trainer frees memory by a full collection, which takes longer than these models train.
+    """
+    logging = pytest.importorskip("transformers").logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        logging.enable_progress_bar()
+        logging.set_verbosity(level)
 
 
 def logits(output: Any) -> Tensor:

@@ -21,12 +21,8 @@ SHARD = "20KB"
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    transformers.logging.set_verbosity(level)
+    with hf_models.quiet():
+        yield
 
 
 def outputs(model: nn.Module, name: str) -> Tensor:

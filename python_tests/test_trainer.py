@@ -26,12 +26,8 @@ FEW = DATA[:4]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    transformers.logging.set_verbosity(level)
+    with hf_models.quiet():
+        yield
 
 
 def quantized_model(name: str = "llama", **options) -> nn.Module:
