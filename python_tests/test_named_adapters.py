@@ -304,6 +304,19 @@ class TestRows:
         for row in range(6):
             close(y[row], merged(model, "ab"[row // 3])(x[row].double()))
 
+    def test_more_adapters_for_all_rows(self):
+        """As PEFT's are, which stand on the layer of a model that has user adapters for each row."""
+        model, x = loaded(), gaussian(3, 64)
+        layer = model.layers[0]["up"]
+        more = [Factors(*adapter(*layer.packed.shape, 2, seed=9), 0.1)]
+        with torch.no_grad(), lk.use_adapters(model, ["a", None, "b"]):
+            y = layer.product(x, layer.bias, more=more)
+            assert calls_of(lambda: layer.product(x, layer.bias, more=more)).count("qlora_linear_multi") == 1
+        for row, name in enumerate(("a", None, "b")):
+            weight = merged(model, *([name] if name else [])).layers[0]["up"].weight
+            weight = weight + 0.1 * more[0].lora_B.double() @ more[0].lora_A.double()
+            close(y[row], x[row].double() @ weight.T + layer.bias.double())
+
     def test_follows_changes(self):
         model, x = loaded(), gaussian(2, 3, 64)
         with torch.no_grad(), lk.use_adapters(model, ["a", None]):
@@ -353,9 +366,9 @@ class TestRows:
     def test_convolutions(self):
         model = quantized(nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv2d(1, 2, 3)), layer_types=("conv",))
         add(model, "a")
-        with pytest.raises(ValueError, match="layer '0' is a convolution, which has none for each row"):
-            with lk.use_adapters(model, ["a"]):
-                pass
+        message = "layer '0' is a convolution, which has none for each row"
+        with pytest.raises(ValueError, match=message), lk.use_adapters(model, ["a"]):
+            pass
         conv, x = model[0], gaussian(2, 8, 9)
         lk.set_adapter(model, "a")
         with torch.no_grad():
