@@ -83,7 +83,10 @@ _OF_HOSTS = {"LoftqConfig": "loftq_kernels.integrations.transformers"}  # import
 def __getattr__(name: str) -> Any:
     """Names whose libraries are imported for them alone; in the process of the command, all others, too."""
     if name in _OF_HOSTS:
-        return getattr(importlib.import_module(_OF_HOSTS[name]), name)
+        try:
+            return getattr(importlib.import_module(_OF_HOSTS[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs {error.name}: pip install 'loftq_kernels[hf]'") from error
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from loftq_kernels import public

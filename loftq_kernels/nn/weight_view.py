@@ -79,6 +79,8 @@ class QuantizedWeight(ReadOnly):
       the memory (``data_ptr()``).
     """
 
+    _is_hf_initialized = True  # What transformers' own initializers ask of a weight before they write to it.
+
     @staticmethod
     def __new__(cls, layer: Any, detached: bool = False) -> QuantizedWeight:
         # To the dispatcher it is a meta tensor. C++ code that asks no subclass, such as that of
