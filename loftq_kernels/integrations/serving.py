@@ -236,6 +236,10 @@ def _answer_errors(app: fastapi.FastAPI, models: Models) -> None:
     async def invalid(_: fastapi.Request, error: ValueError) -> JSONResponse:
         return _error(400, error)
 
+    @app.exception_handler(KeyError)
+    async def incomplete(_: fastapi.Request, error: KeyError) -> JSONResponse:
+        return _error(400, f"the request lacks {error}")
+
     @app.exception_handler(Stopping)
     async def stopping(_: fastapi.Request, error: Stopping) -> JSONResponse:
         return _error(503, error)
