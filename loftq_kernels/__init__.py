@@ -33,10 +33,12 @@ __all__ = [
     "available_backends",
     "cache_teacher",
     "collect_activations",
+    "delete_adapter",
     "eora_init",
     "first_layers",
     "format_names",
     "initializer_names",
+    "load_adapter",
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
@@ -48,9 +50,12 @@ __all__ = [
     "quantize",
     "quantize_model",
     "rilq_tune",
+    "save_adapter",
     "save_quantized",
+    "set_adapter",
     "solve_plan",
     "train_only_adapters",
+    "use_adapters",
     "weighted_low_rank",
 ]
 
@@ -78,7 +83,10 @@ _OF_HOSTS = {"LoftqConfig": "loftq_kernels.integrations.transformers"}  # import
 def __getattr__(name: str) -> Any:
     """Names whose libraries are imported for them alone; in the process of the command, all others, too."""
     if name in _OF_HOSTS:
-        return getattr(importlib.import_module(_OF_HOSTS[name]), name)
+        try:
+            return getattr(importlib.import_module(_OF_HOSTS[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs {error.name}: pip install 'loftq_kernels[hf]'") from error
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from loftq_kernels import public

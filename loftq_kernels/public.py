@@ -3,6 +3,7 @@
 
 from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.calibration.collect import collect_activations
+from loftq_kernels.checkpoints.adapter_file import load_adapter, save_adapter
 from loftq_kernels.checkpoints.native import load_quantized, save_quantized
 from loftq_kernels.formats import PackedTensor, format_names, qlora_linear, quantize
 from loftq_kernels.initializers import (
@@ -34,6 +35,7 @@ from loftq_kernels.nn import (
 )
 from loftq_kernels.nn.adapters import merge_adapters, train_only_adapters
 from loftq_kernels.nn.blocks import first_layers
+from loftq_kernels.nn.named_adapters import delete_adapter, set_adapter, use_adapters
 from loftq_kernels.ops import available_backends
 from loftq_kernels.tuning.rilq import rilq_tune
 from loftq_kernels.tuning.teacher import cache_teacher

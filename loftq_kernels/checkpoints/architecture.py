@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.nn.wrappers import own_class
-
-_NEEDS_HF = "transformers models need: pip install 'loftq_kernels[hf]'"
+OLDEST = "5.20"  # version of transformers whose interface for quantizers ours is written for
+NEEDS_HF = f"transformers {OLDEST} or newer is needed: pip install 'loftq_kernels[hf]'"
 
 
 class PlainModel(nn.Module):
@@ -34,7 +33,7 @@ def import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(_NEEDS_HF) from error
+        raise ImportError(NEEDS_HF) from error
     return transformers
 
 
@@ -59,19 +58,17 @@ def architecture_of(file: Path) -> str:
     return architectures[0]
 
 
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """What `skeleton` rebuilds a transformers model from, as JSON values; None for any other model."""
-    cls = own_class(model)
-    if not cls.__module__.startswith("transformers."):
-        return None
-    described = {"class": cls.__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
-    if getattr(model, "generation_config", None) is not None:
-        described["generation_config"] = json.loads(model.generation_config.to_json_string(use_diff=False))
-    return described
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model's class is one of transformers' or derived from one; imports nothing."""
+    mro = type(model).__mro__
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__ == "transformers.modeling_utils" for cls in mro)
 
 
 def skeleton(described: dict[str, Any]) -> nn.Module:
-    """The model of `describe`, in eval mode, with every tensor on the meta device."""
+    """The transformers model that earlier versions have described, in eval mode, with every tensor on the meta device.
+
+    ``described`` is its class, config and generation_config.
+    """
     transformers = import_transformers()
     try:
         cls = model_class(described["class"])

@@ -7,6 +7,7 @@ transformers writes and reads such folders itself. What we add is the section "q
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -127,7 +128,8 @@ def _ungrouped(groups: list[Any]) -> dict[str, LayerSpec]:
     return layers
 
 
-SECTION_KEYS = {"quant_method", VERSION_KEY, *(f.name for f in dataclasses.fields(Contents))}
+_FIELDS = {f.name for f in dataclasses.fields(QuantConfig)}
+_KEYS = _FIELDS | {"quant_method", VERSION_KEY} | {f.name for f in dataclasses.fields(Contents)}
 
 
 def section(cfg: QuantConfig | None, contents: Contents | None) -> dict[str, Any]:
@@ -141,6 +143,7 @@ def section(cfg: QuantConfig | None, contents: Contents | None) -> dict[str, Any
 
 def parse_section(values: Mapping[str, Any]) -> tuple[QuantConfig | None, Contents | None]:
     """What `section` was made from. Raises ValueError, naming what is wrong, for a damaged or newer one."""
+    _check_fields(values)
     own = dict(values)
     if (method := own.pop("quant_method", METHOD)) != METHOD:
         raise ValueError(f"quant_method is {method!r}, not {METHOD!r}")
@@ -159,6 +162,15 @@ def parse_section(values: Mapping[str, Any]) -> tuple[QuantConfig | None, Conten
     except TypeError as error:
         raise ValueError(str(error)) from error
     return cfg, None if version is None else Contents.parse(told)
+
+
+def _check_fields(values: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(values) - _KEYS):
+        near = difflib.get_close_matches(unknown[0], _FIELDS, 3)
+        hint = f"near: {', '.join(map(repr, near))}" if near else f"it has {', '.join(sorted(_FIELDS))}"
+        raise ValueError(
+            f"LoftqConfig has no field {unknown[0]!r}; {hint} (a folder that has it was written by a newer version)"
+        )
 
 
 def is_hosted(path: Path) -> bool:

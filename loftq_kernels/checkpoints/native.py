@@ -81,6 +81,8 @@ def save_quantized(model: nn.Module, path: str | Path, *, max_shard_size: int | 
     if (host := hosts.host_of(model)) is not None:
         host.save(model, path, max_shard_size)
         return
+    if architecture.is_of_transformers(model):
+        raise ImportError(f"{type(model).__name__} is a model of transformers: {architecture.NEEDS_HF}")
     if max_shard_size is not None:
         raise ValueError(f"max_shard_size is for transformers models, {type(model).__name__} is written as one file")
     tensors, tied = _collect_tensors(model)
@@ -120,7 +122,6 @@ def _write(
             layers=layers,
             tensor_files=(f"model-{digest[:12]}.safetensors",),
             sha256=digest,
-            transformers=architecture.describe(model),
             tied=tied,
             trained=hosted.trained_beside(model),
             buffers=_buffers(model, tensors),

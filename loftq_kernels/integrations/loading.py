@@ -97,7 +97,7 @@ class Arrivals:
         remaining = left - len(waiting)
         if remaining and (len(waiting) < together or remaining < together):
             return
-        if any(bias is not None and bias.is_meta for bias in (own.module.bias for own in waiting)):
+        if any(bias is not None and bias.is_meta for bias in (getattr(own.module, "bias", None) for own in waiting)):
             return  # `finish` replaces them, when it has been read, too.
         self._left[group] = remaining
         self._waiting[group] = []

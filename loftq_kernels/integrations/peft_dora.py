@@ -11,10 +11,11 @@ kept until the layer changes. Without gradients the whole norm is kept until the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
@@ -22,8 +23,7 @@ from loftq_kernels.nn.kept import forget, kept
 from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.ops import dequantize_tensors
 
-if TYPE_CHECKING:
-    from loftq_kernels.integrations.peft_layers import LoraQuantizedLinear
+# `Linear` below is PEFT's around a `QuantLoRALinear`: a `LoraQuantizedLinear` of `peft_layers`.
 
 _BLOCK = 1 << 22  # weights that are decoded at a time
 
@@ -32,13 +32,13 @@ class QuantizedDora(DoraLinearVariant):
     """PEFT's DoRA with the norms of this module; merging is PEFT's, into a dense layer."""
 
     @staticmethod
-    def init(module: LoraQuantizedLinear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Linear, adapter_name: str, **kwargs: Any) -> None:
         layer = DoraLinearLayer(fan_in_fan_out=False)
         module.lora_magnitude_vector[adapter_name] = layer
         layer.weight = nn.Parameter(_norm(module, adapter_name))
 
     @staticmethod
-    def forward(module: LoraQuantizedLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """result + (c - 1) W x' + c s B A x' with c = m / norm and x' = dropout(x).
 
         Without dropout W x' is result without its bias, so also the terms of adapters before this one are scaled. With
@@ -55,7 +55,7 @@ class QuantizedDora(DoraLinearVariant):
         return result + (scale - 1) * before + scale * term
 
 
-def dora_scale(module: LoraQuantizedLinear, name: str) -> Tensor:
+def dora_scale(module: Linear, name: str) -> Tensor:
     """m / ||W + s B A|| [out], differentiable in m."""
     magnitude = module.lora_magnitude_vector[name]
     lora_A, lora_B, scaling = module.factors(name)
@@ -71,7 +71,7 @@ def dora_scale(module: LoraQuantizedLinear, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _norm(module: LoraQuantizedLinear, name: str) -> Tensor:
+def _norm(module: Linear, name: str) -> Tensor:
     """||W + s B A|| [out], in float32 at least."""
     lora_A, lora_B, scaling = module.factors(name)
     base = module.get_base_layer()

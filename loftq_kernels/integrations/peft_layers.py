@@ -21,15 +21,16 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from loftq_kernels.formats import qlora_linear
 from loftq_kernels.initializers import LayerConfig, initialize
 from loftq_kernels.integrations.peft_dora import QuantizedDora, dora_scale
+from loftq_kernels.nn.adapter_slots import NamedAdapter, RowNames, by_row
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.conv import QuantLoRAConv1d, QuantLoRAConv2d
 from loftq_kernels.nn.embedding import QuantLoRAEmbedding
 from loftq_kernels.nn.group import is_grouped
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.linear import QuantLoRALinear
-from loftq_kernels.nn.rows import product_of_rows
 from loftq_kernels.nn.stacking import Factors
 
 # Values of LoraConfig's init_lora_weights that leave the base weight alone.
@@ -66,6 +67,8 @@ class AroundQuantized:
         Raises what PEFT's own merge into the dense layer raises, such as NotImplementedError for aLoRA and, with
         ``safe_merge``, ValueError for NaN or Inf.
         """
+        if self._is_dense():
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._held()]
         if names:
             if safe_merge or any(name in self.lora_variant or self.lora_bias[name] for name in names):
@@ -74,6 +77,8 @@ class AroundQuantized:
 
     def unmerge(self) -> None:
         """Let the active adapters count again instead of those that `merge` noted."""
+        if self._is_dense():
+            return super().unmerge()
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.merged_adapters.clear()
@@ -126,6 +131,10 @@ class AroundQuantized:
         finally:
             self.base_layer, self.merged_adapters = base, noted
         return dense
+
+    def _is_dense(self) -> bool:
+        """Whether `_dense` is at work, in which PEFT's merging merges and unmerges as it pleases."""
+        return not isinstance(self.base_layer, QuantLoRAModule)
 
     def _held(self) -> set[str]:
         """Names of the adapters of this layer."""
@@ -237,14 +246,17 @@ class LoraQuantizedLinear(AroundQuantized, lora.Linear):
         adapter's rows are computed by themselves, as PEFT does.
         """
         names = sorted({name for name in adapter_names if name in self.lora_A})
-        factors = [self.factors(name) for name in names]
-        wanted = (x, *(factor for term in factors for factor in term[:2]), *self.base_layer.parameters())
+        adapters = {name: NamedAdapter(self.factors(name)) for name in names}
+        base = self.base_layer
+        wanted = (x, *(factor for one in adapters.values() for factor in one.factors[:2]), *base.parameters())
         differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
         plain = all(self._is_plain(name) and not self.lora_bias[name] for name in names)
-        if differentiated or not plain or _is_watched(self.base_layer):
+        if not names or differentiated or not plain or _is_watched(base):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        rows = [names.index(name) if name in names else -1 for name in adapter_names]
-        return product_of_rows(self.base_layer, x, factors, rows)
+        rows = RowNames([name if name in adapters else None for name in adapter_names])
+        shared = [own] if (own := base.low_rank()) else []
+        slots = by_row(base, adapters, rows, shared, len(shared), x.shape[:-1])
+        return qlora_linear(x, base.packed, slots.lora_A, slots.lora_B, bias=base.bias, adapter_ids=slots.ids)
 
 
 class LoraQuantizedEmbedding(AroundQuantized, lora.Embedding):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import os
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -65,7 +66,6 @@ class LoftqConfig(QuantizationConfigMixin):
         **fields: Any,
     ):
         self.quant_method = hosted.METHOD
-        _check_fields(fields)
         self.config, self.contents = hosted.parse_section(fields)
         self.statistics, self.plan = statistics, plan
 
@@ -94,16 +94,6 @@ class LoftqConfig(QuantizationConfigMixin):
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(QuantConfig))
-
-
-def _check_fields(fields: Mapping[str, Any]) -> None:
-    known = _FIELDS | hosted.SECTION_KEYS
-    if unknown := sorted(set(fields) - known):
-        near = difflib.get_close_matches(unknown[0], known, 3)
-        hint = f"near: {', '.join(map(repr, near))}" if near else f"it has {', '.join(sorted(_FIELDS))}"
-        raise ValueError(
-            f"LoftqConfig has no field {unknown[0]!r}; {hint} (a folder that has it was written by a newer version)"
-        )
 
 
 class LoftqQuantizer(HfQuantizer):
@@ -278,8 +268,7 @@ class _Transformers:
     """transformers as the package's other parts see it: a `hosts.Host`."""
 
     def owns(self, model: nn.Module) -> bool:
-        mro = type(model).__mro__  # The class itself may still be in the making while this module is imported.
-        return any(cls.__name__ == "PreTrainedModel" and cls.__module__ == "transformers.modeling_utils" for cls in mro)
+        return architecture.is_of_transformers(model)
 
     def adopt(self, model: nn.Module, cfg: QuantConfig | None) -> None:
         quantizer = getattr(model, "hf_quantizer", None)
@@ -309,7 +298,11 @@ class _Transformers:
                     _publish(working, path)
 
     def load(self, path: Path, device: torch.device) -> nn.Module:
-        cls = architecture.model_class(architecture.architecture_of(path / hosted.CONFIG_NAME))
+        name = architecture.architecture_of(path / hosted.CONFIG_NAME)
+        try:
+            cls = architecture.model_class(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; load it by {name}.from_pretrained of your own class") from error
         with quiet_transformers():
             return cls.from_pretrained(path, local_files_only=True, dtype="auto").to(device)
 
@@ -332,7 +325,12 @@ def _publish(working: Path, path: Path) -> None:
 
 
 def register() -> None:
-    """Make the quantizer known to transformers, and transformers to the package's other parts."""
+    """Make the quantizer known to transformers, and transformers to the package's other parts.
+
+    Raises ImportError for a transformers that is too old.
+    """
+    if Version(transformers.__version__) < Version(architecture.OLDEST):
+        raise ImportError(f"transformers {transformers.__version__} is too old, {architecture.NEEDS_HF}")
     for mapping, cls in (
         (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LoftqConfig),
         (auto.AUTO_QUANTIZER_MAPPING, LoftqQuantizer),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from loftq_kernels.formats import PackedTensor, empty_packed
+from loftq_kernels.formats import PackedTensor, empty_packed, qlora_linear
 from loftq_kernels.initializers import AdapterInit
 from loftq_kernels.initializers.config import adapter_scaling, default_adapter_dtype
 from loftq_kernels.initializers.qalora import expand_groups
+from loftq_kernels.nn.adapter_slots import AdapterSlots, RowNames, by_row, rows_of
 from loftq_kernels.nn.kept import forget, kept
 from loftq_kernels.nn.layer_state import PACKED, LayerState
 from loftq_kernels.nn.merging import Mergeable
@@ -22,6 +23,7 @@ from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.checks import check_rank
 from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
 from loftq_kernels.ops.functional import full_precision
+from loftq_kernels.storage.packing import group_width
 
 
 class QuantLoRAModule(LayerState, Mergeable):
@@ -43,6 +45,7 @@ class QuantLoRAModule(LayerState, Mergeable):
     kind: str  # of layer, in checkpoints: see `kinds`
     adapters: tuple[str, ...] = ("lora",)  # that a layer of this kind can have
     dense_copy: str  # the name of the method that returns the dense layer
+    slots: AdapterSlots | None = None  # of user adapters, once one has been loaded
     geometry_names: tuple[str, ...] = ()  # attributes beside the matrix's shape that a layer of this kind is made from
 
     def __init__(
@@ -208,7 +211,14 @@ class QuantLoRAModule(LayerState, Mergeable):
         return dense
 
     def _terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
-        """The terms that `forward` adds to the quantized weight; lora_A over columns, of QA-LoRA computed in dtype."""
+        """The terms that `forward` adds to the quantized weight: of the start adapter and of active user adapters."""
+        slots = self.slots
+        if slots is None or slots.live is None:
+            return self.start_terms(dtype)
+        return [slots.live] if slots.replaces else [*self.start_terms(dtype), slots.live]
+
+    def start_terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
+        """The layer's own adapter, if it is enabled, with lora_A over columns; of QA-LoRA it is computed in dtype."""
         own = self._parameters
         if own["lora_A"] is None or not self.adapter_enabled:
             return []
@@ -222,7 +232,7 @@ class QuantLoRAModule(LayerState, Mergeable):
         return kept(self, "expanded", [lora_A], lambda: self.over_columns(lora_A), by_value=True)
 
     def low_rank(self, more: Sequence[Factors] = ()) -> Factors | None:
-        """All that stands beside the quantized weight, the adapter and ``more``, as one term; None for nothing."""
+        """All that stands beside the quantized weight, adapters and ``more``, as one term; None for nothing."""
         return stacked(self, [*self._terms(), *more])
 
     def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False, more: Sequence[Factors] = ()) -> Tensor:
@@ -231,6 +241,8 @@ class QuantLoRAModule(LayerState, Mergeable):
         ``more`` adapters are added to W, in the same product: their factors are put on top of the layer's own along r
         (`stacking`). With ``detach`` no gradient reaches the adapters.
         """
+        if (rows := rows_of(self.slots)) is not None:
+            return self._product_by_row(x, bias, rows, more)
         codes, scale, offset, codebook = self.stored()
         lora_A, lora_B, scaling = self.low_rank(more) or (None, None, 1.0)
         if lora_A is not None and detach:
@@ -248,6 +260,12 @@ class QuantLoRAModule(LayerState, Mergeable):
             bias,
             in_features=self._columns,
         )
+
+    def _product_by_row(self, x: Tensor, bias: Tensor | None, rows: RowNames, more: Sequence[Factors]) -> Tensor:
+        """`product` with the adapters that `use_adapters` has given to each row, in place of those of the slot."""
+        start = self.start_terms()
+        adapters = by_row(self, self.slots.loaded, rows, [*start, *more], len(start), x.shape[:-1])
+        return qlora_linear(x, self.packed, adapters.lora_A, adapters.lora_B, adapter_ids=adapters.ids, bias=bias)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":
@@ -270,6 +288,16 @@ class QuantLoRAModule(LayerState, Mergeable):
         """lora_A as the matrix [rank, columns] that x itself is multiplied by: "qalora" has one of groups."""
         return expand_groups(lora_A, self._columns, self.group_size) if self.adapter == "qalora" else lora_A
 
+    def over_groups(self, lora_A: Tensor) -> Tensor:
+        """The inverse of `over_columns`. Raises ValueError where a matrix of QA-LoRA differs within a group."""
+        if self.adapter != "qalora":
+            return lora_A
+        width = group_width(self._columns, self.group_size)
+        own = lora_A[:, ::width] * width
+        if not torch.allclose(self.over_columns(own), lora_A, rtol=1e-5, atol=0):
+            raise ValueError("lora_A differs within quantization groups, of which QA-LoRA has one value each")
+        return own
+
     def _describe_weight(self) -> str:
         """The end of `extra_repr`: format and adapter."""
         adapter = "no adapter" if self.rank is None else f"rank={self.rank}, scaling={self.scaling:g}"
@@ -277,6 +305,8 @@ class QuantLoRAModule(LayerState, Mergeable):
             adapter = f"adapter={self.adapter}, {adapter}"
         if self.rank is not None and not self.adapter_enabled:
             adapter += " (disabled)"
+        if self.slots is not None:
+            adapter += f", user adapters: {self.slots.describe()}"
         return f"format={self.format.name}, group_size={self.group_size}, {adapter}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLoRAModule:
@@ -284,5 +314,7 @@ class QuantLoRAModule(LayerState, Mergeable):
         device = self.codes.device
         super()._apply(keep_dtypes(fn, self, PACKED), recurse)
         restore_constants(self, PACKED)
+        if self.slots is not None:
+            self.slots.move(fn)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self

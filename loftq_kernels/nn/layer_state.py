@@ -58,7 +58,7 @@ class LayerState(nn.Module):
             )
         restore_constants(self, PACKED)
         if prefix + _STATE not in state_dict:
-            self._note_missing_state(prefix, missing_keys)
+            self._note_missing_state(prefix, missing_keys, prefix + "lora_A" in state_dict)
 
     def _misfit(self, name: str, stored: Tensor | None) -> str | None:
         """What keeps a stored tensor of the packed weight from being this layer's; None where nothing does."""
@@ -77,11 +77,14 @@ class LayerState(nn.Module):
             return None
         return f"{name} is not that of format {self.format.name}: {stored.flatten()[:4].tolist()}..."
 
-    def _note_missing_state(self, prefix: str, missing_keys: list[str]) -> None:
-        """State dicts of earlier versions lack it: what the layer has stays, which is right for the same config."""
+    def _note_missing_state(self, prefix: str, missing_keys: list[str], has_adapter: bool) -> None:
+        """State dicts of earlier versions lack it: what the layer has stays, which is right for the same config.
+
+        So do those without the layer's adapter, such as PEFT's of its own adapters alone, about which nothing is said.
+        """
         if prefix + _STATE in missing_keys:
             missing_keys.remove(prefix + _STATE)
-        if self.lora_A is None or (self.scaling == 1 and self.adapter_enabled) or _warned[0] is missing_keys:
+        if not has_adapter or (self.scaling == 1 and self.adapter_enabled) or _warned[0] is missing_keys:
             return
         _warned[0] = missing_keys
         warnings.warn(

@@ -18,6 +18,8 @@ class Mergeable(nn.Module):
 
     def check_mergeable(self, *, requantize: bool = False) -> None:
         """Raise the ValueError that `merge_adapter` would raise for the kind or state of the adapter."""
+        if self.slots is not None and (reason := self.slots.reason_not_to_merge()):
+            raise ValueError(reason)
         if self.lora_A is None:
             return
         if type(self._parameters["codes"]) is not Constant:  # nn.Parameter or DTensor, which fully_shard puts back

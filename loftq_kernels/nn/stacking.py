@@ -38,7 +38,12 @@ def concatenated(terms: Sequence[Factors]) -> Factors:
 
     Differentiable in every factor. Each lora_B is rounded once, to that dtype, when its scaling is multiplied in.
     """
-    dtype = reduce(torch.promote_types, (factor.dtype for term in terms for factor in term[:2]))
+    dtype = common_dtype(terms)
     lora_A = torch.cat([term.lora_A.to(dtype) for term in terms])
     lora_B = torch.cat([term.lora_B.to(dtype) * term.scaling for term in terms], dim=1)
     return Factors(lora_A, lora_B, 1.0)
+
+
+def common_dtype(terms: Sequence[Factors]) -> torch.dtype:
+    """The dtype that holds the values of all factors."""
+    return reduce(torch.promote_types, (factor.dtype for term in terms for factor in term[:2]))
