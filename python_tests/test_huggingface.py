@@ -87,6 +87,16 @@ def test_architectures(name, tmp_path):
     after = outputs(loaded, name)
     assert not torch.equal(before, after)
 
+    lk.save_adapter(loaded, tmp_path / "adapter")
+    again = cls.from_pretrained(folder)
+    lk.load_adapter(again, tmp_path / "adapter", name="tuned")
+    assert torch.equal(outputs(again, name), before), "it is not active yet"
+    lk.set_adapter(again, "tuned")
+    assert torch.equal(outputs(again, name), after)
+    lk.delete_adapter(again, "tuned")
+    lk.load_adapter(again, tmp_path / "adapter", name=None)
+    assert_same_tensors(again, loaded)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
