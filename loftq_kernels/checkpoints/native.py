@@ -234,8 +234,8 @@ def load_quantized(
     train_only_adapters(target)
     for name in config.trained:
         tensor_of(target, name).requires_grad_(True)
-    if (host := hosts.host_of(target)) is not None:
-        host.adopt(target, None)
+    for host, part in hosts.hosted_parts(target):
+        host.adopt(part, None)
     return model
 
 

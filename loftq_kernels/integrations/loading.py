@@ -17,7 +17,7 @@ from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.convert import Conversion, check_weights
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.report import QuantizationReport
-from loftq_kernels.models.select import Candidate, alike
+from loftq_kernels.models.select import Candidate, alike, packed_bytes
 
 
 class Arrivals:
@@ -50,6 +50,11 @@ class Arrivals:
     def expects(self, name: str) -> bool:
         """Whether a parameter of that name is the weight of a layer to quantize."""
         return name in self._expected
+
+    def bytes_per_weight(self, name: str) -> float:
+        """What the packed weight will take."""
+        candidate = self._expected[name]
+        return packed_bytes(candidate.weight, candidate.cfg) / candidate.weight.numel()
 
     def operation(self) -> Any:
         """What transformers runs on such a weight."""

@@ -133,6 +133,12 @@ class LoftqQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return self._arrivals is not None and self._arrivals.expects(param_name)
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per weight, by which device_map="auto" divides a model among devices."""
+        if self.param_needs_quantization(model, param_name):
+            return self._arrivals.bytes_per_weight(param_name)
+        return param.element_size()
+
     def get_quantize_ops(self) -> Any:
         return self._arrivals.operation()
 
@@ -185,7 +191,7 @@ class LoftqQuantizer(HfQuantizer):
         else:
             self.report = self._arrivals.finish()
         self._arrivals = None
-        model._weight_conversions = []
+        _adopt_inner(model, self.quantization_config.config)
 
     def _finish(self, model: nn.Module) -> None:
         """Make what transformers has loaded layers again: packed tensors constant, adapters trained."""
@@ -264,6 +270,15 @@ def _own_name(model: nn.Module, name: str, known: Mapping[str, Any]) -> str:
     return next((own for own in names if own in known), name)
 
 
+def _adopt_inner(model: nn.Module, cfg: QuantConfig | None) -> None:
+    """Give the models inside a model what their own ``save_pretrained`` needs, and let no save rename tensors."""
+    for module in model.modules():
+        if architecture.is_of_transformers(module):
+            module._weight_conversions = []
+            if module is not model:
+                module.hf_quantizer = LoftqQuantizer(LoftqConfig.of(cfg), pre_quantized=True)
+
+
 class _Transformers:
     """transformers as the package's other parts see it: a `hosts.Host`."""
 
@@ -278,7 +293,7 @@ class _Transformers:
             quantizer.quantization_config.config = cfg
         model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, hosted.METHOD
         model.config.quantization_config = quantizer.quantization_config
-        model._weight_conversions = []
+        _adopt_inner(model, quantizer.quantization_config.config)
 
     def save(self, model: nn.Module, path: Path, max_shard_size: int | str | None) -> None:
         if not isinstance(getattr(model, "hf_quantizer", None), LoftqQuantizer):

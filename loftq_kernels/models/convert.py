@@ -127,12 +127,13 @@ class Conversion:
         self._selection.skipped[candidate.name] = reason
 
     def settle(self, *, freeze: bool = True) -> None:
-        """Say which parameters are trained, and tell the library whose model it is."""
+        """Say which parameters are trained, and tell the libraries whose models it holds."""
         if freeze:
             train_only_adapters(self.model)
         train_modules(self.model, self.cfg.modules_to_save)
-        if (host := hosts.host_of(self.model)) is not None and quantized_layers(self.model):
-            host.adopt(self.model, self.cfg)
+        for host, part in hosts.hosted_parts(self.model):
+            if quantized_layers(part):
+                host.adopt(part, self.cfg)
 
     def report(self) -> QuantizationReport:
         report = QuantizationReport(skipped=self._selection.skipped, already=self._selection.already)
