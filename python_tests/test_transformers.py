@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import load_file, save_file
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CheckpointConfig, LayerSpec

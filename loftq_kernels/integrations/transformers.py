@@ -233,8 +233,10 @@ class LoftqQuantizer(HfQuantizer):
 
     # ---- back to a dense model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Dense layers that compute the same, adapters included, in the place of the quantized ones."""
+        if isinstance(dtype, str):  # as the config of a model has it once the model has been saved
+            dtype = getattr(torch, dtype)
         for name, layer in quantized_layers(model).items():
             set_submodule(model, name, getattr(layer, layer.dense_copy)().to(dtype))
         return model
