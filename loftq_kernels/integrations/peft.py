@@ -19,6 +19,8 @@ from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import other
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.peft_types import TaskType
 from torch import nn
 
 from loftq_kernels.integrations.peft_layers import LAYERS, AroundQuantized
@@ -30,19 +32,27 @@ _OURS = "_loftq_kernels"  # marks the functions that stand in the place of PEFT'
 
 
 def register() -> None:
-    """Make our layers known to PEFT. Calling it again changes nothing, unless PEFT's modules were reloaded."""
-    model = lora_model.LoraModel
-    if not hasattr(model._create_new_module, _OURS):
-        model._create_new_module = staticmethod(_marked(model._create_new_module, _create_new_module))
-    tuner = tuners_utils.BaseTuner
-    if not hasattr(tuner.inject_adapter, _OURS):
-        tuner.inject_adapter = _marked(tuner.inject_adapter, _inject_adapter)
-    for function, ours in (
-        (tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
-        (other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
-    ):
-        if not hasattr(function, _OURS):
-            _replace(function, _marked(function, ours))
+    """Make our layers known to PEFT. Calling it again changes nothing, unless PEFT's modules were reloaded.
+
+    Raises AttributeError, changing nothing, where PEFT lacks one of the functions.
+    """
+    model, tuner = lora_model.LoraModel, tuners_utils.BaseTuner
+    replaced = (
+        (model, model._create_new_module, _create_new_module),
+        (tuner, tuner.inject_adapter, _inject_adapter),
+        (None, tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
+        (None, other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
+    )
+    for cls, original, ours in replaced:
+        if hasattr(original, _OURS):
+            continue
+        if cls is None:
+            _replace(original, _marked(original, ours))
+        else:
+            static = isinstance(vars(cls)[original.__name__], staticmethod)
+            setattr(
+                cls, original.__name__, staticmethod(_marked(original, ours)) if static else _marked(original, ours)
+            )
 
 
 def _marked(original: Callable, ours: Callable) -> Callable:
@@ -57,10 +67,9 @@ def _marked(original: Callable, ours: Callable) -> Callable:
 
 
 def _replace(original: Callable, replacement: Callable) -> None:
-    """Put a function in the place of another in every module that has imported it by name."""
-    name = original.__name__
+    """Put a function in the place of another in every module that has imported it, under whatever name."""
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
+        for name in [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is original]:
             setattr(module, name, replacement)
 
 
@@ -117,7 +126,7 @@ def _include_all_linear_layers(original: Callable, peft_config: Any, model: nn.M
     """PEFT's reading of target_modules="all-linear", with our linear layers; like PEFT's without the output layer."""
     asked = getattr(peft_config, "target_modules", None)
     peft_config = original(peft_config, model)
-    if isinstance(asked, str) and asked.lower() == other.INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         inside = {
             f"{name}.{key}"
             for name, module in model.named_modules()
@@ -138,8 +147,8 @@ def _heads(model: nn.Module, peft_config: Any) -> set[nn.Module]:
     """The layers that "all-linear" leaves out: the output embeddings, else the head of a classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if head is None and getattr(peft_config, "task_type", None) == other.TaskType.SEQ_CLS:
-        head = next((h for name in other.SEQ_CLS_HEAD_NAMES if (h := getattr(model, name, None)) is not None), None)
+    if head is None and getattr(peft_config, "task_type", None) == TaskType.SEQ_CLS:
+        head = next((h for name in SEQ_CLS_HEAD_NAMES if (h := getattr(model, name, None)) is not None), None)
     return set() if head is None else set(head.modules())
 
 
