@@ -18,7 +18,20 @@ import torch
 
 import bench.__main__ as cli
 import loftq_kernels as lk
-from bench import bench_cpu, bench_init_quality, bench_quality, gpu_targets, harness, ours, peers, pictures, subject
+from bench import (
+    bench_cpu,
+    bench_generate,
+    bench_init_quality,
+    bench_quality,
+    gpu_targets,
+    harness,
+    models,
+    ours,
+    peers,
+    pictures,
+    subject,
+    worker,
+)
 from bench.harness import Timing, faults
 from loftq_kernels.cli import pictures as house_pictures
 from loftq_kernels.cli import processor
@@ -251,6 +264,96 @@ class TestFiles:
         folder = ROOT / "bench" / "results"
         results = json.loads((folder / "quality.json").read_text())
         assert bench_quality.markdown(results) == (folder / "quality.md").read_text()
+
+
+class TestGenerate:
+    """`bench generate` on a Llama of two small layers."""
+
+    SIZES = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+
+    @pytest.fixture
+    def dense(self, tmp_path, monkeypatch):
+        """The folder of the model; without llama.cpp, of which the tests may have an interpreter or not."""
+        pytest.importorskip("transformers")
+        monkeypatch.delenv(models.PEERS_PYTHON, raising=False)
+        monkeypatch.setitem(models.SIZES, True, self.SIZES)
+        models.dense_model(self.SIZES).save_pretrained(tmp_path / "dense")
+        return tmp_path / "dense"
+
+    def test_a_run(self, dense, tmp_path, monkeypatch, capsys):
+        """Every contender that is here, in this process."""
+
+        def here(contender, folder, threads, log):
+            return worker.Loaded(lambda: models.Runner(contender.load(folder)))
+
+        monkeypatch.setattr(models.Contender, "start", here)
+        found = run(tmp_path, "generate", "--quick", "--format", "nf2", file="generate_quick.json")
+        assert faults(found) == [] and "LLAMA_CPP_PYTHON is not set" in found["not measured"]["llama.cpp Q4_0"]
+        rows = found["milliseconds"]
+        assert [(row["what"], row["size"]) for row in rows] == [("decode", b) for b in (1, 4, 16)] + [("prompt", 512)]
+        names = {"bf16 transformers", "aten int4pack", "nf2", "nf2 r=16", "nf2 + head", "nf2 r=16 + head"}
+        assert names <= rows[0].keys() and {row["contender"] for row in found["memory"]} >= names
+        for row, speed in zip(rows, found["tokens per second"], strict=True):
+            assert speed["nf2"] == pytest.approx(1e3 * row["size"] / row["nf2"])
+        assert any(row["target"] == "nf2 r=16 against nf2, batch 4" for row in found["targets"])
+        assert "not measured: llama.cpp Q4_0: " in capsys.readouterr().out
+        assert (tmp_path / "generate_quick.png").exists()
+
+    def test_a_process(self, dense, tmp_path):
+        """It answers until it is closed, and says why it fails."""
+        one = next(peer for peer in models.PEERS if peer.name == models.DENSE)
+        process = one.start(dense, 1, tmp_path / "log")
+        assert process.ask("decode", batch=2, context=5, steps=3) > 0 and process.ask("prompt", tokens=7) > 0
+        assert process.ask("peak") >= process.ask("loading peak") > 2**26 and process.ask("seconds") > 0
+        process.close()
+        with pytest.raises(RuntimeError, match=r"its process ended with 1: .*No module named bench\.nothing"):
+            worker.Process(sys.executable, "bench.nothing", [], {}, tmp_path / "log")
+
+    def test_one_that_fails_is_named(self, dense, tmp_path, monkeypatch):
+        def refuse(dense, own):
+            raise OSError("the disk is full")
+
+        missing: dict[str, str] = {}
+        assert bench_generate.started([models.Contender("bad", refuse, None)], tmp_path, True, missing) == {}
+        assert missing == {"bad": "OSError: the disk is full"}
+
+    def test_steps_of_decoding(self, dense):
+        """The cache is as long after a turn as before it, so that all turns have the same context."""
+        runner = models.Runner(models._from_pretrained(dense))
+        runner.decode(2, 5, 3)
+        cache = runner._caches[2, 5]
+        assert cache.get_seq_length() == 5 and cache.layers[0].keys.shape[0] == 2
+        runner.decode(2, 5, 3)
+        assert runner._caches == {(2, 5): cache} and cache.get_seq_length() == 5
+
+    def test_int4_of_aten(self, dense, tmp_path):
+        """The folder that is loaded computes the product with the rounded weight."""
+        models._int4(dense, tmp_path / "int4")
+        weight = models._from_pretrained(dense).model.layers[1].mlp.up_proj.weight.detach().double()
+        x = torch.randn(3, weight.shape[1], dtype=torch.bfloat16)
+        y = models._load_int4(tmp_path / "int4").model.layers[1].mlp.up_proj(x).double()
+        expected = x.double() @ weight.T
+        assert (y - expected).norm() < 0.15 * expected.norm()
+
+    def test_heads(self, dense, tmp_path):
+        """What is called a quantized head is one."""
+        for head in (False, True):
+            one = models.ours("nf4", 16, head)
+            one.prepare(dense, tmp_path / str(head))
+            layer = one.load(tmp_path / str(head)).lm_head
+            assert isinstance(layer, lk.QuantLoRALinear) == head == one.quantized_head
+
+    @pytest.mark.parametrize("option", [["--peer", "nobody"], ["--format", "nf3"]])
+    def test_unknown_values_name_the_known_ones(self, option, tmp_path, capsys):
+        assert cli.main(["generate", *option, "--output", str(tmp_path)]) == 2
+        assert f"{option[1]!r} is not known" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("python", ["/nowhere/python", sys.executable])
+    def test_without_llama_cpp(self, python, monkeypatch):
+        monkeypatch.setenv(models.PEERS_PYTHON, python)
+        if subject.installed("llama_cpp") and python == sys.executable:
+            pytest.skip("this interpreter has it")
+        assert "pip install llama-cpp-python gguf" in models._llama_cpp_missing()
 
 
 class TestFaults:

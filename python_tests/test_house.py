@@ -32,6 +32,7 @@ FLOORS = (
     "threads",
     "arguments",
     "vocabulary",
+    "hosts",
 )
 MOST_LINES = 350
 

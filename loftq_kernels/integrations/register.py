@@ -26,7 +26,10 @@ class Host(NamedTuple):
     versions: str  # of the host's package that it works with, for the warning
 
 
-HOSTS = (Host("peft.tuners.lora.model", "loftq_kernels.integrations.peft", "0.21"),)
+HOSTS = (
+    Host("transformers.quantizers.auto", "loftq_kernels.integrations.transformers", "5.20 and newer"),
+    Host("peft.tuners.lora.model", "loftq_kernels.integrations.peft", "0.21"),
+)
 
 
 def register_all() -> None:
