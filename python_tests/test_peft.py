@@ -466,6 +466,18 @@ class TestMerging:
             off = (model(IDS).logits - logits).norm() / logits.norm()
         assert 1e-4 < off < 0.15
 
+    @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+    @pytest.mark.parametrize("requantize", [False, True])
+    def test_saved_by_transformers(self, tmp_path, targets, requantize):
+        """Dense, partly dense or quantized again: config.json says what the tensors are."""
+        mine, _ = wrapped(lora(target_modules=targets))
+        model = ours.merge_and_unload(mine, requantize=requantize)
+        model.save_pretrained(tmp_path)
+        dense = targets == "all-linear" and not requantize
+        assert ("quantization_config" in (tmp_path / "config.json").read_text()) != dense
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
     def test_says_that_it_is_dense(self):
         mine, _ = wrapped(lora())
         with pytest.warns(UserWarning, match=r"exact and takes the memory of a dense model.*requantize=True"):
@@ -516,6 +528,17 @@ class TestFiles:
         loaded = peft.PeftModel.from_pretrained(model, tmp_path / "theirs", low_cpu_mem_usage=low)
         agree(loaded, theirs)
         agree(mine, peft.PeftModel.from_pretrained(dense, tmp_path / "mine", low_cpu_mem_usage=low))
+
+    def test_of_a_saved_base(self, tmp_path):
+        """The adapter's file names the folder of its base, and each of the usual ways loads both."""
+        models()[0].save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        mine = peft.get_peft_model(base, lora(target_modules="all-linear"))
+        fill(mine)
+        mine.eval().save_pretrained(tmp_path / "adapter")
+        expected = mine(IDS).logits
+        for cls in (transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+            assert torch.equal(cls.from_pretrained(tmp_path / "adapter")(IDS).logits, expected)
 
     def test_a_second_one(self, tmp_path):
         mine, theirs = wrapped(*TestSeveralAdapters.CONFIGS)

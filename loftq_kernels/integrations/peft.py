@@ -1,7 +1,7 @@
 """PEFT on models that hold our layers: `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` and the rest.
 
 Nothing is to be called: importing both packages, in either order, is enough (`register`). PEFT has no public hook for
-layers that it does not know, so `register` replaces four of its functions by ones that add ours, and this is the one
+layers that it does not know, so `register` replaces five of its functions by ones that add ours, and this is the one
 place that does. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
 """
 
@@ -23,6 +23,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_N
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.integrations.peft_layers import LAYERS, AroundQuantized
 from loftq_kernels.nn.adapters import quantized_layers
 from loftq_kernels.nn.base import QuantLoRAModule
@@ -40,6 +41,7 @@ def register() -> None:
     replaced = (
         (model, model._create_new_module, _create_new_module),
         (tuner, tuner.inject_adapter, _inject_adapter),
+        (tuner, tuner._unload_and_optionally_merge, _unload),
         (None, tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
         (None, other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
     )
@@ -108,6 +110,17 @@ def _inject_adapter(original: Callable, tuner: tuners_utils.BaseTuner, model: nn
                 f"{type(tuner).__name__} has put no adapter on {name!r}, a {type(layer).__name__}: use LoraConfig, or "
                 "keep the layer dense with QuantConfig(exclude=...)"
             )
+
+
+def _unload(original: Callable, tuner: tuners_utils.BaseTuner, *args, **kwargs) -> nn.Module:
+    """PEFT's unloading; a model that it has left without quantized layers is no longer said to be quantized."""
+    model = original(tuner, *args, **kwargs)
+    if not quantized_layers(model):
+        for module in model.modules():
+            quantizer = vars(module).get("hf_quantizer")
+            if quantizer is not None and quantizer.quantization_config.quant_method == hosted.METHOD:
+                quantizer.remove_quantization_config(module)
+    return model
 
 
 def _check_modules_to_save(model: nn.Module, peft_config: Any) -> None:
