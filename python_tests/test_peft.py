@@ -568,6 +568,30 @@ class TestFiles:
         mine.delete_adapter("default")
         assert torch.equal(mine(IDS).logits, before)
 
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_hot_swapping(self, tmp_path, prepared):
+        """Another adapter's values in the memory of one, a smaller one with zeros where it was prepared for that."""
+        from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+        configs = lora(), lora(r=2) if prepared else lora()
+        for i, config in enumerate(configs):
+            torch.manual_seed(i)
+            config.init_lora_weights = False
+            peft.get_peft_model(models()[1], config).save_pretrained(tmp_path / str(i))
+        swapped = []
+        for model in models():
+            model = peft.PeftModel.from_pretrained(model, tmp_path / "0")
+            if prepared:
+                prepare_model_for_compiled_hotswap(model, target_rank=4)
+            swapped.append(model)
+        before = agree(*swapped)
+        for model in swapped:
+            hotswap_adapter(model, tmp_path / "1", "default")
+        after = agree(*swapped)
+        assert not torch.allclose(before, after)
+        with torch.no_grad():
+            close(after, peft.PeftModel.from_pretrained(models()[0], tmp_path / "1")(IDS).logits)
+
     def test_inject_adapter_in_model(self):
         mine, theirs = (peft.inject_adapter_in_model(lora(), model) for model in models())
         fill(mine, theirs)

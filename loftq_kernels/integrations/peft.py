@@ -2,7 +2,7 @@
 
 Nothing is to be called: importing both packages, in either order, is enough (`register`). PEFT has no public hook for
 layers that it does not know, so `register` replaces five of its functions by ones that add ours, and this is the one
-place that does. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
+place that does, but for `peft_hotswap`. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
 """
 
 from __future__ import annotations
@@ -46,33 +46,29 @@ def register() -> None:
         (None, other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
     )
     for cls, original, ours in replaced:
-        if hasattr(original, _OURS):
-            continue
-        if cls is None:
-            _replace(original, _marked(original, ours))
-        else:
-            static = isinstance(vars(cls)[original.__name__], staticmethod)
-            setattr(
-                cls, original.__name__, staticmethod(_marked(original, ours)) if static else _marked(original, ours)
-            )
+        stand_in(original, ours, cls)
 
 
-def _marked(original: Callable, ours: Callable) -> Callable:
-    """``ours``, which takes the original first, as a function that looks like the original."""
+def stand_in(original: Callable, ours: Callable, cls: type | None = None) -> None:
+    """Put ``ours``, which takes the original first, in the place of a method of cls, or of a function wherever it is.
+
+    A function is replaced in every module that has imported it, under whatever name; ours looks like the original.
+    """
+    if hasattr(original, _OURS):
+        return
 
     @functools.wraps(original)
     def replacement(*args, **kwargs):
         return ours(original, *args, **kwargs)
 
     setattr(replacement, _OURS, True)
-    return replacement
-
-
-def _replace(original: Callable, replacement: Callable) -> None:
-    """Put a function in the place of another in every module that has imported it, under whatever name."""
+    name = original.__name__
+    if cls is not None:
+        setattr(cls, name, staticmethod(replacement) if isinstance(vars(cls)[name], staticmethod) else replacement)
+        return
     for module in list(sys.modules.values()):
-        for name in [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is original]:
-            setattr(module, name, replacement)
+        for alias in [alias for alias, value in list(getattr(module, "__dict__", {}).items()) if value is original]:
+            setattr(module, alias, replacement)
 
 
 def _create_new_module(original: Callable, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs):

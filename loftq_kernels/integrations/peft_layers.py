@@ -29,6 +29,7 @@ from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.conv import QuantLoRAConv1d, QuantLoRAConv2d
 from loftq_kernels.nn.embedding import QuantLoRAEmbedding
 from loftq_kernels.nn.group import is_grouped
+from loftq_kernels.nn.kept import forget
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.nn.stacking import Factors
@@ -53,6 +54,15 @@ class AroundQuantized:
         check_config(config, self.get_base_layer())
         self.fan_in_fan_out = False  # Also in the place of a transposed Conv1D the matrix is [out, in].
         super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.forget_kept()
+        return super().train(mode)
+
+    def forget_kept(self) -> None:
+        """Make what is kept between calls anew at the next one, after writes that PyTorch does not count."""
+        for module in (self, self.get_base_layer(), *self.lora_magnitude_vector.values()):
+            forget(module)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         if isinstance(module, QuantLoRAEmbedding):
