@@ -30,6 +30,7 @@ from loftq_kernels.checkpoints.tensor_file import (
     with_ties,
 )
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.models.ties import untie
 from loftq_kernels.nn.adapters import train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
@@ -227,6 +228,7 @@ def load_quantized(
         if not isinstance(old, QuantLoRAModule):
             carry_over(old, layer, kind_of(old))
         set_submodule(target, name, layer.train(old.training))
+    untie(target)
     for name, tensor in tensors.items():
         assign(target, name, tensor)
     for name, source in config.tied.items():

@@ -27,9 +27,10 @@ except ImportError as error:
 if not is_serve_available():
     raise ImportError("the server needs openai and pydantic: pip install 'loftq_kernels[serve]'")
 
-import loftq_kernels as lk
 from loftq_kernels.checkpoints.architecture import model_class
 from loftq_kernels.checkpoints.hosted import read_config
+from loftq_kernels.checkpoints.native import load_quantized
+from loftq_kernels.integrations.register import register_all
 
 TRIED_WITH = "5.23 and 5.24"
 _PRIVATE = {
@@ -61,7 +62,8 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} has no tokenizer: copy its files there from the folder of the dense model") from error
-    return lk.load_quantized(folder, device=device), processor
+    register_all()  # The quantizer: the process of the command may not have asked for it yet.
+    return load_quantized(folder, device=device), processor
 
 
 def _check_kind(folder: Path) -> None:
@@ -233,6 +235,10 @@ def _answer_errors(app: fastapi.FastAPI, models: Models) -> None:
     @app.exception_handler(ValueError)
     async def invalid(_: fastapi.Request, error: ValueError) -> JSONResponse:
         return _error(400, error)
+
+    @app.exception_handler(KeyError)
+    async def incomplete(_: fastapi.Request, error: KeyError) -> JSONResponse:
+        return _error(400, f"the request lacks {error}")
 
     @app.exception_handler(Stopping)
     async def stopping(_: fastapi.Request, error: Stopping) -> JSONResponse:
