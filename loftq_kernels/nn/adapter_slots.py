@@ -42,6 +42,14 @@ class AdapterSlots:
         self.live: Factors | None = None
         self.replaces = False  # whether an active one stands in the place of the start adapter
 
+    def hold(self, name: str, adapter: NamedAdapter) -> None:
+        """Have an adapter, in the place of one of its name, in a new dict: other threads may be reading the old one."""
+        self.loaded = {**self.loaded, name: adapter}
+
+    def drop(self, name: str) -> None:
+        """Have no adapter of this name."""
+        self.loaded = {other: adapter for other, adapter in self.loaded.items() if other != name}
+
     def activate(self, names: Iterable[str]) -> None:
         """Fill the live slot with the sum of these adapters, of which the layer may have some, all or none."""
         names = tuple(names)
