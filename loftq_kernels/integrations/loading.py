@@ -20,6 +20,13 @@ from loftq_kernels.models.report import QuantizationReport
 from loftq_kernels.models.select import Candidate, alike, packed_bytes
 
 
+def _tie(model: nn.Module) -> None:
+    """Tie what transformers ties when all is loaded, so that layers that share a weight are known to do so."""
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, name = target.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_parameter_or_buffer(source))
+
+
 class Arrivals:
     """The weights of a model that are being read, on their way to become quantized layers.
 
@@ -36,6 +43,7 @@ class Arrivals:
     ):
         if isinstance(statistics, str | Path):
             statistics = ActivationStatistics.load(statistics)
+        _tie(model)
         self.conversion = Conversion(model, cfg, statistics=statistics, plan=plan, values=False)
         candidates = self.conversion.candidates
         self._expected = {f"{name}.weight": own for own in candidates for name in own.names}
