@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequen
     config = _built(models).server.config
     config.timeout_graceful_shutdown = _SECONDS_TO_STOP
     _answer_errors(config.app, models)
+    config.app.add_middleware(_Abandoned)
     return Server(config, models)
 
 
@@ -184,6 +186,11 @@ class _Requests(GenerateManager):
         self._shared, self._model = shared, model
         self._active = () if adapter is None else (adapter,)
 
+    def generate_streaming(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        queue, streamer = super().generate_streaming(*args, **kwargs)
+        _streamers.get().append(streamer)
+        return queue, streamer
+
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         return self._shared.submit(self._run, fn, *args, **kwargs)
 
@@ -194,6 +201,29 @@ class _Requests(GenerateManager):
         if active_adapters(self._model) != self._active:
             set_adapter(self._model, self._active)
         return fn(*args, **kwargs)
+
+
+_streamers: ContextVar[list[Any]] = ContextVar("_streamers")  # those of a request
+
+
+class _Abandoned:
+    """Ends the generation of a stream when its request is over, because the client has left, say.
+
+    transformers does so where it is waiting for a token. Where it was sending one, its generator would hear of the end
+    at the next garbage collection, and every other client would wait for an answer that nobody reads.
+    """
+
+    def __init__(self, app: Callable):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
+        streamers: list[Any] = []
+        _streamers.set(streamers)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            for streamer in streamers:
+                streamer.cancel()
 
 
 class Server(uvicorn.Server):
