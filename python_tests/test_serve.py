@@ -144,9 +144,9 @@ class Served:
     forwards: list[int]  # one entry for each call of the model
     client: openai.OpenAI
 
-    def post(self, path: str, body: bytes) -> tuple[int, str]:
+    def post(self, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, str]:
         """As curl does."""
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": content_type})
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
                 return response.status, response.read().decode()
@@ -294,6 +294,34 @@ class TestRefusals:
     def test_a_wrong_request(self, served, path, body, status, message):
         code, text = served.post(path, body)
         assert code == status and message in json.loads(text)["error"]["message"]
+
+    @pytest.mark.parametrize("key", ["messages", "input"])
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": {"url": "http://192.0.2.1/cat.png"}},
+            {"type": "input_image", "image_url": "/etc/passwd"},
+            {"type": "video_url", "video_url": {"url": "film.mp4"}},
+            {"type": "audio_url", "audio_url": {"url": "https://192.0.2.1/a.wav"}},
+            {"type": "input_audio", "input_audio": "/etc/passwd"},
+            {"type": "input_audio", "input_audio": {"data": "/etc/passwd"}},
+        ],
+        ids=lambda part: str(part.get("type")) if isinstance(part, dict) else part,
+    )
+    def test_what_would_be_fetched_or_opened(self, served, key, part):
+        path = {"messages": "/v1/chat/completions", "input": "/v1/responses"}[key]
+        for items in ([{"role": "user", "content": [part]}], [part]):
+            for content_type in ("application/json", "application/other+json"):
+                status, text = served.post(path, json.dumps({"model": "tiny", key: items}).encode(), content_type)
+                assert status == 400 and "is not fetched or opened for a request" in text
+
+    def test_data_is_neither_fetched_nor_opened(self, world, served):
+        """A model of text leaves images out, as transformers' server does."""
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        content = [{"type": "text", "text": PROMPTS[0]}, image]
+        messages = [{"role": "user", "content": content}]
+        said = served.client.chat.completions.create(model="one", messages=messages, max_tokens=6, temperature=0)
+        assert said.choices[0].message.content == world.chat("one", PROMPTS[0])
 
     def test_a_chat_without_a_template(self, served, monkeypatch):
         monkeypatch.setattr(served.processor, "chat_template", None)
