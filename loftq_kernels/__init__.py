@@ -6,6 +6,7 @@ y = x @ (codebook[codes] * scale + offset).T  +  scaling * (x @ lora_A.T) @ lora
 # ruff: noqa: F405
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,12 @@ __all__ = [
     "available_backends",
     "cache_teacher",
     "collect_activations",
+    "delete_adapter",
     "eora_init",
     "first_layers",
     "format_names",
     "initializer_names",
+    "load_adapter",
     "load_quantized",
     "loftq_init",
     "loftq_init_batch",
@@ -47,9 +50,12 @@ __all__ = [
     "quantize",
     "quantize_model",
     "rilq_tune",
+    "save_adapter",
     "save_quantized",
+    "set_adapter",
     "solve_plan",
     "train_only_adapters",
+    "use_adapters",
     "weighted_low_rank",
 ]
 
@@ -71,8 +77,19 @@ if TYPE_CHECKING or not _is_the_command():
     from loftq_kernels.public import *  # noqa: F403
 
 
+_OF_HOSTS = {  # imported when somebody asks for the name
+    "LoftqConfig": "loftq_kernels.integrations.transformers",
+    "exclude_frozen_parameters": "loftq_kernels.integrations.trainer",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """In the process of the command: all public names, as soon as one of them is asked for."""
+    """Names whose libraries are imported for them alone; in the process of the command, all others, too."""
+    if name in _OF_HOSTS:
+        try:
+            return getattr(importlib.import_module(_OF_HOSTS[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs {error.name}: pip install 'loftq_kernels[hf]'") from error
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from loftq_kernels import public
@@ -82,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_OF_HOSTS})

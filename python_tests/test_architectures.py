@@ -5,64 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 
+import hf_models
 import pytest
 import torch
-from helpers import gaussian
+from helpers import gaussian, parameters_of
+from hf_models import ARCHITECTURES, adapter_config, dense_twin, fill_adapters, logits, quantized_layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loftq_kernels as lk
 from loftq_kernels.nn.base import PACKED
-
-TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {**SIZES, "intermediate_size": 96, "vocab_size": 96}
-DECODER = {**TEXT, "num_key_value_heads": 1, "tie_word_embeddings": False}
-WHISPER = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in (("layers", 2), ("ffn_dim", 96))}
-WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 16}
-WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-DISENTANGLED = {"relative_attention": True, "position_buckets": 16, "share_att_key": True, "max_relative_positions": -1}
-DISENTANGLED |= {"pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
-T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
-# Name: (class of transformers, config, inputs, what of the left dense is named).
-TRANSFORMERS = {
-    "t5": ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}, "labels", ()),
-    "t5 gated": (
-        "T5ForConditionalGeneration",
-        {**T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"},
-        "labels",
-        ("shared.weight",),
-    ),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 96, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2}, "", ()),
-    "deberta": ("DebertaV2Model", {**TEXT, **DISENTANGLED}, "", ("encoder.rel_embeddings.weight",)),
-    "bert": ("BertForSequenceClassification", {**TEXT, "max_position_embeddings": 32}, "", ()),
-    "llama": ("LlamaForCausalLM", DECODER, "", ("lm_head.weight",)),
-    "gemma": ("GemmaForCausalLM", {**DECODER, "head_dim": 32, "tie_word_embeddings": True}, "", ()),
-    "mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4}, "", ("experts", "gate.weight")),
-    "qwen3 moe": (
-        "Qwen3MoeForCausalLM",
-        {**DECODER, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-        "",
-        ("experts", "gate.weight"),
-    ),
-    "gpt-oss": (
-        "GptOssForCausalLM",
-        {**DECODER, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "",
-        ("experts", "router.weight"),
-    ),
-    "vit": ("ViTForImageClassification", {**SIZES, "intermediate_size": 96, "image_size": 16, "patch_size": 8}, "", ()),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        {**WHISPER, "vocab_size": 96, "d_model": 64, "num_mel_bins": 16, "max_target_positions": 32},
-        "",
-        ("model.encoder.conv1.weight",),
-    ),
-}
-INPUTS = {
-    "vit": {"pixel_values": gaussian(2, 3, 16, 16)},
-    "whisper": {"input_features": gaussian(2, 16, 32), "decoder_input_ids": TOKENS},
-}
 
 
 class Counter(TorchDispatchMode):
@@ -116,46 +68,38 @@ OF_TORCH = {
     "lstm": (Recurrent, {"x": gaussian(5, 3, 64)}, ("lstm.weight_ih_l0", "lstm.weight_hh_l1_reverse")),
     "attention": (Attention, {"x": gaussian(3, 7, 64)}, ("attention.in_proj_weight", "attention.out_proj.weight")),
 }
-TIED = {"t5", "gpt2", "gemma", "whisper"}
-NAMES = [*TRANSFORMERS, *OF_TORCH]
-
-
-def config(**options) -> lk.QuantConfig:
-    return lk.QuantConfig(**{"rank": 4, "num_iter": 1, "group_size": 32, **options})
-
-
-def dense_model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    if name in OF_TORCH:
-        return OF_TORCH[name][0]().eval()
-    transformers = pytest.importorskip("transformers")
-    cls, options = TRANSFORMERS[name][:2]
-    cls = getattr(transformers, cls)
-    return cls(cls.config_class(**options)).eval()
+NAMES = [*ARCHITECTURES, *OF_TORCH]
+TIED = [name for name, one in ARCHITECTURES.items() if one.tied]
+LAYER_TYPES = ("linear", "conv", "embedding")
 
 
 @functools.cache
-def quantized(name: str) -> tuple[nn.Module, lk.QuantizationReport, int]:
-    """The model, its adapters filled with numbers, the report and the model's bytes before."""
+def bytes_before(name: str) -> int:
+    """Those of the dense model."""
+    return total_bytes(dense_model(name))
+
+
+def dense_model(name: str) -> nn.Module:
+    if name in ARCHITECTURES:
+        return hf_models.dense_model(name)
+    torch.manual_seed(0)
+    return OF_TORCH[name][0]().eval()
+
+
+@functools.cache
+def quantized(name: str) -> tuple[nn.Module, lk.QuantizationReport]:
+    """The model, its adapters filled with numbers, and the report."""
+    if name in ARCHITECTURES:
+        return hf_models.quantized(name)
     model = dense_model(name)
-    before = total_bytes(model)
-    report = lk.quantize_model(model, config(), progress=False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    return model, report, before
-
-
-def inputs(name: str) -> dict[str, torch.Tensor]:
-    if name in OF_TORCH:
-        return OF_TORCH[name][1]
-    labels = {"labels": TOKENS} if TRANSFORMERS[name][2] == "labels" else {}
-    return INPUTS.get(name, {"input_ids": TOKENS, **labels})
+    report = lk.quantize_model(model, adapter_config(), progress=False)
+    return fill_adapters(model), report
 
 
 def outputs(model: nn.Module, name: str) -> torch.Tensor:
-    result = model(**inputs(name))
-    return result if isinstance(result, torch.Tensor) else result["logits" if "logits" in result else 0]
+    if name in ARCHITECTURES:
+        return logits(model(**hf_models.inputs(name)))
+    return model(**OF_TORCH[name][1])
 
 
 def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -167,27 +111,17 @@ def total_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in unique_tensors(model).values())
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "codes")}
-
-
-def dense_twin(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for name, layer in quantized_layers(model).items():
-        twin.set_submodule(name, getattr(layer, layer.dense_copy)())
-    return twin
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_multiplies_by_packed_weights(name):
-    model, report, _ = quantized(name)
+    model, report = quantized(name)
     assert quantized_layers(model).keys() == {layer.name for layer in report.layers}
+    reads = ARCHITECTURES[name].reads if name in ARCHITECTURES else 0
     with torch.no_grad(), Counter() as counter:
         y = outputs(model, name)
-    assert counter.decodes == 0 and counter.products >= len(report.layers)
+    assert counter.decodes == reads and counter.products >= len(report.layers) - reads
     with torch.enable_grad(), Counter() as counter:  # where torch takes no fast path
         slow = outputs(model, name)
-    assert counter.decodes == 0
+    assert counter.decodes == reads
     with torch.no_grad():
         expected = outputs(dense_twin(model), name)
     real = ~PADDING if name == "masked encoder" else slice(None)  # the fast path fills padding with zeros
@@ -223,18 +157,20 @@ def check_account(model: nn.Module, report: lk.QuantizationReport) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_report_adds_up(name):
-    model, report, before = quantized(name)
+    model, report = quantized(name)
     check_account(model, report)
     saved = report.bytes_before - report.bytes_after
-    assert before - saved == report.model_bytes, "what is not quantized keeps its bytes, tied tensors count once"
+    assert bytes_before(name) - saved == report.model_bytes, (
+        "what is not quantized keeps its bytes, tied tensors count once"
+    )
     names = {tensor.name for tensor in report.tensors}
     assert names.isdisjoint(f"{layer.name}.weight" for layer in report.layers)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_left_dense_is_named_with_the_reason(name):
-    _, report, _ = quantized(name)
-    wanted = (OF_TORCH if name in OF_TORCH else TRANSFORMERS)[name][-1]
+    _, report = quantized(name)
+    wanted = OF_TORCH[name][-1] if name in OF_TORCH else ARCHITECTURES[name].dense
     text = str(report)
     for part in wanted:
         found = [tensor for tensor in report.left_dense if part in tensor.name]
@@ -258,7 +194,7 @@ def test_what_is_left_dense_is_named_with_the_reason(name):
     ],
 )
 def test_parameters_that_no_layer_holds(name, kind):
-    _, report, _ = quantized(name)
+    _, report = quantized(name)
     held = [tensor for tensor in report.left_dense if tensor.reason.startswith(kind)]
     assert held and all(str(tensor) in str(report) for tensor in held)
     assert sum(tensor.nbytes for tensor in held) > 0.2 * report.model_bytes
@@ -266,23 +202,23 @@ def test_parameters_that_no_layer_holds(name, kind):
     assert last in report.summary
 
 
-@pytest.mark.parametrize("name", sorted(TIED))
+@pytest.mark.parametrize("name", TIED)
 def test_tied_embeddings(name):
-    model, report, _ = quantized(name)
+    model, report = quantized(name)
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     assert len(every) > len(unique_tensors(model)), "the model ties nothing"
     table = model.get_input_embeddings().weight
     same = {key for key, tensor in every if tensor is table}
     assert len(same) > 1 and len(same & {tensor.name for tensor in report.tensors}) == 1
-    again = lk.quantize_model(copy.deepcopy(model), config(layer_types=("linear", "embedding")), progress=False)
+    again = lk.quantize_model(copy.deepcopy(model), adapter_config(layer_types=("linear", "embedding")), progress=False)
     assert not any(f"{layer.name}.weight" in same for layer in again.layers)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "lstm", "encoder"])
 def test_a_second_call_counts_what_was_quantized(name):
-    model, first, _ = quantized(name)
+    model, first = quantized(name)
     model = copy.deepcopy(model)
-    report = lk.quantize_model(model, config(), progress=False)
+    report = lk.quantize_model(model, adapter_config(), progress=False)
     assert report.layers == [] and sorted(report.already) == sorted(layer.name for layer in first.layers)
     assert f"{len(first.layers)} layers were quantized before" in report.summary
     check_account(model, report)
@@ -291,23 +227,87 @@ def test_a_second_call_counts_what_was_quantized(name):
 
 def test_a_second_call_that_goes_on():
     model = dense_model("mixtral")
-    first = lk.quantize_model(model, config(include="model.layers.0.*"), progress=False)
+    first = lk.quantize_model(model, adapter_config(include="model.layers.0.*"), progress=False)
     before = total_bytes(model)
-    report = lk.quantize_model(model, config(format="nf2"), progress=False)
+    report = lk.quantize_model(model, adapter_config(format="nf2"), progress=False)
     assert len(first.layers) == len(report.layers) == 4 and report.already == [layer.name for layer in first.layers]
     assert "; 4 layers were quantized before" in report.summary
     check_account(model, report)
     assert before - report.bytes_before + report.bytes_after == report.model_bytes
 
 
-def test_other_kinds_of_layers():
-    """ViT's patches are a convolution; GPT-2's positions an embedding, its tokens one that is tied to the head."""
-    options = {"layer_types": ("linear", "conv", "embedding")}
-    for name, kind in (("vit", "QuantLoRAConv2d"), ("gpt2", "QuantLoRAEmbedding"), ("whisper", "QuantLoRAConv1d")):
-        model = dense_model(name)
-        report = lk.quantize_model(model, config(**options), progress=False)
-        assert kind in {type(module).__name__ for module in model.modules()}
-        check_account(model, report)
-        twin = dense_twin(model)
-        with torch.no_grad():
-            torch.testing.assert_close(outputs(model, name), outputs(twin, name), rtol=1e-3, atol=1e-4)
+def gradients_of_twin(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Those of adapters by the chain rule from dW of the dense twin, W = Q + s B A: dA = s B^T dW, dB = s dW A^T."""
+    twin = dense_twin(model).requires_grad_(True)
+    twin(**hf_models.inputs(name)).loss.backward()
+    gradients = {}
+    for key, layer in quantized_layers(model).items():
+        weight = twin.get_submodule(key).weight
+        of_weight = (torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten(1).double()
+        gradients[f"{key}.lora_A"] = layer.scaling * layer.lora_B.double().T @ of_weight
+        gradients[f"{key}.lora_B"] = layer.scaling * of_weight @ layer.over_columns(layer.lora_A).double().T
+    return gradients
+
+
+def check_training_step(model: nn.Module, name: str) -> None:
+    """The gradients are the twin's, the loss falls, and nothing but adapters moves."""
+    before, expected = parameters_of(model), gradients_of_twin(model, name)
+    loss = model(**hf_models.inputs(name)).loss
+    loss.backward()
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == expected.keys()
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for key, parameter in trained.items():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if gradient.shape == expected[key].shape:  # "qalora" has one column of lora_A for a group of columns
+            torch.testing.assert_close(gradient.double(), expected[key], rtol=1e-3, atol=1e-5 * norm.item())
+    nn.utils.clip_grad_norm_(trained.values(), 1e-3)
+    torch.optim.SGD(trained.values(), lr=10).step()
+    after = parameters_of(model)
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved and moved <= trained.keys()
+    with torch.no_grad():
+        assert model(**hf_models.inputs(name)).loss < loss
+
+
+@pytest.mark.parametrize("name", hf_models.NAMES)
+def test_a_training_step_moves_adapters_alone(name):
+    check_training_step(copy.deepcopy(quantized(name)[0]), name)
+
+
+OTHER_CONFIGS = {
+    "llama": {"format": "nf2", "group_size": 64},
+    "t5": {"format": "nf2"},
+    "falcon": {"format": "int4"},
+    "whisper": {"format": "int4", "layer_types": LAYER_TYPES},
+    "qwen3": {"adapter": "qalora", "format": "int4"},
+    "bart": {"adapter": "qalora", "format": "int2"},
+    "gpt2": {"layer_types": LAYER_TYPES},
+    "vit": {"layer_types": LAYER_TYPES},
+    "wav2vec2": {"layer_types": LAYER_TYPES},
+    "clip": {"layer_types": LAYER_TYPES},
+    "llava": {"layer_types": LAYER_TYPES},
+    "bert": {"layer_types": LAYER_TYPES},
+    "mamba": {"layer_types": LAYER_TYPES},
+}
+KINDS_FOUND = {
+    "whisper": "QuantLoRAConv1d",
+    "gpt2": "QuantLoRAEmbedding",  # of positions: that of tokens is tied to the head
+    "vit": "QuantLoRAConv2d",
+    "llava": "QuantLoRAConv2d",
+    "bert": "QuantLoRAEmbedding",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_other_configs(name):
+    model = dense_model(name)
+    report = lk.quantize_model(model, adapter_config(**OTHER_CONFIGS[name]), progress=False)
+    assert KINDS_FOUND.get(name, "QuantLoRALinear") in {
+        type(layer).__name__ for layer in quantized_layers(model).values()
+    }
+    check_account(model, report)
+    with torch.no_grad():
+        y, expected = outputs(model, name), outputs(dense_twin(model), name)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    check_training_step(fill_adapters(model), name)

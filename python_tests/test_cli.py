@@ -60,7 +60,7 @@ class TestQuantize:
         assert similarity.min() > 0.999 and loaded.encoder.layer[0].output.dense.rank == 4
         for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
             assert (target / name).read_text() == name
-        assert not (target / "model.safetensors").exists()
+        assert json.loads((target / "config.json").read_text())["quantization_config"]["quant_method"] == "loftq"
 
     def test_plain(self, plain, tmp_path, capsys):
         """Without an architecture nothing is guessed: the caller names the layers."""
@@ -394,9 +394,9 @@ class TestCompanions:
         written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
         source = {str(file.relative_to(full)) for file in full.rglob("*") if file.is_file()}
         weights = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
-        expected = source - weights - {"training_args.bin", "trainer_state.json"}
-        assert written - source == {CONFIG_NAME, json.loads((out / CONFIG_NAME).read_text())["tensor_file"]}
-        assert written & source == expected and "chat_template.jinja" in expected
+        expected = source - weights - {"training_args.bin", "trainer_state.json", "config.json"}
+        assert written - expected == {"config.json", "model.safetensors"}
+        assert written & expected == expected and "chat_template.jinja" in expected
         assert all((out / name).read_bytes() == (full / name).read_bytes() for name in expected)
         tokenizers = [transformers.AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (full, out)]
         assert tokenizers[0]("packed weights") == tokenizers[1]("packed weights")
@@ -404,6 +404,7 @@ class TestCompanions:
         assert transformers.CLIPImageProcessor.from_pretrained(out).size == {"shortest_edge": 42}
         assert transformers.GenerationConfig.from_pretrained(out).max_new_tokens == 7
         configs = [transformers.AutoConfig.from_pretrained(path).to_dict() for path in (full, out)]
+        assert configs[1].pop("quantization_config")["rank"] == 4
         assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
 
     def test_not_in_place(self, full, capsys):
@@ -437,10 +438,8 @@ class TestInspect:
         run(capsys, "quantize", bert, tmp_path / "out", "--rank", 4, "--num-iter", 1)
         _, out, _ = run(capsys, "inspect", tmp_path / "out")
         (file,) = (tmp_path / "out").glob("*.safetensors")
-        stored = sum(tensor.nbytes for tensor in load_file(file).values())
-        dense = tiny_bert()
-        half = sum(2 * parameter.numel() for parameter in dense.parameters())
-        half += sum(buffer.nbytes for buffer in dense.buffers())
+        stored = sum(t.nbytes for name, t in load_file(file).items() if not name.endswith("_extra_state"))
+        half = sum(2 * parameter.numel() for parameter in tiny_bert().parameters())
         (line,) = [line for line in out.splitlines() if "in 16 bits" in line]
         assert line.startswith(f"{stored / 1024:.1f} KiB (packed ") and f": {stored / half:.1%} of the " in line
 
@@ -500,7 +499,7 @@ class TestInspect:
         out = tmp_path / "out"
         run(capsys, "quantize", bert, out, "--rank", 4, "--num-iter", 1)
         (file,) = out.glob("*.safetensors")
-        whole, manifest = file.read_bytes(), json.loads((out / CONFIG_NAME).read_text())
+        whole = file.read_bytes()
 
         def said() -> str:
             status, shown, err = run(capsys, "inspect", out)
@@ -513,9 +512,9 @@ class TestInspect:
         file.write_bytes(whole[:1000])
         assert "truncated" in said()
         file.unlink()
-        assert f"names {manifest['tensor_file']}, which does not exist" in said()
-        (out / CONFIG_NAME).write_text("{")
-        assert "JSON" in said()
+        assert "names model.safetensors, which does not exist" in said()
+        (out / "config.json").write_text("{")
+        assert "not a quantized checkpoint" in said()
         status, shown, err = run(capsys, "inspect", plain)
         assert status == 2 and shown == "" and CONFIG_NAME in one_line(err)
 

@@ -81,6 +81,7 @@ PRESUPPOSED: dict[str, Callable[[], Any]] = {
     "load_dense": lambda: llama,
     "batches": tokens,
     "cfg": lambda: lk.QuantConfig("nf2", rank=4, init="eora"),
+    "dataset": lambda: [{"input_ids": one, "labels": one} for batch in tokens() for one in batch],
     "weight": lambda: gaussian(96, 128),
     "x": lambda: gaussian(5, 128),
     "bias": lambda: gaussian(96),

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.nn.wrappers import own_class
-
-_NEEDS_HF = "transformers models need: pip install 'loftq_kernels[hf]'"
+OLDEST = "5.20"  # version of transformers whose interface for quantizers ours is written for
+NEEDS_HF = f"transformers {OLDEST} or newer is needed: pip install 'loftq_kernels[hf]'"
 
 
 class PlainModel(nn.Module):
@@ -29,17 +28,18 @@ class PlainModel(nn.Module):
         )
 
 
-def _transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """The package, which `integrations` makes a host as it is imported. Raises ImportError that says how to get it."""
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(_NEEDS_HF) from error
+        raise ImportError(NEEDS_HF) from error
     return transformers
 
 
 def model_class(name: str) -> type[nn.Module]:
     """transformers' model class of that name. Raises ValueError where there is none."""
-    transformers = _transformers()
+    transformers = import_transformers()
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{name!r} is not a model class of transformers {transformers.__version__}")
@@ -58,20 +58,18 @@ def architecture_of(file: Path) -> str:
     return architectures[0]
 
 
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """What `skeleton` rebuilds a transformers model from, as JSON values; None for any other model."""
-    cls = own_class(model)
-    if not cls.__module__.startswith("transformers."):
-        return None
-    described = {"class": cls.__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
-    if getattr(model, "generation_config", None) is not None:
-        described["generation_config"] = json.loads(model.generation_config.to_json_string(use_diff=False))
-    return described
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model's class is one of transformers' or derived from one; imports nothing."""
+    mro = type(model).__mro__
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__ == "transformers.modeling_utils" for cls in mro)
 
 
 def skeleton(described: dict[str, Any]) -> nn.Module:
-    """The model of `describe`, in eval mode, with every tensor on the meta device."""
-    transformers = _transformers()
+    """The transformers model that earlier versions have described, in eval mode, with every tensor on the meta device.
+
+    ``described`` is its class, config and generation_config.
+    """
+    transformers = import_transformers()
     try:
         cls = model_class(described["class"])
         config = cls.config_class.from_dict(described["config"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.checkpoints.architecture import (
     architecture_of,
     is_linear,
@@ -89,8 +90,9 @@ def tensor_files(path: Path) -> list[Path]:
     """The safetensors files of a dense model's folder. Raises FileNotFoundError or ValueError for other folders."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    if (path / CONFIG_NAME).is_file():
-        raise ValueError(f"{path} is already quantized: it holds {CONFIG_NAME}; load it with load_quantized")
+    if (path / CONFIG_NAME).is_file() or hosted.is_hosted(path):
+        told = CONFIG_NAME if (path / CONFIG_NAME).is_file() else f"a {hosted.CONFIG_NAME} that says so"
+        raise ValueError(f"{path} is already quantized: it holds {told}; load it with load_quantized")
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are not read)")

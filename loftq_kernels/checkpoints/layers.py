@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.checkpoints.manifest import CheckpointConfig, LayerSpec
 from loftq_kernels.checkpoints.native import assign
 from loftq_kernels.checkpoints.tensor_file import with_dtypes
@@ -62,8 +63,8 @@ def _stored(name: str, spec: LayerSpec, tied: dict[str, str], tensors: dict[str,
 def read_layers(path: str | Path) -> Iterator[tuple[str, QuantLoRAModule]]:
     """Each layer of a checkpoint with its tensors, on the CPU, without the model around it."""
     path = Path(path)
-    config = CheckpointConfig.read(path)
-    with files.open_tensors(path / config.tensor_file) as stored:
+    config = hosted.read_config(path)
+    with files.open_all(config.paths(path)) as stored:
         for name, spec in with_dtypes(config, stored).layers.items():
             layer = spec.build()
             for part, _ in list(named_tensors(layer)):

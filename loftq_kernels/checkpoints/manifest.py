@@ -46,6 +46,7 @@ class LayerSpec:
     offset: bool = False  # whether a format that is not affine has one, as after merging an adapter
     adapter_enabled: bool = True
     dtype: str | None = None  # of the layer; None where lora_A, or else the bias, tells it
+    adapter_dtype: str | None = None  # of lora_A and lora_B; None where the tensors tell it
 
     @classmethod
     def of(cls, layer: QuantLoRAModule) -> LayerSpec:
@@ -98,8 +99,9 @@ class LayerSpec:
             inner = num_groups(self.in_features, self.group_size) if self.adapter == "qalora" else self.in_features
             check_rank(self.rank, self.out_features, inner)
         arguments.choice("scale_dtype", self.scale_dtype, sorted(self._scale_dtypes()))
-        if self.dtype is not None:
-            arguments.choice("dtype", self.dtype, sorted(DTYPES_BY_NAME))
+        for name in ("dtype", "adapter_dtype"):
+            if getattr(self, name) is not None:
+                arguments.choice(name, getattr(self, name), sorted(DTYPES_BY_NAME))
         arguments.number("scaling", self.scaling, above=1e-30, below=1e30)
 
     def _check_kind(self) -> None:
@@ -122,8 +124,9 @@ class LayerSpec:
     def layer_kind(self) -> LayerKind:
         return kind_named(self.kind)
 
-    def build(self) -> QuantLoRAModule:
-        """The layer on the meta device."""
+    def build(self, dtype: torch.dtype | None = None) -> QuantLoRAModule:
+        """The layer on the meta device; ``dtype`` instead of its own where a model is loaded in another one."""
+        own = None if self.dtype is None else DTYPES_BY_NAME[self.dtype]
         layer = self.layer_kind.blank(
             self.out_features,
             self.in_features,
@@ -135,7 +138,8 @@ class LayerSpec:
             adapter=self.adapter,
             offset=self.has_merged_offset,
             scale_dtype=STORED_DTYPES_BY_NAME[self.scale_dtype],
-            dtype=None if self.dtype is None else DTYPES_BY_NAME[self.dtype],
+            dtype=dtype or own,
+            adapter_dtype=None if self.adapter_dtype is None else DTYPES_BY_NAME[self.adapter_dtype],
             device="meta",
         )
         layer.scaling, layer.adapter_enabled = self.scaling, self.adapter_enabled
@@ -149,6 +153,7 @@ _OPTIONAL = {
     "offset": False,
     "adapter_enabled": True,
     "dtype": None,
+    "adapter_dtype": None,
 }
 
 
@@ -164,28 +169,30 @@ def _name_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The JSON file of a checkpoint."""
+    """What a folder says of its tensors: in our own JSON file, or in transformers' (see `hosted`)."""
 
     layers: dict[str, LayerSpec]
-    tensor_file: str
-    sha256: str
+    tensor_files: tuple[str, ...]
+    sha256: str | None  # of the one file, or (hosted) of the tensors; None where they could not be read as a whole
     transformers: dict[str, Any] | None = None  # what `architecture.skeleton` rebuilds the model from
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name under which the same tensor is stored
     # Left out of the JSON where they are empty.
     trained: list[str] = field(default_factory=list)  # dense parameters that are trained beside the adapters
     buffers: list[str] = field(default_factory=list)  # stored tensors that are buffers; not told by earlier versions
     plain: bool = False  # whether the model is a `PlainModel`, which the tensors' names rebuild
+    hosted: bool = False  # whether it is the folder of a library that loads it itself
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self) | {"layers": {name: spec.to_values() for name, spec in self.layers.items()}}
-        for name in ("trained", "buffers", "plain"):
+        for name in ("trained", "buffers", "plain", "hosted"):
             if not values[name]:
                 del values[name]
+        (values["tensor_file"],) = values.pop("tensor_files")
         return json.dumps({VERSION_KEY: FORMAT_VERSION, **values}, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> CheckpointConfig:
-        """The config in a folder. Raises FileNotFoundError, or ValueError naming what is wrong where."""
+        """The config in a folder of ours. Raises FileNotFoundError, or ValueError naming what is wrong where."""
         file = path / CONFIG_NAME
         missing = f"does not exist: {path} is not a quantized checkpoint"
         values = documents.read(file, VERSION_KEY, FORMAT_VERSION, missing=missing)
@@ -201,13 +208,26 @@ class CheckpointConfig:
             {"layers": dict, "tensor_file": str, "sha256": str},
             {"transformers": object, "tied": dict, "trained": list, "buffers": list, "plain": bool},
         )
-        config = cls(**values)
+        file = values["tensor_file"]
+        if not TENSOR_FILE.fullmatch(file):
+            raise ValueError(f"tensor_file {file!r} is not model-<12 hexadecimal digits>.safetensors")
+        layers = {name: LayerSpec.parse(name, spec) for name, spec in values["layers"].items()}
+        own = {name: value for name, value in values.items() if name not in ("tensor_file", "layers")}
+        config = cls(layers=layers, tensor_files=(file,), **own)
         if config.transformers is not None and not isinstance(config.transformers, dict):
             raise ValueError(f"transformers must be a dict, got {config.transformers!r}")
-        if not TENSOR_FILE.fullmatch(config.tensor_file):
-            raise ValueError(f"tensor_file {config.tensor_file!r} is not model-<12 hexadecimal digits>.safetensors")
-        for name in (*config.tied.values(), *config.trained, *config.buffers):
+        return config.checked()
+
+    def checked(self) -> CheckpointConfig:
+        """The config. Raises ValueError where it names tensors by what is no name."""
+        for name in (*self.tied.values(), *self.trained, *self.buffers):
             if not isinstance(name, str):
                 raise ValueError(f"{name!r} is not the name of a tensor")
-        layers = {name: LayerSpec.parse(name, spec) for name, spec in config.layers.items()}
-        return dataclasses.replace(config, layers=layers)
+        return self
+
+    def paths(self, folder: Path) -> list[Path]:
+        """The tensor files. Raises FileNotFoundError for one that is not there."""
+        for name in self.tensor_files:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} names {name}, which does not exist: the folder is not complete")
+        return [folder / name for name in self.tensor_files]

@@ -1,8 +1,10 @@
 """`save_quantized` and `load_quantized`: a folder with one safetensors file and a JSON description of the layers.
 
-The JSON names the tensor file by its content hash and is replaced last, so that a reader finds either the old
-checkpoint or the new one, whenever a save is cut short. Loading builds the model on the meta device: no dense weight of
-a quantized layer is ever allocated, and nothing of the model is changed before the whole checkpoint has been checked.
+Models of a library that has a way of its own to save them (transformers: see `hosted`) are saved and loaded that way.
+For all others the JSON names the tensor file by its content hash and is replaced last, so that a reader finds either
+the old checkpoint or the new one, whenever a save is cut short. Loading builds the model on the meta device: no dense
+weight of a quantized layer is ever allocated, and nothing of the model is changed before the whole checkpoint has been
+checked.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from loftq_kernels.checkpoints import architecture
+from loftq_kernels import hosts
+from loftq_kernels.checkpoints import architecture, hosted
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME, TENSOR_FILE, CheckpointConfig, LayerSpec
 from loftq_kernels.checkpoints.tensor_file import (
     check_places,
@@ -29,7 +31,7 @@ from loftq_kernels.checkpoints.tensor_file import (
 )
 from loftq_kernels.formats import PackedTensor
 from loftq_kernels.models.ties import untie
-from loftq_kernels.nn.adapters import adapter_parameters, train_only_adapters
+from loftq_kernels.nn.adapters import train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
@@ -46,18 +48,19 @@ from loftq_kernels.ops.checks import is_sharded
 from loftq_kernels.ops.constant import Constant, plain
 from loftq_kernels.storage import documents, files
 
-if TYPE_CHECKING:
-    from safetensors import safe_open
-
 _TENSOR_FILE_ENTRY = re.compile(rf'"tensor_file"\s*:\s*"({TENSOR_FILE.pattern})"')
 _PENDING = "tensors"  # of a tensor file until its content has given it a name
 _MARK = "unfinished"  # of a file with the names of tensor files that are being exchanged
 
 
-def save_quantized(model: nn.Module, path: str | Path) -> None:
+def save_quantized(model: nn.Module, path: str | Path, *, max_shard_size: int | str | None = None) -> None:
     """Write a model that has quantized layers into the folder path, with everything needed to load it.
 
-    A checkpoint that was there before is replaced, its tensor file removed; if anything fails, it stays as it was.
+    Of a transformers model that is what its ``save_pretrained`` writes, and ``from_pretrained`` reads it, too;
+    ``max_shard_size`` (bytes, or "5GB") divides its tensors among files, as there. Of any other model it is one
+    safetensors file and a JSON file.
+
+    A checkpoint that was there before is replaced, its tensor files removed; if anything fails, it stays as it was.
     Other files of the folder are left alone. Of a model that is sharded (fully_shard,
     tensor parallel plans) every process has to call this: its tensors are gathered one by one, process 0 writes, and
     the others return when it has.
@@ -76,14 +79,21 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} has no QuantLoRALinear (or its like); call quantize_model first")
     if "" in layers:
         raise ValueError("the model is itself a quantized layer: put it into a module, or save its state_dict")
+    if (host := hosts.host_of(model)) is not None:
+        host.save(model, path, max_shard_size)
+        return
+    if architecture.is_of_transformers(model):
+        raise ImportError(f"{type(model).__name__} is a model of transformers: {architecture.NEEDS_HF}")
+    if max_shard_size is not None:
+        raise ValueError(f"max_shard_size is for transformers models, {type(model).__name__} is written as one file")
     tensors, tied = _collect_tensors(model)
-    with _one_writer(model) as writes:
+    with one_writer(model) as writes:
         if writes:
             _write(path, model, layers, tensors, tied)
 
 
 @contextlib.contextmanager
-def _one_writer(model: nn.Module) -> Iterator[bool]:
+def one_writer(model: nn.Module) -> Iterator[bool]:
     """Whether this process writes the model. Of a sharded one the first does, and the others wait for it."""
     if not any(is_sharded(tensor) for _, tensor in named_tensors(model)):
         yield True
@@ -102,7 +112,7 @@ def _write(
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     for name in layers:
-        _packed_of(name, submodule(model, name), tensors, tied).validate()
+        packed_of(name, submodule(model, name), tensors, tied).validate()
     files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
@@ -111,18 +121,17 @@ def _write(
         digest = _sha256(pending)
         config = CheckpointConfig(
             layers=layers,
-            tensor_file=f"model-{digest[:12]}.safetensors",
+            tensor_files=(f"model-{digest[:12]}.safetensors",),
             sha256=digest,
-            transformers=architecture.describe(model),
             tied=tied,
-            trained=_trained(model),
+            trained=hosted.trained_beside(model),
             buffers=_buffers(model, tensors),
             plain=isinstance(model, architecture.PlainModel),
         )
         _publish(path, pending, config)
 
 
-def _packed_of(
+def packed_of(
     name: str, layer: QuantLoRAModule, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> PackedTensor:
     """A layer's packed weight as it is going to be written."""
@@ -142,7 +151,7 @@ def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
     Meanwhile a temporary file names both, one of which is superfluous whenever the writer is killed.
     """
     files.sync(pending)
-    previous, new = _tensor_file_of(path), config.tensor_file
+    previous, (new,) = _tensor_file_of(path), config.tensor_files
     with files.replacing(path / _MARK) as mark:
         mark.write_text(f"{new}\n{previous or ''}", encoding="utf-8")
         try:
@@ -166,13 +175,6 @@ def _remove_unfinished(path: Path) -> None:
                 (path / name).unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
     files.remove_abandoned(path, rf"{_PENDING}|\.{_PENDING}\.\d+\.tmp")  # the second of earlier versions
-
-
-def _trained(model: nn.Module) -> list[str]:
-    """Names of dense parameters that are trained beside the adapters, as modules_to_save has them."""
-    adapters = {id(parameter) for parameter in adapter_parameters(model).values()}
-    names = {id(p): n for n, p in reversed(list(named_tensors(model))) if p.requires_grad and id(p) not in adapters}
-    return sorted(names.values())
 
 
 def _buffers(model: nn.Module, stored: Mapping[str, Tensor]) -> list[str]:
@@ -200,20 +202,24 @@ def load_quantized(
     path, device = Path(path), torch.device(device)
     if device.type == "meta":
         raise ValueError("device='meta' holds no values; build the model there and load it to a real device")
-    config = CheckpointConfig.read(path)
-    file = path / config.tensor_file
-    if not file.is_file():
-        raise FileNotFoundError(f"{path / CONFIG_NAME} names {config.tensor_file}, which does not exist")
-    if verify and (digest := _sha256(file)) != config.sha256:
-        raise ValueError(f"{file} is truncated or corrupted: SHA-256 is {digest}, {CONFIG_NAME} says {config.sha256}")
-    with files.open_tensors(file) as stored:
+    config = hosted.read_config(path)
+    paths = config.paths(path)
+    if verify and not config.hosted and (digest := _sha256(paths[0])) != config.sha256:
+        raise ValueError(
+            f"{paths[0]} is truncated or corrupted: SHA-256 is {digest}, {CONFIG_NAME} says {config.sha256}"
+        )
+    with files.open_all(paths) as stored:
+        if config.hosted:
+            _check_hosted(path, config, stored, verify)
+        if config.hosted and model is None:
+            return _load_hosted(path, device)
         config = with_dtypes(config, stored)
         model = _architecture(path, config, stored) if model is None else model
         target = unwrapped(model)
         if sharded := [name for name, tensor in named_tensors(target) if is_sharded(tensor)]:
             raise ValueError(f"{sharded[0]!r} is sharded: load into the whole model, then call fully_shard")
         check_places(target, config)
-        config = with_ties(config, target, stored) if config.plain else config
+        config = with_ties(config, target, stored) if config.plain or config.hosted else config
         layers = {name: spec.build() for name, spec in config.layers.items()}
         check_tensors(target, layers, config, stored)
         tensors = {name: stored.get_tensor(name).to(device) for name in tensor_names(stored)}
@@ -230,10 +236,26 @@ def load_quantized(
     train_only_adapters(target)
     for name in config.trained:
         tensor_of(target, name).requires_grad_(True)
+    for host, part in hosts.hosted_parts(target):
+        host.adopt(part, None)
     return model
 
 
-def _architecture(path: Path, config: CheckpointConfig, stored: safe_open) -> nn.Module:
+def _check_hosted(path: Path, config: CheckpointConfig, stored: files.TensorFiles, verify: bool) -> None:
+    """Raise ValueError for files of another save than the config's; with ``verify`` also for changed tensors."""
+    hosted.check_one_save(path, config.sha256, stored.metadata())
+    if verify and config.sha256 is not None:
+        found = hosted.digest({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        if found != config.sha256:
+            raise ValueError(f"{path} is corrupted: the SHA-256 of its tensors is {found}, not {config.sha256}")
+
+
+def _load_hosted(path: Path, device: torch.device) -> nn.Module:
+    architecture.import_transformers()  # Importing it makes it a host.
+    return hosts.host_named("transformers").load(path, device)
+
+
+def _architecture(path: Path, config: CheckpointConfig, stored: files.TensorFiles) -> nn.Module:
     """The model that was saved, on the meta device."""
     if config.transformers is not None:
         return architecture.skeleton(config.transformers)
@@ -255,7 +277,7 @@ def _architecture(path: Path, config: CheckpointConfig, stored: safe_open) -> nn
 def _tensor_file_of(path: Path) -> str | None:
     """The tensor file of the checkpoint that is in path, also of a damaged or newer one; None where none is named."""
     try:
-        return CheckpointConfig.read(path).tensor_file
+        return CheckpointConfig.read(path).tensor_files[0]
     except FileNotFoundError:
         return None
     except ValueError:
@@ -272,13 +294,13 @@ def _collect_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     for name, tensor in named_tensors(model):
         source = first_name.setdefault(id(tensor), name)
         if source == name:
-            tensors[name] = _whole(tensor)
+            tensors[name] = whole(tensor)
         else:
             tied[name] = source
     return tensors, tied
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The plain tensor; one that is sharded is gathered to process 0, while the others hold nothing of it."""
     if not is_sharded(tensor):
         return plain(tensor)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.formats import get_format
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport
@@ -21,10 +21,8 @@ from loftq_kernels.ops.checks import DTYPES_BY_NAME
 from loftq_kernels.ops.constant import Constant
 from loftq_kernels.storage import files
 
-if TYPE_CHECKING:
-    from safetensors import safe_open
-
 _LEGACY_DTYPE = ".output_like"  # a tensor by which embeddings told their dtype in files of earlier versions
+_EXTRA_STATE = "._extra_state"  # of layers in a state_dict, which transformers writes as it is
 _SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _SAFETENSORS_DTYPES |= {torch.float64: "F64"}  # offsets that a float64 adapter was merged into
 _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U8": "uint8", "I8": "int8"}
@@ -33,9 +31,9 @@ _TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0"
 _TORCH_NAMES |= {"U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"}
 
 
-def tensor_names(stored: safe_open) -> list[str]:
-    """The tensors of a file; without those by which embeddings told their dtype in earlier versions."""
-    return [name for name in stored.keys() if not name.endswith(_LEGACY_DTYPE)]  # noqa: SIM118
+def tensor_names(stored: files.TensorFiles) -> list[str]:
+    """The tensors of a checkpoint, without what its JSON tells, too: extra states (and of earlier versions, dtypes)."""
+    return [name for name in stored.keys() if not name.endswith((_LEGACY_DTYPE, _EXTRA_STATE))]  # noqa: SIM118
 
 
 def dtype_of(name: str, stored: str) -> torch.dtype:
@@ -46,7 +44,7 @@ def dtype_of(name: str, stored: str) -> torch.dtype:
     return dtype
 
 
-def with_dtypes(config: CheckpointConfig, stored: safe_open) -> CheckpointConfig:
+def with_dtypes(config: CheckpointConfig, stored: files.TensorFiles) -> CheckpointConfig:
     """The config with the dtypes of layers that it leaves to their adapters and biases to tell."""
     names = set(stored.keys())
     layers = {}
@@ -60,7 +58,7 @@ def with_dtypes(config: CheckpointConfig, stored: safe_open) -> CheckpointConfig
     return replace(config, layers=layers)
 
 
-def with_ties(config: CheckpointConfig, model: nn.Module, stored: safe_open) -> CheckpointConfig:
+def with_ties(config: CheckpointConfig, model: nn.Module, stored: files.TensorFiles) -> CheckpointConfig:
     """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough."""
     names = set(tensor_names(stored))
     source_of = {id(tensor): name for name, tensor in named_tensors(model) if name in names}
@@ -78,9 +76,9 @@ def tensor_reports(path: str | Path) -> list[TensorReport]:
     Reads the file's header alone. Raises as `load_quantized`.
     """
     path = Path(path)
-    config = CheckpointConfig.read(path)
+    config = hosted.read_config(path)
     reports = []
-    with files.open_tensors(path / config.tensor_file) as stored:
+    with files.open_all(config.paths(path)) as stored:
         for name in tensor_names(stored):
             own = stored.get_slice(name)
             shape = tuple(own.get_shape())
@@ -133,7 +131,7 @@ def check_places(model: nn.Module, config: CheckpointConfig) -> None:
 
 
 def check_tensors(
-    model: nn.Module, layers: Mapping[str, QuantLoRAModule], config: CheckpointConfig, stored: safe_open
+    model: nn.Module, layers: Mapping[str, QuantLoRAModule], config: CheckpointConfig, stored: files.TensorFiles
 ) -> None:
     """The file holds what the model with its quantized layers needs: every name, shape, packed dtype and code book."""
     inside = tuple(f"{name}." for name in layers)
@@ -157,11 +155,7 @@ def check_tensors(
         if found:
             raise ValueError(f"the checkpoint {what} tensors of {type(model).__name__}: {', '.join(found[:5])}")
     for name in names:
-        shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
-        if shape != tuple(expected[name].shape):
-            raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {tuple(expected[name].shape)}")
-        if dtype.startswith(("F", "BF")) != expected[name].is_floating_point():
-            raise ValueError(f"tensor {name!r} is {dtype}, the model needs {expected[name].dtype}")
+        _check_like(name, expected[name], stored)
     for name, source in config.tied.items():
         here, there = expected[name], expected[source]
         if here.shape != there.shape or isinstance(here, nn.Parameter) != isinstance(there, nn.Parameter):
@@ -170,11 +164,31 @@ def check_tensors(
         _check_packed(layer_name, layer, config.tied, stored)
 
 
+def check_layers(layers: Mapping[str, QuantLoRAModule], tied: Mapping[str, str], stored: files.TensorFiles) -> None:
+    """The files hold every tensor of the layers, by the layers' names, in their shapes and packed dtypes."""
+    names = set(tensor_names(stored))
+    for layer_name, layer in layers.items():
+        for part, tensor in named_tensors(layer):
+            key = tied.get(f"{layer_name}.{part}", f"{layer_name}.{part}")
+            if key not in names:
+                raise ValueError(f"the files lack {key!r}: they are truncated, or those of another model")
+            _check_like(key, tensor, stored)
+        _check_packed(layer_name, layer, tied, stored)
+
+
+def _check_like(name: str, needed: Tensor, stored: files.TensorFiles) -> None:
+    shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
+    if shape != tuple(needed.shape):
+        raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {tuple(needed.shape)}")
+    if dtype.startswith(("F", "BF")) != needed.is_floating_point():
+        raise ValueError(f"tensor {name!r} is {dtype}, the model needs {needed.dtype}")
+
+
 def _is_trainable(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and not isinstance(tensor, Constant) and tensor.is_floating_point()
 
 
-def _check_packed(layer_name: str, layer: QuantLoRAModule, tied: Mapping[str, str], stored: safe_open) -> None:
+def _check_packed(layer_name: str, layer: QuantLoRAModule, tied: Mapping[str, str], stored: files.TensorFiles) -> None:
     for name in PACKED:
         buffer = getattr(layer, name)
         if buffer is None:

@@ -13,6 +13,7 @@ from loftq_kernels.cli.check import run_checks
 from loftq_kernels.cli.demo import run_demo
 from loftq_kernels.cli.flags import spelled
 from loftq_kernels.cli.inspect import inspect
+from loftq_kernels.cli.serve import serve
 from loftq_kernels.ops import extension
 
 
@@ -64,4 +65,12 @@ def info(args: argparse.Namespace) -> None:
     print(f"formats: {', '.join(lk.format_names())}")
 
 
-COMMANDS = {"demo": demo, "quantize": quantize, "plan": plan, "inspect": inspect, "check": check, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "quantize": quantize,
+    "plan": plan,
+    "inspect": inspect,
+    "serve": serve,
+    "check": check,
+    "info": info,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.storage import files
 
@@ -31,8 +32,9 @@ def check(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy the companions of a model to where save_quantized has written it."""
-    for name in sorted(names(source)):
+    """Copy the companions of a model to where save_quantized has written it; a config.json that says so stays."""
+    written = {Path(hosted.CONFIG_NAME)} if hosted.is_hosted(target) else set()
+    for name in sorted(names(source) - written):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(target / name) as temporary:
             shutil.copyfile(source / name, temporary)

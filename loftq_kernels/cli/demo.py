@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.dense import load_dense
+from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.cli import pictures, processor
-from loftq_kernels.cli.quiet import quiet_transformers
 from loftq_kernels.formats import get_format
 from loftq_kernels.ops import extension
 from loftq_kernels.progress import progress_bar

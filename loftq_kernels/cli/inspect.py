@@ -7,8 +7,9 @@ import glob
 from collections.abc import Mapping
 from pathlib import Path
 
+from loftq_kernels.checkpoints.hosted import read_config
 from loftq_kernels.checkpoints.layers import HALF_BYTES, StoredLayer, dense_matrix, stored_layers, weight_errors
-from loftq_kernels.checkpoints.manifest import CONFIG_NAME, CheckpointConfig
+from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.checkpoints.tensor_file import tensor_reports
 from loftq_kernels.cli import options
 from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, TensorReport, dense_line, size_text
@@ -16,9 +17,7 @@ from loftq_kernels.models.report import ADAPTER, BUFFER, DENSE, PACKED_STATE, Te
 
 def inspect(args: argparse.Namespace) -> None:
     """Print a line for each layer, and what all of them take together."""
-    config = CheckpointConfig.read(args.model_dir)
-    if not (args.model_dir / config.tensor_file).is_file():
-        raise FileNotFoundError(f"{args.model_dir / CONFIG_NAME} names {config.tensor_file}, which does not exist")
+    config = read_config(args.model_dir)
     tensors = tensor_reports(args.model_dir)
     layers = stored_layers(config, tensors)
     errors = {} if args.against is None else _errors(args, config)

@@ -15,7 +15,7 @@ from torch import nn
 import loftq_kernels as lk
 from loftq_kernels.checkpoints import dense
 from loftq_kernels.checkpoints.dense import load_dense
-from loftq_kernels.cli.quiet import quiet_transformers
+from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.ops.checks import DTYPES_BY_NAME, SCALE_DTYPES_BY_NAME
 from loftq_kernels.vocabulary import DEFAULT_CANDIDATES
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.checkpoints.manifest import CONFIG_NAME
 from loftq_kernels.checkpoints.manifest import VERSION_KEY as CHECKPOINT_KEY
 from loftq_kernels.models.plan import VERSION_KEY as PLAN_KEY
@@ -43,7 +44,7 @@ def check_file(path: Path, overwrite: bool, what: str, is_ours: Callable[[Path],
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder has our manifest, also a damaged one's."""
-    return CHECKPOINT_KEY in _text(path / CONFIG_NAME)
+    return CHECKPOINT_KEY in _text(path / CONFIG_NAME) or hosted.is_hosted(path)
 
 
 def is_plan(path: Path) -> bool:

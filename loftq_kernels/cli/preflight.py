@@ -42,7 +42,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def quantize(args: argparse.Namespace) -> Inputs:
     output.check_folder(args.output_dir, args.overwrite, "checkpoint of ours", output.is_checkpoint)
-    _check_device(args.device)
+    check_device(args.device)
     cfg = options.config(args)
     plan = None if args.plan is None else lk.BitPlan.load(args.plan)
     tensor_files(args.model_dir)
@@ -62,7 +62,7 @@ def plan(args: argparse.Namespace) -> Inputs:
     milp()
     if args.source is not None:
         return _plan_again(args)
-    _check_device(args.device)
+    check_device(args.device)
     wanted = options.plan_options(args)
     tensor_files(args.model_dir)
     statistics = options.statistics(args)
@@ -95,7 +95,7 @@ def _least_bytes(shapes: nn.Module, selection: Selection) -> int:
     return dense + packed - sum(own.weight.nbytes for own in selection.candidates)
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
     """Raise ValueError unless torch can use the device."""
     if device is not None and device.startswith("meta"):
         raise ValueError(f"--device {device} holds no values: nothing can be computed there")

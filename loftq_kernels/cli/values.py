@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from loftq_kernels import vocabulary
@@ -74,6 +75,14 @@ def model_class(text: str) -> str:
     if not (module and name):
         raise argparse.ArgumentTypeError(f"{text!r} is not MODULE:CLASS")
     return text
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER."""
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, Path(folder)
 
 
 def _fields(text: str, known: Sequence[str]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _measure(
     with progress_bar(total=sum(map(len, found.values())), desc="plan", unit="layer", show=progress) as bar:
         for candidate, listed in found.items():
             for batch in in_batches(listed):
-                for name, error in _errors_of(batch, initialize_batch(batch, device, bar), grams, relative):
+                for name, error in _errors_of(batch, initialize_batch(batch, device, bar.update), grams, relative):
                     errors[name][candidate] = error
     return {name: dataclasses.replace(layer, errors=errors[name]) for name, layer in layers.items()}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loftq_kernels import hosts
 from loftq_kernels.initializers import AdapterInit, InputStatistics, initialize, parallel
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.inputs import with_statistics
@@ -26,7 +26,7 @@ from loftq_kernels.models.select import (
     why_dense,
 )
 from loftq_kernels.models.ties import untie
-from loftq_kernels.nn.adapters import train_modules, train_only_adapters
+from loftq_kernels.nn.adapters import quantized_layers, train_modules, train_only_adapters
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
 from loftq_kernels.nn.wrappers import named_modules, set_submodule, unwrapped
@@ -78,28 +78,71 @@ def quantize_model(
     that matches no layer, for a plan of another model or one that names a layer which is skipped (other than by an
     override None), when no layer matches, and for statistics that lack a layer or are of another width.
     """
-    started = time.perf_counter()
-    model = unwrapped(model)
-    cfg, plan = _planned(cfg, plan)
-    selection = _checked_selection(model, cfg, plan)
-    candidates = with_statistics(selection.candidates, statistics)
-    selection.candidates.clear()
-    check_weights({candidate.name: candidate.weight for candidate in candidates})
-    report = QuantizationReport(skipped=selection.skipped, already=selection.already)
-    order = {candidate.name: i for i, candidate in enumerate(candidates)}
+    conversion = Conversion(model, cfg, statistics=statistics, plan=plan, device=device)
+    check_weights({candidate.name: candidate.weight for candidate in conversion.candidates})
+    candidates = conversion.candidates.copy()
+    conversion.candidates.clear()
     try:
         with progress_bar(total=len(candidates), desc="quantize", unit="layer", show=progress) as bar:
             for batch in in_batches(candidates):
-                report.layers += _replace(model, batch, device, bar)
+                conversion.replace(batch, bar.update)
     finally:  # Layers that were swapped before an interruption are as they would be after a whole run.
-        untie(model)
+        conversion.settle(freeze=freeze)
+    return conversion.report()
+
+
+class Conversion:
+    """`quantize_model` in steps, for those who bring the weights of a model one after the other.
+
+    ``candidates`` are its layers to quantize. The model may be on the meta device, and each layer gets its weight
+    before it is replaced. Raises as `quantize_model` for all that names and shapes tell.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: QuantConfig | None = None,
+        *,
+        statistics: Mapping[str, InputStatistics] | None = None,
+        plan: BitPlan | str | Path | None = None,
+        device: torch.device | str | None = None,
+        values: bool = True,
+    ):
+        self._started = time.perf_counter()
+        self.model, self.device = unwrapped(model), device
+        self.cfg, plan = _planned(cfg, plan)
+        self._selection = _checked_selection(self.model, self.cfg, plan, values=values)
+        self.candidates = with_statistics(self._selection.candidates, statistics, level=4)
+        self._order = {candidate.name: i for i, candidate in enumerate(self.candidates)}
+        self._selection.candidates.clear()  # Nothing else may hold the dense layers.
+        self._layers: list[LayerReport] = []
+
+    def replace(self, batch: list[Candidate], done: Callable[[int], None] | None = None) -> None:
+        """Initialize the layers of a batch together, then swap each in; the batch is emptied."""
+        inits = initialize_batch(batch, self.device, done)[::-1]
+        while batch:
+            self._layers.append(_swap(self.model, batch.pop(0), inits.pop()))
+        untie(self.model)
+
+    def leave(self, candidate: Candidate, reason: str) -> None:
+        """Leave a candidate dense, which the report gives the reason for."""
+        self._selection.skipped[candidate.name] = reason
+
+    def settle(self, *, freeze: bool = True) -> None:
+        """Say which parameters are trained, and tell the libraries whose models it holds."""
         if freeze:
-            train_only_adapters(model)
-        train_modules(model, cfg.modules_to_save)
-    report.layers.sort(key=lambda layer: order[layer.name])
-    report.tensors = account(model, why_dense(cfg, selection))
-    report.seconds = time.perf_counter() - started
-    return report
+            train_only_adapters(self.model)
+        train_modules(self.model, self.cfg.modules_to_save)
+        for host, part in hosts.hosted_parts(self.model):
+            if quantized_layers(part):
+                host.adopt(part, self.cfg)
+
+    def report(self) -> QuantizationReport:
+        report = QuantizationReport(skipped=self._selection.skipped, already=self._selection.already)
+        report.layers = sorted(self._layers, key=lambda layer: self._order[layer.name])
+        report.tensors = account(self.model, why_dense(self.cfg, self._selection))
+        report.seconds = time.perf_counter() - self._started
+        return report
 
 
 def check_quantize(
@@ -188,7 +231,9 @@ def _planned_shapes(
     return shapes
 
 
-def initialize_batch(batch: list[Candidate], device: torch.device | str | None, bar: Any) -> list[AdapterInit]:
+def initialize_batch(
+    batch: list[Candidate], device: torch.device | str | None, done: Callable[[int], None] | None
+) -> list[AdapterInit]:
     """The initializer's results for the layers of a batch, which go through it together."""
     statistics = [candidate.statistics for candidate in batch]
     return initialize(
@@ -196,18 +241,9 @@ def initialize_batch(batch: list[Candidate], device: torch.device | str | None, 
         batch[0].cfg,
         statistics=None if statistics[0] is None else statistics,
         device=device,
-        progress=bar.update,
+        progress=done,
         names=[f"{candidate.name}.weight" for candidate in batch],
     )
-
-
-def _replace(
-    model: nn.Module, batch: list[Candidate], device: torch.device | str | None, bar: Any
-) -> Iterator[LayerReport]:
-    """Initialize the layers of a batch together, then swap each in; the batch is emptied."""
-    inits = initialize_batch(batch, device, bar)[::-1]
-    while batch:
-        yield _swap(model, batch.pop(0), inits.pop())
 
 
 def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit) -> LayerReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -302,22 +303,24 @@ def limited_rank(cfg: LayerConfig, shape: tuple[int, int]) -> tuple[LayerConfig,
 def in_batches(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """Layers that an initializer can take together: of one shape, dtype, device and config, all with statistics or
     none. The list is emptied, so that a layer is held by nobody once its batch is done."""
-    for group in _alike(candidates):
+    groups = alike(candidates)
+    candidates.clear()
+    for group in groups:
         # On a CPU each thread of the initializer takes a layer of its own.
         most = max(_LAYERS_PER_BATCH, available_cpus()) if group[0].weight.is_cpu else _LAYERS_PER_BATCH
+        most = math.ceil(len(group) / math.ceil(len(group) / most))  # No layer is left over for a batch of its own.
         while group:
             batch = group[:most]
             del group[:most]
             yield batch
 
 
-def _alike(candidates: list[Candidate]) -> list[list[Candidate]]:
+def alike(candidates: list[Candidate]) -> list[list[Candidate]]:
     """In groups that can go together; by a function of its own, whose variables hold no layer while batches run."""
     groups: dict[tuple, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         weight, known = candidate.weight, candidate.statistics is not None
         groups[tuple(weight.shape), weight.dtype, weight.device, candidate.cfg, known].append(candidate)
-    candidates.clear()
     return list(groups.values())
 
 

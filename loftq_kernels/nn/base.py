@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from loftq_kernels.formats import PackedTensor, empty_packed, get_format
+from loftq_kernels.formats import PackedTensor, empty_packed, qlora_linear
 from loftq_kernels.initializers import AdapterInit
 from loftq_kernels.initializers.config import adapter_scaling, default_adapter_dtype
 from loftq_kernels.initializers.qalora import expand_groups
-from loftq_kernels.nn.expansion import expanded
+from loftq_kernels.nn.adapter_slots import AdapterSlots, RowNames, by_row, rows_of
+from loftq_kernels.nn.kept import forget, kept
+from loftq_kernels.nn.layer_state import PACKED, LayerState
 from loftq_kernels.nn.merging import Mergeable
+from loftq_kernels.nn.stacking import Factors, stacked
 from loftq_kernels.nn.weight_view import QuantizedWeight, read_only_error
 from loftq_kernels.ops import linear_tensors
-from loftq_kernels.ops.checks import check_rank, is_sharded
-from loftq_kernels.ops.constant import Constant, keep_dtypes, loading, restore_constants
+from loftq_kernels.ops.checks import check_rank
+from loftq_kernels.ops.constant import Constant, keep_dtypes, restore_constants
 from loftq_kernels.ops.functional import full_precision
-
-PACKED = ("codes", "scale", "offset", "codebook")
-_STATE = "_extra_state"  # nn.Module's key of what `get_extra_state` returns
-_warned: list[list[str] | None] = [None]  # the missing keys of the load that warned last: one list for all its layers
+from loftq_kernels.storage.packing import group_width
 
 
-class QuantLoRAModule(Mergeable):
+class QuantLoRAModule(LayerState, Mergeable):
     """A matrix W [rows, columns] = codebook[codes] * scale + offset + scaling * lora_B @ lora_A, and a bias [rows].
 
     The base of the layers, which say what they compute with it. The packed weight lives in frozen parameters
@@ -46,6 +45,7 @@ class QuantLoRAModule(Mergeable):
     kind: str  # of layer, in checkpoints: see `kinds`
     adapters: tuple[str, ...] = ("lora",)  # that a layer of this kind can have
     dense_copy: str  # the name of the method that returns the dense layer
+    slots: AdapterSlots | None = None  # of user adapters, once one has been loaded
     geometry_names: tuple[str, ...] = ()  # attributes beside the matrix's shape that a layer of this kind is made from
 
     def __init__(
@@ -161,12 +161,19 @@ class QuantLoRAModule(Mergeable):
         """Whether there is an adapter and it is enabled."""
         return self.lora_A is not None and self.adapter_enabled
 
+    def train(self, mode: bool = True) -> QuantLoRAModule:
+        forget(self)
+        return super().train(mode)
+
     def enable_adapter(self) -> None:
         """Add the adapter's term again after `disable_adapter`."""
         self.adapter_enabled = True
 
     def disable_adapter(self) -> None:
-        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay."""
+        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay.
+
+        User adapters (`set_adapter`) are no part of it, and stay active.
+        """
         self.adapter_enabled = False
 
     @property
@@ -188,35 +195,60 @@ class QuantLoRAModule(Mergeable):
         """
         return self.dense_weight(detach=False) if torch.compiler.is_dynamo_compiling() else QuantizedWeight(self)
 
-    def dense_weight(self, *, detach: bool = True) -> Tensor:
-        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape and dtype.
+    def dense_weight(self, *, detach: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that `forward` computes with, decoded into new memory, in the dense layer's shape.
 
-        Without ``detach`` it is differentiable in lora_A and lora_B.
+        In ``dtype``, or in that of `weight`. Without ``detach`` it is differentiable in lora_A and lora_B.
         """
-        return self._merged(detach=detach).to(self.dtype).view(self._weight_shape)
+        return self._merged(detach=detach).to(dtype or self.dtype).view(self._weight_shape)
 
     def _merged(self, *, detach: bool = True) -> Tensor:
         dense = self.packed.dequantize(torch.promote_types(self.dtype, torch.float32))
-        if not self.has_adapter:
-            return dense
-        lora_A, lora_B = (t.detach() if detach else t for t in (self.lora_A, self.lora_B))
-        lora_A, lora_B = self.over_columns(lora_A.to(dense.dtype)), lora_B.to(dense.dtype)
-        if detach:
-            return dense.addmm_(lora_B, lora_A, alpha=self.scaling)
-        with full_precision(dense):  # not in place, which torch.func cannot differentiate
-            return torch.addmm(dense, lora_B, lora_A, alpha=self.scaling)
+        for term in self._terms(dense.dtype):
+            lora_A, lora_B = (t.to(dense.dtype) for t in term[:2])
+            if detach:
+                dense.addmm_(lora_B.detach(), lora_A.detach(), alpha=term.scaling)
+                continue
+            with full_precision(dense):  # not in place, which torch.func cannot differentiate
+                dense = torch.addmm(dense, lora_B, lora_A, alpha=term.scaling)
+        return dense
 
-    def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False) -> Tensor:
+    def _terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
+        """The terms that `forward` adds to the quantized weight: of the start adapter and of active user adapters."""
+        user, replaces = (None, False) if self.slots is None else self.slots.now()
+        start = [] if replaces else self.start_terms(dtype)
+        return start if user is None else [*start, user]
+
+    def start_terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
+        """The layer's own adapter, if it is enabled, with lora_A over columns; of QA-LoRA it is computed in dtype."""
+        own = self._parameters
+        if own["lora_A"] is None or not self.adapter_enabled:
+            return []
+        lora_A = own["lora_A"]
+        if self.adapter != "lora":
+            lora_A = self._expanded(lora_A) if dtype is None else self.over_columns(lora_A.to(dtype))
+        return [Factors(lora_A, own["lora_B"], self.scaling)]
+
+    def _expanded(self, lora_A: Tensor) -> Tensor:
+        """`over_columns`, kept until one of lora_A's [rank, G] values changes."""
+        return kept(self, "expanded", [lora_A], lambda: self.over_columns(lora_A), by_value=True)
+
+    def low_rank(self, more: Sequence[Factors] = ()) -> Factors | None:
+        """All that stands beside the quantized weight, adapters and ``more``, as one term; None for nothing."""
+        return stacked(self, [*self._terms(), *more], "stacked" if self.slots is None else self.slots.what)
+
+    def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False, more: Sequence[Factors] = ()) -> Tensor:
         """x @ W.T + bias, W [rows, columns] being the weight that `forward` computes with; see `qlora_linear`.
 
-        With ``detach`` no gradient reaches the adapter.
+        ``more`` adapters are added to W, in the same product: their factors are put on top of the layer's own along r
+        (`stacking`). With ``detach`` no gradient reaches the adapters.
         """
-        parameters = self._parameters
+        if (rows := rows_of(self.slots)) is not None:
+            if not rows.alike:
+                return self._product_by_row(x, bias, rows, more)
+            rows.share(x.shape[:-1])
         codes, scale, offset, codebook = self.stored()
-        adapted = self.adapter_enabled
-        lora_A, lora_B = (parameters["lora_A"], parameters["lora_B"]) if adapted else (None, None)
-        if lora_A is not None and self.adapter != "lora":
-            lora_A = expanded(self, lora_A)
+        lora_A, lora_B, scaling = self.low_rank(more) or (None, None, 1.0)
         if lora_A is not None and detach:
             lora_A, lora_B = lora_A.detach(), lora_B.detach()
         return linear_tensors(
@@ -228,10 +260,16 @@ class QuantLoRAModule(Mergeable):
             self.group_size,
             lora_A,
             lora_B,
-            self.scaling,
+            scaling,
             bias,
             in_features=self._columns,
         )
+
+    def _product_by_row(self, x: Tensor, bias: Tensor | None, rows: RowNames, more: Sequence[Factors]) -> Tensor:
+        """`product` with the adapters that `use_adapters` has given to each row, in place of those of the slot."""
+        start = self.start_terms()
+        adapters = by_row(self, self.slots.loaded, rows, [*start, *more], len(start), x.shape[:-1])
+        return qlora_linear(x, self.packed, adapters.lora_A, adapters.lora_B, adapter_ids=adapters.ids, bias=bias)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":
@@ -254,6 +292,16 @@ class QuantLoRAModule(Mergeable):
         """lora_A as the matrix [rank, columns] that x itself is multiplied by: "qalora" has one of groups."""
         return expand_groups(lora_A, self._columns, self.group_size) if self.adapter == "qalora" else lora_A
 
+    def over_groups(self, lora_A: Tensor) -> Tensor:
+        """The inverse of `over_columns`. Raises ValueError where a matrix of QA-LoRA differs within a group."""
+        if self.adapter != "qalora":
+            return lora_A
+        width = group_width(self._columns, self.group_size)
+        own = lora_A[:, ::width] * width
+        if not torch.allclose(self.over_columns(own), lora_A, rtol=1e-5, atol=0):
+            raise ValueError("lora_A differs within quantization groups, of which QA-LoRA has one value each")
+        return own
+
     def _describe_weight(self) -> str:
         """The end of `extra_repr`: format and adapter."""
         adapter = "no adapter" if self.rank is None else f"rank={self.rank}, scaling={self.scaling:g}"
@@ -261,6 +309,8 @@ class QuantLoRAModule(Mergeable):
             adapter = f"adapter={self.adapter}, {adapter}"
         if self.rank is not None and not self.adapter_enabled:
             adapter += " (disabled)"
+        if self.slots is not None:
+            adapter += f", user adapters: {self.slots.describe()}"
         return f"format={self.format.name}, group_size={self.group_size}, {adapter}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLoRAModule:
@@ -268,77 +318,7 @@ class QuantLoRAModule(Mergeable):
         device = self.codes.device
         super()._apply(keep_dtypes(fn, self, PACKED), recurse)
         restore_constants(self, PACKED)
+        if self.slots is not None:
+            self.slots.move(fn)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
-
-    def get_extra_state(self) -> Tensor:
-        """What tensors do not tell: float64 [scaling, 1 if the adapter is enabled else 0, in_features], on the CPU."""
-        values = self.scaling, float(self.adapter_enabled), float(self._columns)
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over what `get_extra_state` returned, now or before it had in_features. Raises ValueError for others."""
-        values = state.flatten().tolist() if isinstance(state, Tensor) and state.numel() in (2, 3) else (0.0, None)
-        if not 1e-30 < values[0] < 1e30 or values[1] not in (0.0, 1.0):
-            raise ValueError(f"_extra_state must be [scaling, adapter_enabled, in_features], got {state!r}")
-        if message := self._other_width(state):
-            raise ValueError(message)
-        self.scaling, self.adapter_enabled = values[0], bool(values[1])
-
-    def _other_width(self, state: object) -> str | None:
-        """What keeps an extra state from being this layer's: rows of 63 columns are packed as wide as rows of 64."""
-        width = state.flatten()[2].item() if isinstance(state, Tensor) and state.numel() == 3 else self._columns
-        return None if width == self._columns else f"in_features is {width:g}, this layer's is {self._columns}"
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora_A is None:
-            destination.pop(prefix + _STATE, None)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """Refuse a checkpoint of another format or width: shapes alone cannot tell nf2 from uniform2, or 63 from 64."""
-        wrong = [message for name in PACKED if (message := self._misfit(name, state_dict.get(prefix + name)))]
-        wrong += [message for message in [self._other_width(state_dict.get(prefix + _STATE))] if message]
-        error_msgs.extend(prefix + message for message in wrong)
-        if wrong:
-            return
-        with loading():
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        restore_constants(self, PACKED)
-        if prefix + _STATE not in state_dict:
-            self._note_missing_state(prefix, missing_keys)
-
-    def _misfit(self, name: str, stored: Tensor | None) -> str | None:
-        """What keeps a stored tensor of the packed weight from being this layer's; None where nothing does."""
-        own = getattr(self, name)
-        if stored is None or own is None:
-            return None
-        if stored.dtype != own.dtype:  # Copying would round codes, or the scales that they were chosen against.
-            return f"{name} is {stored.dtype}, this layer stores {own.dtype}"
-        if name != "codebook" or stored.is_meta:
-            return None
-        if is_sharded(stored) and is_sharded(own):
-            stored, expected = stored.to_local(), own.to_local()
-        else:
-            expected = get_format(self.format.name).codebook(stored.device)
-        if stored.shape == expected.shape and torch.equal(stored, expected):
-            return None
-        return f"{name} is not that of format {self.format.name}: {stored.flatten()[:4].tolist()}..."
-
-    def _note_missing_state(self, prefix: str, missing_keys: list[str]) -> None:
-        """State dicts of earlier versions lack it: what the layer has stays, which is right for the same config."""
-        if prefix + _STATE in missing_keys:
-            missing_keys.remove(prefix + _STATE)
-        if self.lora_A is None or (self.scaling == 1 and self.adapter_enabled) or _warned[0] is missing_keys:
-            return
-        _warned[0] = missing_keys
-        warnings.warn(
-            f"the state_dict does not say what the adapter of {prefix.rstrip('.') or 'the layer'} is scaled by: "
-            f"it keeps scaling={self.scaling:g}, adapter_enabled={self.adapter_enabled}, and so does every other layer "
-            "without this entry",
-            stacklevel=2,
-        )

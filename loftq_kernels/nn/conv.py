@@ -9,6 +9,7 @@ from torch.nn import functional
 from loftq_kernels import arguments
 from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
 from loftq_kernels.nn.base import QuantLoRAModule
+from loftq_kernels.nn.stacking import Factors
 from loftq_kernels.ops.convolution import ConvGeometry, conv_tensors
 from loftq_kernels.ops.functional import autocast
 
@@ -123,15 +124,15 @@ class _QuantLoRAConv(QuantLoRAModule):
         if self._pads:
             x = functional.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         y = conv_tensors(x, *self.stored(), self.bias, self._geometry)
-        if self.has_adapter:
-            y = torch.add(y, self._adapter(x), alpha=self.scaling)
+        if (term := self.low_rank()) is not None:
+            y = torch.add(y, self._adapter(x, term), alpha=term.scaling)
         return y if batched else y.squeeze(0)
 
-    def _adapter(self, x: Tensor) -> Tensor:
+    def _adapter(self, x: Tensor, term: Factors) -> Tensor:
         """B A x as two convolutions: k x k with r outputs per group, which share A, and 1 x 1."""
         g, zeros, ones = self._geometry, [0] * len(self.kernel_size), [1] * len(self.kernel_size)
-        lora_A = self.lora_A.to(x.dtype).view(-1, *self._kernel).repeat(g.groups, *ones, 1)
-        lora_B = self.lora_B.to(x.dtype).view(self.out_channels, -1, *ones)
+        lora_A = term.lora_A.to(x.dtype).view(-1, *self._kernel).repeat(g.groups, *ones, 1)
+        lora_B = term.lora_B.to(x.dtype).view(self.out_channels, -1, *ones)
         hidden = torch.convolution(x, lora_A, None, g.stride, g.padding, g.dilation, False, zeros, g.groups)
         return torch.convolution(hidden, lora_B, None, ones, zeros, ones, False, zeros, g.groups)
 

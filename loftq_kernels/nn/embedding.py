@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from loftq_kernels import arguments
 from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
+from loftq_kernels.nn.adapter_slots import RowNames, by_row, mixed_rows_of
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import dequantize_tensors
 
@@ -119,10 +120,22 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         except (IndexError, RuntimeError) as error:
             self._check_indices(indices)
             raise error
-        if self.has_adapter:
-            hidden = functional.embedding(indices.reshape(-1), self.lora_B, self.padding_idx)
-            y = torch.add(y, (hidden @ self.lora_A).to(y.dtype), alpha=self.scaling)
+        if (rows := mixed_rows_of(self.slots)) is not None:
+            y = self._add_by_row(y, indices, rows)
+        elif (term := self.low_rank()) is not None:
+            hidden = functional.embedding(indices.reshape(-1), term.lora_B, self.padding_idx)
+            y = torch.add(y, (hidden @ term.lora_A).to(y.dtype), alpha=term.scaling)
         return y.view(*indices.shape, self.embedding_dim)
+
+    def _add_by_row(self, y: Tensor, indices: Tensor, rows: RowNames) -> Tensor:
+        """y [n, embedding_dim] and the adapters that `use_adapters` has given to each row of indices."""
+        start = self.start_terms()
+        lora_A, lora_B, ids = by_row(self, self.slots.loaded, rows, start, len(start), indices.shape)
+        ids, indices = ids.reshape(-1), indices.reshape(-1)
+        hidden = lora_B[ids.clamp(min=0), indices]
+        for i, factor in enumerate(lora_A):
+            y = torch.where((ids == i).unsqueeze(1), y + (hidden @ factor).to(y.dtype), y)
+        return y
 
     def _rows(self, indices: Tensor) -> Tensor:
         """Decode rows [n, embedding_dim]: a row's codes and scales are contiguous, and decode without the others."""

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.nn.adapter_slots import mixed_rows_of
 from loftq_kernels.nn.linear import QuantLoRALinear
+from loftq_kernels.nn.stacking import Factors
 from loftq_kernels.ops import linear_tensors
 from loftq_kernels.ops.constant import Constant, plain
 
 _STACKED = ("codes", "scale", "offset")
+_groups: WeakKeyDictionary[QuantLoRALinear, WeakSet[QuantLoRALinearGroup]] = WeakKeyDictionary()
+
+
+def is_grouped(layer: object) -> bool:
+    """Whether a layer is in a group, which computes with it without calling it."""
+    return bool(_groups.get(layer))
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -22,6 +31,10 @@ def _capturing(tensor: Tensor) -> bool:
 def _state_of(parameter: Tensor | None) -> tuple[int, int]:
     """(version, address) of a parameter, by which changes of its values are noticed."""
     return (0, 0) if parameter is None else (parameter._version, parameter.data_ptr())
+
+
+def _factors(term: Factors | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if term is None else term[:2]
 
 
 class QuantLoRALinearGroup:
@@ -64,6 +77,8 @@ class QuantLoRALinearGroup:
         self.out_features = [layer.out_features for layer in self.layers]
         self._in_graphs: list[tuple[Tensor | None, ...]] = []
         self._stack()
+        for layer in self.layers:
+            _groups.setdefault(layer, WeakSet()).add(self)
 
     def invalidate(self) -> None:
         """Forget the copy of adapters and biases. Call it after writes to their ``.data``, which leave no trace."""
@@ -121,6 +136,8 @@ class QuantLoRALinearGroup:
         return self._packed
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if any(mixed_rows_of(layer.slots) is not None for layer in self.layers):
+            return tuple(layer(x) for layer in self.layers)  # Inside `use_adapters` each has adapters for each row.
         packed = self.packed
         lora_A, lora_B, bias = self._adapters_and_bias()
         y = linear_tensors(
@@ -143,53 +160,52 @@ class QuantLoRALinearGroup:
 
         They are kept until a layer's own change, except when gradients flow through them or a compiler traces.
         """
-        of_layers = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B, layer.bias)]
+        terms = [layer.low_rank() for layer in self.layers]
+        of_layers = [p for layer, term in zip(self.layers, terms, strict=True) for p in (*_factors(term), layer.bias)]
+        scalings = [None if term is None else term.scaling for term in terms]
         own = [p for p in of_layers if p is not None]
         traced = torch.compiler.is_compiling() or any(p.is_inference() for p in own)
         if traced or (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
-            return self._stacked_adapters_and_bias()
+            return self._stacked_adapters_and_bias(terms)
         capturing = _capturing(self.layers[0].codes)
-        if self._cached is not None and self._is_current(self._cached[0], of_layers):
+        if self._cached is not None and self._is_current(self._cached[0], of_layers, scalings):
             stacked = self._cached[1]
             if capturing and not any(stacked is kept for kept in self._in_graphs):
                 self._in_graphs.append(stacked)  # The graph reads this memory, and its end is never reported.
             return stacked
         with torch.inference_mode(False), torch.no_grad():
-            stacked = self._stacked_adapters_and_bias()
+            stacked = self._stacked_adapters_and_bias(terms)
         if not capturing:  # Results inside a graph have no values before it runs.
             if own and own[0].is_cuda:
                 torch.cuda.current_stream(own[0].device).synchronize()  # Other streams will read the copy.
             # Keep the parameters themselves: their replacements may get the same ids and addresses.
             of_parameters = [(p, *_state_of(p)) for p in of_layers]
-            self._cached = [*of_parameters, *self._settings()], stacked
+            self._cached = [*of_parameters, *scalings], stacked
         return stacked
 
-    def _settings(self) -> list[tuple[float, bool]]:
-        return [(layer.scaling, layer.adapter_enabled) for layer in self.layers]
-
-    def _is_current(self, made_of: list, of_layers: list[Tensor | None]) -> bool:
-        """Whether a copy that was made of these parameters and settings still agrees with the layers."""
-        if made_of[len(of_layers) :] != self._settings():
+    def _is_current(self, made_of: list, of_layers: list[Tensor | None], scalings: list[float | None]) -> bool:
+        """Whether a copy that was made of these tensors and scalings still agrees with the layers."""
+        if made_of[len(of_layers) :] != scalings:
             return False
         return all(
             kept is p and (version, address) == _state_of(p)
             for (kept, version, address), p in zip(made_of, of_layers, strict=False)
         )
 
-    def _stacked_adapters_and_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _stacked_adapters_and_bias(
+        self, terms: Sequence[Factors | None]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         lora_A = lora_B = bias = None
-        adapted = [layer for layer in self.layers if layer.has_adapter]
-        if adapted:
-            lora_A = torch.cat([layer.over_columns(layer.lora_A) for layer in adapted])
+        if any(term is not None for term in terms):
+            lora_A = torch.cat([term.lora_A for term in terms if term is not None])
             blocks, column = [], 0
-            for layer in self.layers:
-                rank = layer.rank if layer.has_adapter else 0
-                after = lora_A.shape[0] - column - rank
-                if rank:
-                    blocks.append(torch.nn.functional.pad(layer.lora_B * layer.scaling, (column, after)))
-                else:
-                    blocks.append(lora_A.new_zeros(layer.out_features, lora_A.shape[0]))
-                column += rank
+            for layer, term in zip(self.layers, terms, strict=True):
+                if term is None:
+                    blocks.append(lora_A.new_zeros(layer.out_features, len(lora_A)))
+                    continue
+                after = len(lora_A) - column - len(term.lora_A)
+                blocks.append(torch.nn.functional.pad(term.lora_B * term.scaling, (column, after)))
+                column += len(term.lora_A)
             lora_B = torch.cat(blocks)
         if any(layer.bias is not None for layer in self.layers):
             zeros = next(layer.bias for layer in self.layers if layer.bias is not None).new_zeros

@@ -20,6 +20,8 @@ from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.vocabulary import LAYER_TYPES as LAYER_TYPES
 
 Blank = Callable[..., QuantLoRAModule]
+# Subclasses that compute what their base does: Falcon's adds the bias of nn.Linear in a second step.
+_PLAIN_SUBCLASSES = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ def _no_subclass(base: type[nn.Module], also: Callable[[nn.Module], str | None] 
     """Refuses subclasses, which may read their weight directly, and what ``also`` gives a reason for."""
 
     def why_not(module: nn.Module) -> str | None:
-        if type(module) is not base:
-            return f"is a {type(module).__name__}, a subclass of nn.{base.__name__} that may read its weight directly"
+        cls = type(module)
+        if cls is not base and (cls.__module__, cls.__name__) not in _PLAIN_SUBCLASSES:
+            return f"is a {cls.__name__}, a subclass of nn.{base.__name__} that may read its weight directly"
         reason = also(module)
         return None if reason is None else f"has {reason}"
 

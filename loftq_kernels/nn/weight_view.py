@@ -33,6 +33,7 @@ class ReadOnly(Tensor):
     Results that share this memory are ReadOnly, too, all others plain tensors. Any write raises RuntimeError.
     """
 
+    _is_hf_initialized = True  # What transformers asks before it writes random values into the weights of a module.
     _explanation = "the tensor is a view of a decoded weight, which is read-only"
 
     @classmethod
@@ -77,6 +78,8 @@ class QuantizedWeight(ReadOnly):
       to a view such as ``layer.weight.T``, raises RuntimeError that says what to do instead, and so does asking for
       the memory (``data_ptr()``).
     """
+
+    _is_hf_initialized = True  # What transformers' own initializers ask of a weight before they write to it.
 
     @staticmethod
     def __new__(cls, layer: Any, detached: bool = False) -> QuantizedWeight:

@@ -18,25 +18,48 @@ def read(path: str | Path, version_key: str, version: int, *, missing: str = "do
 
     Raises FileNotFoundError (``missing`` ends the message), or ValueError naming the file and what is wrong with it.
     """
-    path = Path(path)
+    text = _text(Path(path), missing)
+    try:
+        return parse(text, version_key, version)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_foreign(path: str | Path, *, missing: str = "does not exist") -> dict[str, Any]:
+    """The JSON object in a file of another package, which has no version. Raises as `read`."""
+    text = _text(Path(path), missing)
+    try:
+        values = _values(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _text(path: Path, missing: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} {missing}")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any such document")
     try:
-        return parse(path.read_text(encoding="utf-8"), version_key, version)
-    except (ValueError, RecursionError) as error:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _values(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this is not JSON (truncated or corrupted?): {error}") from error
 
 
 def parse(text: str | bytes | None, version_key: str, version: int) -> dict[str, Any]:
     """The JSON object in a text, without its version. Raises ValueError for anything else."""
     if text is None:
         raise ValueError(f"it has no {version_key}")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not JSON (truncated or corrupted?): {error}") from error
+    values = _values(text)
     stored = values.pop(version_key, None) if isinstance(values, dict) else None
     if type(stored) is not int or stored != version:
         raise ValueError(f"{version_key} is {stored!r}, this version reads {version}")

@@ -10,9 +10,10 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -65,6 +66,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         _writing.discard(temporary.name)
+
+
+@contextlib.contextmanager
+def working_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder inside folder, which is removed at the end; so are those that dead writers have left."""
+    for left in abandoned(folder, name):
+        shutil.rmtree(left, ignore_errors=True)
+    made = folder / f".{name}.{_machine()}.{os.getpid()}-{next(_numbers)}.tmp"
+    _writing.add(made.name)
+    try:
+        made.mkdir()
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        _writing.discard(made.name)
 
 
 def sync(path: Path) -> None:
@@ -131,12 +147,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     own = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # safetensors makes files that the owner alone can read
+    with full_disk_told(path):
+        require_safetensors().torch.save_file(own, path, metadata=dict(metadata))
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn the error by which safetensors hides a full disk into OSError."""
     safetensors = require_safetensors()
     try:
-        safetensors.torch.save_file(own, path, metadata=dict(metadata))
-    except safetensors.SafetensorError as error:  # which hides a full disk
+        yield
+    except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -161,6 +184,42 @@ def open_tensors(path: str | Path, device: torch.device | str = "cpu") -> Iterat
             yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or corrupted?): {error}") from error
+
+
+class TensorFiles:
+    """Several open safetensors files, read like one.
+
+    Raises ValueError for a tensor that two of them hold.
+    """
+
+    def __init__(self, opened: Mapping[Path, safe_open]):
+        self._owners: dict[str, safe_open] = {}
+        for path, file in opened.items():
+            names = file.keys()
+            if twice := sorted(set(names) & self._owners.keys()):
+                raise ValueError(f"{path} holds {twice[0]!r}, which another file of the folder holds, too")
+            self._owners |= dict.fromkeys(names, file)
+        self._files = list(opened.values())
+
+    def keys(self) -> list[str]:
+        return sorted(self._owners)
+
+    def get_slice(self, name: str):
+        return self._owners[name].get_slice(name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._owners[name].get_tensor(name)
+
+    def metadata(self) -> list[dict[str, str]]:
+        """That of each file."""
+        return [file.metadata() or {} for file in self._files]
+
+
+@contextlib.contextmanager
+def open_all(paths: Iterable[str | Path], device: torch.device | str = "cpu") -> Iterator[TensorFiles]:
+    """Open the safetensors files of one checkpoint, as `open_tensors` does one."""
+    with contextlib.ExitStack() as stack:
+        yield TensorFiles({Path(path): stack.enter_context(open_tensors(path, device)) for path in paths})
 
 
 def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
