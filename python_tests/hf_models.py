@@ -50,6 +50,8 @@ _SPEECH |= {"conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_
 _SPEECH |= {"num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
 _CLIP = {"text_config": {**_TEXT, **_SPECIAL}, "vision_config": _VISION, "projection_dim": 48}
 
+OPTIONS = {"rank": 4, "num_iter": 1, "group_size": 32}
+
 Inputs = Callable[[], dict[str, Tensor]]
 
 
@@ -223,7 +225,7 @@ def dense_model(name: str) -> nn.Module:
 
 def adapter_config(**options) -> lk.QuantConfig:
     """What tests over architectures quantize with: small, and quick to initialize."""
-    return lk.QuantConfig(**{"rank": 4, "num_iter": 1, "group_size": 32, **options})
+    return lk.QuantConfig(**{**OPTIONS, **options})
 
 
 def fill_adapters(model: nn.Module) -> nn.Module:
