@@ -368,6 +368,16 @@ class TestLoadedHere:
         with torch.no_grad():
             equal(model(x), expected(torch.relu(expected(x))))
 
+    def test_loaded_in_inference_mode(self, tmp_path):
+        """As a server does: the factors count their writes all the same, and what is made of them is kept."""
+        model = quantized(tiny_llama())
+        by_peft(tiny_llama(), tmp_path)
+        with torch.inference_mode():
+            lk.load_adapter(model, tmp_path, name="a")
+            lk.set_adapter(model, "a")
+        slots = model.model.layers[0].self_attn.q_proj.slots
+        assert not slots.live.lora_A.is_inference() and not slots.loaded["a"].factors.lora_B.is_inference()
+
     def test_hot_swap(self, tmp_path):
         dense = tiny_llama()
         model = quantized(dense)

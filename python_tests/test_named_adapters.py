@@ -252,6 +252,12 @@ class TestLife:
             layer = next(iter(quantized_layers(model).values()))
             close(layer(x), layer.merged_linear().double()(x.double()))
 
+    def test_tuning_waits(self):
+        model = loaded(tiny_gpt2())
+        lk.set_adapter(model, "a")
+        with pytest.raises(ValueError, match=r"the user adapter 'a' is active, .*: set_adapter\(model, None\)"):
+            lk.rilq_tune(model, tiny_gpt2(), [TOKENS] * 4)
+
     def test_groups_have_them(self):
         linears = [nn.Linear(64, rows) for rows in (16, 24)]
         model = with_start(quantized(nn.ModuleDict({"q": linears[0], "k": linears[1]})))

@@ -27,6 +27,7 @@ from helpers import gaussian
 
 import loftq_kernels as lk
 from loftq_kernels import cli
+from loftq_kernels.cli.serve import _OFFLINE
 from loftq_kernels.nn.adapters import adapter_parameters
 
 transformers = pytest.importorskip("transformers")
@@ -43,6 +44,16 @@ NAMES = ("tiny", "one", "two")  # the model, and adapters of it
 PROMPTS = ("w1 w2 w3", "w7", "w30 w4", "w5 w5 w5 w5 w6", "w60 w0")
 LONG = 100_000  # tokens, which take minutes: what asks for so many is still under way
 SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    """The command changes the environment of its process, and transformers' server how much transformers says."""
+    for name in _OFFLINE:
+        monkeypatch.setenv(name, "1")
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
 
 
 def tiny_tokenizer():
@@ -145,13 +156,7 @@ class Served:
 @contextlib.contextmanager
 def running(model, processor, folder: Path) -> Iterator[Served]:
     """A server in a thread, at a port that was free."""
-    made = serving.server(
-        model,
-        processor,
-        bases=["tiny", str(folder)],
-        adapters=["one", "two"],
-        choose=lambda name: lk.use_adapters(model, [name]),
-    )
+    made = serving.server(model, processor, bases=["tiny", str(folder)], adapters=NAMES[1:])
     forwards: list[int] = []
     counting = model.register_forward_hook(lambda *_: forwards.append(1))
     with socket.socket() as sock:
@@ -431,8 +436,9 @@ class TestInstallation:
         ("missing", "message"),
         [
             ("fastapi", r"the server needs fastapi: pip install 'loftq_kernels\[serve\]'"),
+            ("openai", r"the server needs openai: pip install 'loftq_kernels\[serve\]'"),
             ("uvicorn", r"the server needs uvicorn: pip install 'loftq_kernels\[serve\]'"),
-            ("transformers.cli.serve", rf"transformers {transformers.__version__} has no server that can be extended"),
+            ("transformers.cli.serve", f"transformers {transformers.__version__} has another server than those of"),
         ],
     )
     def test_something_is_missing(self, world, monkeypatch, capsys, missing, message):
@@ -443,12 +449,18 @@ class TestInstallation:
         assert cli.main(["serve", "tiny"]) == 2
         assert re.match(f"loftq-kernels: {message}", capsys.readouterr().err)
 
+    def test_an_adapter_that_is_not_loaded(self, loaded):
+        with pytest.raises(ValueError, match="no adapter 'three' is loaded"):
+            serving.server(*loaded, bases=["tiny"], adapters=["three"])
+
     def test_a_server_that_is_other_than_known(self, world, loaded, monkeypatch):
         from transformers.cli.serving.model_manager import ModelManager
 
         monkeypatch.delattr(ModelManager, "process_model_name")
         with (
-            pytest.raises(ImportError, match=f"transformers {transformers.__version__} has no .*process_model_name"),
+            pytest.raises(
+                ImportError, match=f"transformers {transformers.__version__} has another .*process_model_name"
+            ),
             running(*loaded, world.place / "tiny"),
         ):
             pass

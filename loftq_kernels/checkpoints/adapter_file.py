@@ -109,10 +109,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None) -> N
                 "of which the model has one for all adapters: leave modules_to_save out, or load it with PEFT"
             )
         first = {id(layer): layer_name for layer_name, layer in quantized_layers(target).items()}
-        adapters = {
-            first[id(submodule(target, layer))]: contents.read(stored, target, layer, config)
-            for layer in contents.layers
-        }
+        with torch.inference_mode(False):  # PyTorch counts no writes to tensors that are made in inference mode.
+            adapters = {
+                first[id(submodule(target, layer))]: contents.read(stored, target, layer, config)
+                for layer in contents.layers
+            }
         modules = {name: tensors_of.read_finite(stored, key) for name, key in contents.modules.items()}
     if name is not None:
         add_adapter(target, name, {layer: NamedAdapter(term, base is not None) for layer, term in adapters.items()})

@@ -112,7 +112,7 @@ def _write(
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     for name in layers:
-        _packed_of(name, submodule(model, name), tensors, tied).validate()
+        packed_of(name, submodule(model, name), tensors, tied).validate()
     files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
@@ -131,7 +131,7 @@ def _write(
         _publish(path, pending, config)
 
 
-def _packed_of(
+def packed_of(
     name: str, layer: QuantLoRAModule, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> PackedTensor:
     """A layer's packed weight as it is going to be written."""

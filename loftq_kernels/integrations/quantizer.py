@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.checkpoints import architecture, hosted
 from loftq_kernels.checkpoints.manifest import CheckpointConfig
-from loftq_kernels.checkpoints.native import whole
+from loftq_kernels.checkpoints.native import packed_of, whole
 from loftq_kernels.checkpoints.tensor_file import check_layers, check_places
 from loftq_kernels.integrations.loading import Arrivals
 from loftq_kernels.models.config import QuantConfig
@@ -209,6 +209,7 @@ class LoftqQuantizer(HfQuantizer):
         state = {
             name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in ignored
         }
+        _validate(model, contents, state)
         state = remove_tied_weights_from_state_dict(state, model)
         sha256 = hosted.digest(state)
         self.quantization_config.contents = dataclasses.replace(contents, sha256=sha256)
@@ -224,6 +225,14 @@ class LoftqQuantizer(HfQuantizer):
         for name, layer in quantized_layers(model).items():
             set_submodule(model, name, getattr(layer, layer.dense_copy)().to(dtype))
         return model
+
+
+def _validate(model: nn.Module, contents: hosted.Contents, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for packed tensors that no layer could be made from; those of other processes are not here."""
+    for name in contents.layers:
+        key = f"{name}.codes"
+        if not state[contents.tied.get(key, key)].is_meta:
+            packed_of(name, submodule(model, name), state, contents.tied).validate()
 
 
 def _name_of(dtype: torch.dtype | str | None) -> str:

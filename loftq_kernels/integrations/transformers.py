@@ -25,8 +25,6 @@ from loftq_kernels.checkpoints.native import one_writer
 from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.integrations.quantizer import LoftqConfig, LoftqQuantizer, adopt_inner
 from loftq_kernels.models.config import QuantConfig
-from loftq_kernels.nn.adapters import quantized_layers
-from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.storage import files
 
 _WORKING = "saving"  # of a folder that is being written
@@ -55,8 +53,6 @@ class _Transformers:
         if any(tensor.is_meta for tensor in model.state_dict().values()) and not hasattr(model, "hf_device_map"):
             on_meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
-        for name, layer in quantized_layers(model).items():
-            _check_packed(name, layer)
         with one_writer(model) as writes:
             path.mkdir(parents=True, exist_ok=True)
             with files.working_folder(path, _WORKING) as working:
@@ -73,11 +69,6 @@ class _Transformers:
             raise ValueError(f"{path}: {error}; load it by {name}.from_pretrained of your own class") from error
         with quiet_transformers():
             return cls.from_pretrained(path, local_files_only=True, dtype="auto").to(device)
-
-
-def _check_packed(name: str, layer: QuantLoRAModule) -> None:
-    if not layer.codes.is_meta:
-        layer.packed.validate()
 
 
 def _publish(working: Path, path: Path) -> None:

@@ -170,7 +170,10 @@ class QuantLoRAModule(LayerState, Mergeable):
         self.adapter_enabled = True
 
     def disable_adapter(self) -> None:
-        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay."""
+        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay.
+
+        User adapters (`set_adapter`) are no part of it, and stay active.
+        """
         self.adapter_enabled = False
 
     @property
