@@ -11,6 +11,8 @@ TEST_CUDA := $(if $(shell command -v nvcc),-DLOFTQ_CUDA=ON -DCMAKE_CUDA_ARCHITEC
 # The number of compilers that run at once: each needs about 1 GB of memory for a file of kernels.
 export MAX_JOBS ?= 2
 
+# Other versions than that of constraints.txt, which make test has: the oldest that we are written for, and the newest.
+TRANSFORMERS ?= 5.20.2 5.24.0
 GPU_JOBS ?= $(shell nproc)
 # Where measurements go. The committed ones are in bench/results: `python -m bench SUBJECT --publish`, and for make gpu
 # RESULTS=bench/results.
@@ -21,12 +23,13 @@ SOURCES := setup.py $(shell find csrc -path csrc/tests -prune -o -type f -print)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-cpp sanitize memcheck lint bench bench-compare gpu gpu-build gpu-test hf-kernel build wheel clean
+.PHONY: help demo test test-python test-cpp test-versions sanitize memcheck lint bench bench-compare gpu gpu-build gpu-test hf-kernel build wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      quantize a real model, print and plot what that does to it"
 	@echo "make test      all tests: pytest, and the C++ tests by CTest"
+	@echo "make test-versions  the tests of transformers' calls with TRANSFORMERS=\"$(TRANSFORMERS)\""
 	@echo "make sanitize  the C++ tests with the address and undefined behaviour sanitizers"
 	@echo "make memcheck  the tests of the CPU kernels under valgrind: the scalar instruction set"
 	@echo "make lint      check style: ruff, clang-format"
@@ -55,6 +58,15 @@ test-cpp: $(VENV)/.dev
 	@$(BIN)/cmake --build $(CMAKE_BUILD) --parallel $(MAX_JOBS) -- --quiet
 	@echo "==> Running the C++ tests"
 	@$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+# Each version is installed alone, beside what constraints.txt names: versions of its own dependencies have to fit.
+test-versions: $(VENV)/.dev $(VENV)/.ext
+	@for version in $(TRANSFORMERS); do \
+		[ -d build/transformers-$$version ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+			--no-deps --target build/transformers-$$version transformers==$$version || exit 1; \
+		echo "==> Testing with transformers $$version"; \
+		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q python_tests/test_transformers.py || exit 1; \
+	done
 
 # Finds what reads undefined memory or goes one element too far, even where the results come out right.
 sanitize: $(VENV)/.dev

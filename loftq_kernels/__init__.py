@@ -77,7 +77,10 @@ if TYPE_CHECKING or not _is_the_command():
     from loftq_kernels.public import *  # noqa: F403
 
 
-_OF_HOSTS = {"LoftqConfig": "loftq_kernels.integrations.transformers"}  # imported when somebody asks for the name
+_OF_HOSTS = {  # imported when somebody asks for the name
+    "LoftqConfig": "loftq_kernels.integrations.transformers",
+    "exclude_frozen_parameters": "loftq_kernels.integrations.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

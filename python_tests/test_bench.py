@@ -335,6 +335,14 @@ class TestGenerate:
         expected = x.double() @ weight.T
         assert (y - expected).norm() < 0.15 * expected.norm()
 
+    def test_heads(self, dense, tmp_path):
+        """What is called a quantized head is one."""
+        for head in (False, True):
+            one = models.ours("nf4", 16, head)
+            one.prepare(dense, tmp_path / str(head))
+            layer = one.load(tmp_path / str(head)).lm_head
+            assert isinstance(layer, lk.QuantLoRALinear) == head == one.quantized_head
+
     @pytest.mark.parametrize("option", [["--peer", "nobody"], ["--format", "nf3"]])
     def test_unknown_values_name_the_known_ones(self, option, tmp_path, capsys):
         assert cli.main(["generate", *option, "--output", str(tmp_path)]) == 2

@@ -252,6 +252,12 @@ class TestLife:
             layer = next(iter(quantized_layers(model).values()))
             close(layer(x), layer.merged_linear().double()(x.double()))
 
+    def test_tuning_waits(self):
+        model = loaded(tiny_gpt2())
+        lk.set_adapter(model, "a")
+        with pytest.raises(ValueError, match=r"the user adapter 'a' is active, .*: set_adapter\(model, None\)"):
+            lk.rilq_tune(model, tiny_gpt2(), [TOKENS] * 4)
+
     def test_groups_have_them(self):
         linears = [nn.Linear(64, rows) for rows in (16, 24)]
         model = with_start(quantized(nn.ModuleDict({"q": linears[0], "k": linears[1]})))
@@ -296,6 +302,35 @@ class TestRows:
             calls = calls_of(lambda: model(x))
         assert calls.count("qlora_linear_multi") == len(quantized_layers(model)) and "cat" not in calls
 
+    def test_one_name_is_for_all_rows(self):
+        """One term for all, as if it were active: any number of rows, of convolutions too, with gradients."""
+        model, x = loaded(), gaussian(5, 7, 64)
+        with lk.use_adapters(model, ["a"]):
+            with torch.no_grad():
+                close(model(x), merged(model, "a")(x.double()))
+                ours = [name for name in calls_of(lambda: model(x)) if "linear" in name]
+            assert ours == ["qlora_linear"] * len(quantized_layers(model))
+            model(x).sum().backward()
+            with torch.no_grad(), lk.use_adapters(model, [None]):
+                close(model(x), merged(model)(x.double()))
+        with torch.no_grad(), lk.use_adapters(model, ["b"] * 5):
+            close(model(x), merged(model, "b")(x.double()))
+            with pytest.raises(ValueError, match="names 5 rows"):
+                model(x[:4])
+        convolution = quantized(nn.Sequential(nn.Conv1d(8, 8, 3)), layer_types=("conv",))
+        add(convolution, "a")
+        x = gaussian(2, 8, 9)
+        with torch.no_grad(), lk.use_adapters(convolution, ["a"]):
+            torch.testing.assert_close(convolution(x), convolution[0].merged_conv()(x), rtol=1e-4, atol=1e-4)
+
+    def test_weights_of_rows_that_differ(self):
+        model, x = loaded(), gaussian(2, 64)
+        layer = model.layers[0]["up"]
+        with torch.no_grad(), lk.use_adapters(model, ["a", "b"]):
+            assert torch.equal(torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+            with pytest.raises(ValueError, match="there is no one weight for all rows"):
+                layer.weight.clone()
+
     def test_repeated_rows(self):
         """Beams of a row are consecutive."""
         model, x = loaded(), gaussian(6, 7, 64)
@@ -303,6 +338,19 @@ class TestRows:
             y = model(x)
         for row in range(6):
             close(y[row], merged(model, "ab"[row // 3])(x[row].double()))
+
+    def test_more_adapters_for_all_rows(self):
+        """As PEFT's are, which stand on the layer of a model that has user adapters for each row."""
+        model, x = loaded(), gaussian(3, 64)
+        layer = model.layers[0]["up"]
+        more = [Factors(*adapter(*layer.packed.shape, 2, seed=9), 0.1)]
+        with torch.no_grad(), lk.use_adapters(model, ["a", None, "b"]):
+            y = layer.product(x, layer.bias, more=more)
+            assert calls_of(lambda: layer.product(x, layer.bias, more=more)).count("qlora_linear_multi") == 1
+        for row, name in enumerate(("a", None, "b")):
+            weight = merged(model, *([name] if name else [])).layers[0]["up"].weight
+            weight = weight + 0.1 * more[0].lora_B.double() @ more[0].lora_A.double()
+            close(y[row], x[row].double() @ weight.T + layer.bias.double())
 
     def test_follows_changes(self):
         model, x = loaded(), gaussian(2, 3, 64)
@@ -337,11 +385,12 @@ class TestRows:
     @pytest.mark.parametrize("shape", [(3, 7, 64), (7, 64), (1, 8, 64)])
     def test_wrong_numbers_of_rows(self, shape):
         model = loaded()
-        with torch.no_grad(), lk.use_adapters(model, ["a", "b"]):
-            with pytest.raises(
-                ValueError, match=r"names 2 rows, and a layer's input \[.*, in_features\] does not divide"
-            ):
-                model(gaussian(*shape))
+        with (
+            torch.no_grad(),
+            lk.use_adapters(model, ["a", "b"]),
+            pytest.raises(ValueError, match=r"names 2 rows, and a layer's input \[.*, in_features\] does not divide"),
+        ):
+            model(gaussian(*shape))
 
     def test_refusals(self):
         model = loaded()
@@ -353,9 +402,9 @@ class TestRows:
     def test_convolutions(self):
         model = quantized(nn.Sequential(nn.Conv1d(8, 8, 3), nn.Conv2d(1, 2, 3)), layer_types=("conv",))
         add(model, "a")
-        with pytest.raises(ValueError, match="layer '0' is a convolution, which has none for each row"):
-            with lk.use_adapters(model, ["a"]):
-                pass
+        message = "layer '0' is a convolution, which has none for each row"
+        with pytest.raises(ValueError, match=message), lk.use_adapters(model, ["a", None]):
+            pass
         conv, x = model[0], gaussian(2, 8, 9)
         lk.set_adapter(model, "a")
         with torch.no_grad():

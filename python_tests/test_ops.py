@@ -358,14 +358,52 @@ class Subclass(torch.Tensor):
 
 
 @pytest.mark.parametrize("argument", range(5))
-def test_subclasses_go_through_the_dispatcher(argument, monkeypatch):
-    """The short cut of CUDA tensors is for plain ones: a subclass has its own way with an op."""
-    if not functional.triton_backend.registered:
-        pytest.skip("the ops have other kernels on CUDA")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    packed, (lora_A, lora_B) = lk.quantize(gaussian(7, 130)), adapter(7, 130, 3)
-    arguments = [gaussian(3, 130), packed.codes, torch.nn.Parameter(lora_A), torch.nn.Parameter(lora_B), gaussian(7)]
+def test_subclasses_go_through_the_dispatcher(argument):
+    """The short cut is for plain tensors: a subclass has its own way with an op."""
+    arguments = plain_arguments()
     with torch.no_grad():
-        assert functional._by_hand(*arguments) and functional._by_hand(*arguments[:2], None, None, None)
+        assert functional._is_unseen(*arguments) and functional._is_unseen(*arguments[:2], None, None, None)
         arguments[argument] = arguments[argument].as_subclass(Subclass)
-        assert not functional._by_hand(*arguments)
+        assert not functional._is_unseen(*arguments)
+
+
+def plain_arguments() -> list[torch.Tensor]:
+    packed, (lora_A, lora_B) = lk.quantize(gaussian(7, 130)), adapter(7, 130, 3)
+    return [gaussian(3, 130), packed.codes, torch.nn.Parameter(lora_A), torch.nn.Parameter(lora_B), gaussian(7)]
+
+
+class TestShortCut:
+    """Where nobody else has to see the product, the kernel is called below the dispatcher's derivatives."""
+
+    def test_the_same_bits(self):
+        packed = lk.quantize(gaussian(7, 130))
+        x, (lora_A, lora_B), bias = gaussian(3, 130), adapter(7, 130, 3), gaussian(7)
+        stored = packed.codes, packed.scale, packed.offset, packed.codebook, 64, lora_A, lora_B, 0.5, bias
+        with torch.no_grad():
+            assert functional._product(x, packed.codes, lora_A, lora_B, bias) is functional._below_autograd
+            y = functional.linear_tensors(x, *stored, in_features=130)
+        assert torch.equal(y, torch.ops.loftq_kernels.qlora_linear(x, *stored)) and not y.requires_grad
+
+    @pytest.mark.parametrize("argument", (0, 2, 3, 4))
+    def test_not_where_a_gradient_is_wanted(self, argument):
+        arguments = [tensor.detach() for tensor in plain_arguments()]
+        assert functional._is_unseen(*arguments)
+        arguments[argument].requires_grad_(True)
+        assert not functional._is_unseen(*arguments)
+        with torch.no_grad():
+            assert functional._is_unseen(*arguments)
+
+    def test_not_under_a_mode(self):
+        arguments = [tensor.detach() for tensor in plain_arguments()]
+        with torch.autograd.forward_ad.dual_level():
+            assert not functional._is_unseen(*arguments)
+        with torch.utils._python_dispatch.TorchDispatchMode():
+            assert not functional._is_unseen(*arguments)
+        seen = []
+        torch.func.vmap(lambda x: seen.append(functional._is_unseen(arguments[0], *arguments[1:])) or x)(arguments[0])
+        assert seen == [False]
+
+    def test_errors_give_the_reason(self):
+        packed = lk.quantize(gaussian(7, 130))
+        with torch.no_grad(), pytest.raises(ValueError, match=r"bias .*\(8,\)"):
+            lk.qlora_linear(gaussian(3, 130), packed, bias=torch.zeros(8))

@@ -80,12 +80,12 @@ def fill(*wrapped: nn.Module) -> None:
 
 
 def wrapped(*configs: peft.LoraConfig, pair: tuple[nn.Module, nn.Module] | None = None) -> list[nn.Module]:
-    """Both models with adapters "default", "1", "2", ... of the same values, in eval mode."""
+    """Both models with adapters "default", "a1", "a2", ... of the same values, in eval mode."""
     made = []
     for model in pair or models():
         model = peft.get_peft_model(model, copy.deepcopy(configs[0]))
         for i, config in enumerate(configs[1:]):
-            model.add_adapter(str(i + 1), copy.deepcopy(config))
+            model.add_adapter(f"a{i + 1}", copy.deepcopy(config))
         made.append(model.eval())
     fill(*made)
     return made
@@ -176,7 +176,7 @@ class TestOneAdapter:
     def test_other_bases(self, options):
         model = quantized(llama(), **options)
         mine, theirs = wrapped(lora(), lora(use_dora=True), pair=(model, twin(model)))
-        for active in ("default", ["default", "1"]):
+        for active in ("default", ["default", "a1"]):
             for adapted in (mine, theirs):
                 adapted.base_model.set_adapter(active)
             agree(mine, theirs)
@@ -205,7 +205,7 @@ class TestOneAdapter:
         """The adapter stays float32, as PEFT has it; outputs are off by roundings of bfloat16."""
         model = quantized(llama(torch.bfloat16))
         mine, theirs = wrapped(lora(), lora(use_dora=True), pair=(model, twin(model)))
-        for name in ("default", "1"):
+        for name in ("default", "a1"):
             logits = [m(IDS).logits for m in (mine, theirs) if m.set_adapter(name) is None]
             assert logits[0].dtype == torch.bfloat16
             assert (logits[0] - logits[1]).norm() < 0.02 * logits[1].norm()
@@ -257,7 +257,7 @@ class TestSeveralAdapters:
     CONFIGS = (lora(), lora(target_modules=["q_proj", "k_proj"], r=2), lora(use_dora=True), lora(lora_dropout=0.5))
 
     @pytest.mark.parametrize(
-        "names", [["1"], ["default", "1"], ["default", "2"], ["2", "1"], ["2", "default", "1", "3"]]
+        "names", [["a1"], ["default", "a1"], ["default", "a2"], ["a2", "a1"], ["a2", "default", "a1", "a3"]]
     )
     def test_at_once(self, names):
         mine, theirs = wrapped(*self.CONFIGS)
@@ -276,7 +276,7 @@ class TestSeveralAdapters:
         mine, theirs = wrapped(*self.CONFIGS)
         losses = []
         for model in (mine, theirs):
-            model.base_model.set_adapter(["3", "default", "1"])
+            model.base_model.set_adapter(["a3", "default", "a1"])
             torch.manual_seed(5)
             losses.append(model.train()(IDS, labels=IDS).loss)
         close(*losses)
@@ -292,13 +292,13 @@ class TestSeveralAdapters:
 
         with mine.disable_adapter():
             assert torch.equal(mine(IDS).logits, base)
-        both("set_adapter", "2")
-        both("delete_adapter", "2")
-        both("add_weighted_adapter", ["default", "1"], [0.7, -0.4], "cat", combination_type="cat")
+        both("set_adapter", "a2")
+        both("delete_adapter", "a2")
+        both("add_weighted_adapter", ["default", "a1"], [0.7, -0.4], "cat", combination_type="cat")
         both("set_adapter", "cat")
-        both("add_weighted_adapter", ["default", "3"], [0.7, 0.4], "sum", combination_type="linear")
+        both("add_weighted_adapter", ["default", "a3"], [0.7, 0.4], "sum", combination_type="linear")
         both("set_adapter", "sum")
-        both("merge_adapter", ["1"])
+        both("merge_adapter", ["a1"])
         both("set_adapter", "default")  # which unmerges, with a warning
         both("merge_adapter", ["default"])
         with mine.disable_adapter():  # unmerges, too
@@ -316,17 +316,17 @@ class TestSeveralAdapters:
         """Values that are kept between calls are made anew when an adapter changes, by whatever PEFT does to it."""
         mine, theirs = wrapped(*self.CONFIGS)
         for model in (mine, theirs):
-            model.base_model.set_adapter(["2", "default"])
+            model.base_model.set_adapter(["a2", "default"])
         before = agree(mine, theirs)
-        state = {key: 2 * value for key, value in peft.get_peft_model_state_dict(theirs, adapter_name="2").items()}
+        state = {key: 2 * value for key, value in peft.get_peft_model_state_dict(theirs, adapter_name="a2").items()}
         for model in (mine, theirs):
-            peft.set_peft_model_state_dict(model, state, adapter_name="2")
+            peft.set_peft_model_state_dict(model, state, adapter_name="a2")
         changed = agree(mine, theirs)
         assert not torch.allclose(before, changed)
         for model in (mine, theirs):
             for layer in model.modules():
                 if hasattr(layer, "set_scale"):
-                    layer.set_scale("2", 3)
+                    layer.set_scale("a2", 3)
                     layer.set_scale("default", 3)
         assert not torch.allclose(agree(mine, theirs), changed)
 
@@ -346,7 +346,7 @@ class TestSeveralAdapters:
 class TestRows:
     """An adapter for each row of a batch."""
 
-    NAMES = ["default", "__base__", "1", "default"]
+    NAMES = ["default", "__base__", "a1", "default"]
 
     def test_forward_and_generate(self):
         mine, theirs = wrapped(*TestSeveralAdapters.CONFIGS[:2])
@@ -371,12 +371,12 @@ class TestRows:
     def test_without_a_start_adapter(self, rank):
         model = quantized(llama(), rank=rank)
         mine, theirs = wrapped(*TestSeveralAdapters.CONFIGS[:2], pair=(model, twin(model)))
-        for names in (self.NAMES, ["__base__"] * 4, ["1"] * 4):
+        for names in (self.NAMES, ["__base__"] * 4, ["a1"] * 4):
             agree(mine, theirs, adapter_names=names)
 
     def test_refusals_of_peft(self):
         mine, _ = wrapped(*TestSeveralAdapters.CONFIGS)
-        for names, message in ((["2"] * 4, "DoRA"), (["nobody"] * 4, "non-existing"), (["default"], "Length")):
+        for names, message in ((["a2"] * 4, "DoRA"), (["nobody"] * 4, "non-existing"), (["default"], "Length")):
             with pytest.raises(ValueError, match=message):
                 mine(IDS, adapter_names=names)
 
@@ -390,12 +390,12 @@ class TestOneProduct:
     def model(self, *names: str) -> nn.Module:
         model = peft.get_peft_model(models()[0], copy.deepcopy(self.CONFIGS[0])).eval()
         for i, config in enumerate(self.CONFIGS[1:]):
-            model.add_adapter(str(i + 1), copy.deepcopy(config))
+            model.add_adapter(f"a{i + 1}", copy.deepcopy(config))
         fill(model)
         model.base_model.set_adapter(list(names))
         return model
 
-    @pytest.mark.parametrize("names", [["default"], ["default", "1"], ["default", "2", "1"]])
+    @pytest.mark.parametrize("names", [["default"], ["default", "a1"], ["default", "a2", "a1"]])
     def test_in_inference(self, names):
         model = self.model(*names)
         with torch.no_grad():
@@ -405,14 +405,14 @@ class TestOneProduct:
         assert ops.calls == {"qlora_linear": self.LAYERS}
 
     def test_in_training(self):
-        model = self.model("default", "1").train()
+        model = self.model("default", "a1").train()
         with Ops() as ops:
             model(IDS)
         assert ops.calls == {"qlora_linear": self.LAYERS}
 
     def test_dora_in_training(self):
         """One more product, of r rows, for the norm; the base is decoded once."""
-        model = self.model("2").train()
+        model = self.model("a2").train()
         model(IDS)
         with Ops() as ops:
             model(IDS)
@@ -466,6 +466,18 @@ class TestMerging:
             off = (model(IDS).logits - logits).norm() / logits.norm()
         assert 1e-4 < off < 0.15
 
+    @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+    @pytest.mark.parametrize("requantize", [False, True])
+    def test_saved_by_transformers(self, tmp_path, targets, requantize):
+        """Dense, partly dense or quantized again: config.json says what the tensors are."""
+        mine, _ = wrapped(lora(target_modules=targets))
+        model = ours.merge_and_unload(mine, requantize=requantize)
+        model.save_pretrained(tmp_path)
+        dense = targets == "all-linear" and not requantize
+        assert ("quantization_config" in (tmp_path / "config.json").read_text()) != dense
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
     def test_says_that_it_is_dense(self):
         mine, _ = wrapped(lora())
         with pytest.warns(UserWarning, match=r"exact and takes the memory of a dense model.*requantize=True"):
@@ -477,9 +489,9 @@ class TestMerging:
 
     def test_some_adapters(self):
         mine, theirs = wrapped(*TestSeveralAdapters.CONFIGS)
-        merged = [model.merge_and_unload(adapter_names=["1"]) for model in (mine, theirs)]
+        merged = [model.merge_and_unload(adapter_names=["a1"]) for model in (mine, theirs)]
         agree(*merged)
-        assert isinstance(merged[0].model.layers[0].mlp.down_proj, lk.QuantLoRALinear), "has no adapter '1'"
+        assert isinstance(merged[0].model.layers[0].mlp.down_proj, lk.QuantLoRALinear), "has no adapter 'a1'"
 
     def test_what_is_not_finite(self):
         mine, _ = wrapped(lora())
@@ -517,12 +529,23 @@ class TestFiles:
         agree(loaded, theirs)
         agree(mine, peft.PeftModel.from_pretrained(dense, tmp_path / "mine", low_cpu_mem_usage=low))
 
+    def test_of_a_saved_base(self, tmp_path):
+        """The adapter's file names the folder of its base, and each of the usual ways loads both."""
+        models()[0].save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        mine = peft.get_peft_model(base, lora(target_modules="all-linear"))
+        fill(mine)
+        mine.eval().save_pretrained(tmp_path / "adapter")
+        expected = mine(IDS).logits
+        for cls in (transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+            assert torch.equal(cls.from_pretrained(tmp_path / "adapter")(IDS).logits, expected)
+
     def test_a_second_one(self, tmp_path):
         mine, theirs = wrapped(*TestSeveralAdapters.CONFIGS)
         theirs.save_pretrained(tmp_path)
         loaded = peft.PeftModel.from_pretrained(models()[0], tmp_path, adapter_name="first")
-        loaded.load_adapter(tmp_path / "1", adapter_name="second")
-        for model, name in ((loaded, "second"), (theirs, "1")):
+        loaded.load_adapter(tmp_path / "a1", adapter_name="second")
+        for model, name in ((loaded, "second"), (theirs, "a1")):
             model.set_adapter(name)
         agree(loaded, theirs)
 
@@ -545,6 +568,30 @@ class TestFiles:
         mine.delete_adapter("default")
         assert torch.equal(mine(IDS).logits, before)
 
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_hot_swapping(self, tmp_path, prepared):
+        """Another adapter's values in the memory of one, a smaller one with zeros where it was prepared for that."""
+        from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+        configs = lora(), lora(r=2) if prepared else lora()
+        for i, config in enumerate(configs):
+            torch.manual_seed(i)
+            config.init_lora_weights = False
+            peft.get_peft_model(models()[1], config).save_pretrained(tmp_path / str(i))
+        swapped = []
+        for model in models():
+            model = peft.PeftModel.from_pretrained(model, tmp_path / "0")
+            if prepared:
+                prepare_model_for_compiled_hotswap(model, target_rank=4)
+            swapped.append(model)
+        before = agree(*swapped)
+        for model in swapped:
+            hotswap_adapter(model, tmp_path / "1", "default")
+        after = agree(*swapped)
+        assert not torch.allclose(before, after)
+        with torch.no_grad():
+            close(after, peft.PeftModel.from_pretrained(models()[0], tmp_path / "1")(IDS).logits)
+
     def test_inject_adapter_in_model(self):
         mine, theirs = (peft.inject_adapter_in_model(lora(), model) for model in models())
         fill(mine, theirs)
@@ -557,11 +604,11 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.table, self.one = nn.Embedding(30, 16, padding_idx=0), nn.Conv1d(16, 8, 3, padding=1)
-        self.two, self.linear = nn.Conv2d(4, 6, 2), nn.Linear(6, 12)
+        self.two, self.linear = nn.Conv2d(4, 6, 2), nn.Linear(36, 12)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.one(self.table(ids).mT)
-        return self.linear(self.two(x.unflatten(1, (4, 2))).flatten(2))
+        return self.linear(self.two(x.unflatten(1, (4, 2))).flatten(1))
 
 
 class TestOtherLayers:

@@ -101,6 +101,7 @@ PRESUPPOSED: dict[str, Callable[[], Any]] = {
     "arguments": lambda: transformers.TrainingArguments("arguments"),
     "tokenizer": tokenizer,
     "cfg": lambda: lk.QuantConfig("nf2", rank=4, init="eora"),
+    "dataset": lambda: [{"input_ids": one, "labels": one} for batch in tokens() for one in batch],
     "weight": lambda: gaussian(96, 128),
     "x": lambda: gaussian(5, 128),
     "bias": lambda: gaussian(96),

@@ -6,13 +6,17 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from test_import import python
+from test_import import REPOSITORY, python
 
+REGISTER = REPOSITORY / "loftq_kernels" / "integrations" / "register.py"
 HOST = """
     import sys, warnings
     sys.path.insert(0, {folder!r})
     warnings.simplefilter("error")
-    from loftq_kernels.integrations import register
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("register", {register!r})  # alone, without torch
+    register = module_from_spec(spec)
+    spec.loader.exec_module(register)
     def when_imported():
         register.when_imported("host.part", "ours", "1.2")
 """
@@ -32,7 +36,7 @@ def prelude(tmp_path: Path) -> str:
         register()
     """
     (tmp_path / "ours.py").write_text(textwrap.dedent(ours))
-    return HOST.format(folder=str(tmp_path))
+    return HOST.format(folder=str(tmp_path), register=str(REGISTER))
 
 
 @pytest.mark.parametrize("order", ["when_imported()\nimport host", "import host\nwhen_imported()"])
@@ -112,5 +116,46 @@ def test_a_host_that_ours_does_not_fit(prelude, tmp_path, order):
     python(prelude, catch, order, code)
 
 
-def test_import_of_ours_loads_no_host():
-    python("import sys, loftq_kernels\nassert not {'peft', 'transformers'} & set(sys.modules)")
+class TestPeft:
+    """The layers themselves are tested in test_peft.py."""
+
+    KNOWN = """
+        import loftq_kernels as lk, peft, torch
+        layer = torch.nn.ModuleDict({"up": lk.QuantLoRALinear.from_linear(torch.nn.Linear(64, 64))})
+        model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["up"]))
+        assert type(model.base_model.model["up"]).__name__ == "LoraQuantizedLinear"
+        assert early is peft.prepare_model_for_kbit_training is peft.utils.other.prepare_model_for_kbit_training
+        assert early._loftq_kernels and early.__module__ == "peft.utils.other"
+    """
+
+    @pytest.mark.parametrize(
+        "order",
+        [
+            "from peft import prepare_model_for_kbit_training as early; import loftq_kernels",
+            "import loftq_kernels; from peft import prepare_model_for_kbit_training as early",
+            "from peft import prepare_model_for_kbit_training as early; import loftq_kernels.integrations.peft",
+        ],
+    )
+    def test_orders(self, order):
+        """Also the functions that users have imported by name are ours by then."""
+        pytest.importorskip("peft")
+        python(f"import warnings; warnings.simplefilter('error', RuntimeWarning)\n{order}", self.KNOWN)
+
+    def test_another_version(self):
+        """Without a function that ours stands in for, PEFT stays as it is, and is imported all the same."""
+        pytest.importorskip("peft")
+        code = """
+            import warnings
+            from peft.tuners.lora.model import LoraModel
+            from peft.tuners import tuners_utils
+            del LoraModel._create_new_module
+            inject = tuners_utils.BaseTuner.inject_adapter
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                import loftq_kernels
+            (warning,) = [w for w in caught if w.category is RuntimeWarning]
+            for word in ("does not know the layers of loftq_kernels", "peft 0.21", "_create_new_module"):
+                assert word in str(warning.message)
+            assert tuners_utils.BaseTuner.inject_adapter is inject
+        """
+        python(code)

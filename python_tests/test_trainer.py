@@ -14,7 +14,6 @@ from helpers import load_file, parameters_of
 from torch import nn
 
 import loftq_kernels as lk
-from loftq_kernels.integrations.trainer import exclude_frozen_parameters
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -30,9 +29,9 @@ def _quiet():
         yield
 
 
-def quantized_model(name: str = "llama", **options) -> nn.Module:
+def quantized_model(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """With dropout, so that a run depends on the state of the random numbers."""
-    model = hf_models.dense_model(name)
+    model = hf_models.dense_model("llama").to(dtype)
     model.config.attention_dropout = 0.1
     lk.quantize_model(model, hf_models.adapter_config(**options), progress=False)
     return model
@@ -68,7 +67,7 @@ def test_trains_adapters_alone(tmp_path):
     assert moved == trained_parameters(model).keys() and "model.norm.weight" in moved
 
 
-@pytest.mark.parametrize("context", [contextlib.nullcontext, exclude_frozen_parameters])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lk.exclude_frozen_parameters])
 def test_resumes_where_it_was(context, tmp_path, caplog):
     """Bit for bit what an uninterrupted run gives, also from checkpoints without frozen parameters."""
     model = quantized_model()
@@ -92,7 +91,7 @@ class Kept(transformers.TrainerCallback):
         self.after[state.global_step] = trained_parameters(model)
 
 
-@pytest.mark.parametrize("context", [contextlib.nullcontext, exclude_frozen_parameters])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, lk.exclude_frozen_parameters])
 def test_keeps_the_best(context, tmp_path):
     """The second of four checkpoints is the best, and stays."""
     model, kept, scores = quantized_model(), Kept(), iter([1.0, 3.0, 2.0, 0.0])
@@ -118,7 +117,7 @@ def test_keeps_the_best(context, tmp_path):
 def test_checkpoints_without_frozen_parameters(tmp_path):
     model = quantized_model(modules_to_save=["norm"], lora_alpha=8)
     trained = trained_parameters(model)
-    with exclude_frozen_parameters(model):
+    with lk.exclude_frozen_parameters(model):
         trainer_of(model, tmp_path, max_steps=1, save_strategy="steps").train()
     stored = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert {key for key in stored if not key.endswith("_extra_state")} == trained.keys()
@@ -134,13 +133,13 @@ def test_checkpoints_without_frozen_parameters(tmp_path):
 def test_exclude_frozen_parameters_ends_with_an_error():
     model = quantized_model()
     before = set(model._keys_to_ignore_on_save)
-    with pytest.raises(KeyError), exclude_frozen_parameters(model):
+    with pytest.raises(KeyError), lk.exclude_frozen_parameters(model):
         assert "lm_head.weight" in model._keys_to_ignore_on_save
         raise KeyError
     assert model._keys_to_ignore_on_save == before
     with (
         pytest.raises(TypeError, match="Linear is no model of transformers"),
-        exclude_frozen_parameters(nn.Linear(2, 2)),
+        lk.exclude_frozen_parameters(nn.Linear(2, 2)),
     ):
         pass
 
@@ -175,16 +174,15 @@ def test_gradient_checkpointing_of_other_architectures(name):
             assert (gradient - others[key]).norm() <= 1e-5 * gradient.norm(), key
 
 
-def test_bfloat16(tmp_path):
-    """bf16=True is autocast; a model of bfloat16 has adapters of float32, which is what the optimizer needs."""
-    for model in (quantized_model(), quantized_model().to(torch.bfloat16)):
-        for name, own in model.named_parameters():
-            if "lora" in name:
-                own.data = own.data.float()
-        trainer = trainer_of(model, tmp_path, FEW, max_steps=12, bf16=True, per_device_train_batch_size=4)
-        trainer.train()
-        assert losses(trainer)[-1] < losses(trainer)[0] - 0.3
-        assert {own.dtype for own in trained_parameters(model).values()} == {torch.float32}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16(dtype, tmp_path):
+    """Autocast, whatever the model is in: the optimizer has adapters of float32."""
+    model = quantized_model(dtype=dtype)
+    trainer = trainer_of(model, tmp_path, FEW, max_steps=12, bf16=True, per_device_train_batch_size=4)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.3
+    assert {own.dtype for own in trained_parameters(model).values()} == {torch.float32}
+    assert model.lm_head.weight.dtype == dtype
 
 
 def test_gradient_accumulation(tmp_path):
@@ -237,3 +235,5 @@ def test_compiled_by_trainer(tmp_path):
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="torch.compile"):  # what transformers lets nobody do
+        trainer_of(torch.compile(plain), tmp_path)

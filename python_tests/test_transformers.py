@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import load_file, save_file
 
 import loftq_kernels as lk
 from loftq_kernels.checkpoints.manifest import CheckpointConfig, LayerSpec
@@ -149,6 +149,23 @@ class TestWhileLoading:
         lk.quantize_model(twin, lk.QuantConfig(rank=4), progress=False)
         assert torch.equal(logits(model), logits(twin))
         assert model.lm_head.weight is model.transformer.wte.weight
+
+    @pytest.mark.parametrize("layer_types", [("linear",), ("linear", "embedding")], ids=str)
+    def test_tied_head(self, layer_types, tmp_path):
+        """A head that is tied to the embedding and quantized has no weight of its own in the dense folder."""
+        llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+        fields = {"rank": 4, "quantize_head": True, "layer_types": layer_types}
+        model, twin = (
+            causal(tmp_path / "dense", quantization_config=lk.LoftqConfig(**fields)),
+            causal(tmp_path / "dense"),
+        )
+        lk.quantize_model(twin, lk.QuantConfig(**fields), progress=False)
+        for one in (model, twin):
+            assert isinstance(one.lm_head, lk.QuantLoRALinear) and not one.config.tie_word_embeddings
+            assert torch.equal(logits(one), logits(twin))
+            one.save_pretrained(tmp_path / "out")
+            assert torch.equal(logits(causal(tmp_path / "out")), logits(one))
+            assert torch.equal(logits(lk.load_quantized(tmp_path / "out")), logits(one))
 
     def test_odd_numbers_of_layers(self, tmp_path):
         """Batches of the initializer are divided as quantize_model divides them, whatever is left over."""

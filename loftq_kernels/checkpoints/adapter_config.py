@@ -79,7 +79,9 @@ class AdapterConfig:
     def read(cls, folder: Path) -> AdapterConfig:
         """Raises FileNotFoundError, or ValueError naming the file and the option that cannot be honoured."""
         file = folder / CONFIG_FILE
-        values = documents.read_foreign(file, missing=f"does not exist: {folder} holds no adapter of PEFT")
+        values = documents.read_foreign(
+            file, missing=f"does not exist: {folder} holds no adapter of PEFT (download those of the Hub)"
+        )
         try:
             return cls._parse(values)
         except (TypeError, ValueError, re.error) as error:

@@ -108,7 +108,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None) -> N
                 f"{folder} also holds the module {next(iter(contents.modules)).rpartition('.')[0]!r}, trained in full, "
                 "of which the model has one for all adapters: leave modules_to_save out, or load it with PEFT"
             )
-        adapters = {layer: contents.read(stored, target, layer, config) for layer in contents.layers}
+        first = {id(layer): layer_name for layer_name, layer in quantized_layers(target).items()}
+        with torch.inference_mode(False):  # PyTorch counts no writes to tensors that are made in inference mode.
+            adapters = {
+                first[id(submodule(target, layer))]: contents.read(stored, target, layer, config)
+                for layer in contents.layers
+            }
         modules = {name: tensors_of.read_finite(stored, key) for name, key in contents.modules.items()}
     if name is not None:
         add_adapter(target, name, {layer: NamedAdapter(term, base is not None) for layer, term in adapters.items()})
@@ -148,8 +153,9 @@ def _contents(model: nn.Module, config: AdapterConfig, stored: safe_open) -> _Co
     _check_layers(model, list(layers))
     for layer, keys in layers.items():
         _check_layer(layer, submodule(model, layer), keys, config, stored)
-    for layer in quantized_layers(model):
-        if layer not in layers and config.targets(layer) and not ends_with_module(layer, config.modules_to_save):
+    adapted = {id(submodule(model, layer)) for layer in layers}
+    for layer, module in quantized_layers(model).items():
+        if id(module) not in adapted and config.targets(layer) and not ends_with_module(layer, config.modules_to_save):
             raise ValueError(
                 f"the adapter has no tensors for layer {layer!r}, which its target_modules name: it is of another model"
             )
@@ -252,8 +258,13 @@ def _check_own(model: nn.Module) -> None:
         raise ValueError("the model has adapters of PEFT: save and load them with PEFT (save_pretrained, load_adapter)")
     if any(is_sharded(tensor) for _, tensor in named_tensors(model)):
         raise ValueError("the model is sharded: use the whole model, after save_quantized and load_quantized")
-    if not quantized_layers(model):
+    layers = quantized_layers(model)
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer: call quantize_model first")
+    if away := next((name for name, layer in layers.items() if layer.codes.is_meta), None):
+        raise ValueError(
+            f"layer {away!r} is on the meta device, offloaded or not loaded: load the model without offload"
+        )
 
 
 def _own_terms(model: nn.Module) -> dict[str, Factors]:

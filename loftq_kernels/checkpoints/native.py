@@ -30,6 +30,7 @@ from loftq_kernels.checkpoints.tensor_file import (
     with_ties,
 )
 from loftq_kernels.formats import PackedTensor
+from loftq_kernels.models.ties import untie
 from loftq_kernels.nn.adapters import train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
@@ -111,7 +112,7 @@ def _write(
     if on_meta:
         raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
     for name in layers:
-        _packed_of(name, submodule(model, name), tensors, tied).validate()
+        packed_of(name, submodule(model, name), tensors, tied).validate()
     files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path)
@@ -130,7 +131,7 @@ def _write(
         _publish(path, pending, config)
 
 
-def _packed_of(
+def packed_of(
     name: str, layer: QuantLoRAModule, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> PackedTensor:
     """A layer's packed weight as it is going to be written."""
@@ -227,6 +228,7 @@ def load_quantized(
         if not isinstance(old, QuantLoRAModule):
             carry_over(old, layer, kind_of(old))
         set_submodule(target, name, layer.train(old.training))
+    untie(target)
     for name, tensor in tensors.items():
         assign(target, name, tensor)
     for name, source in config.tied.items():

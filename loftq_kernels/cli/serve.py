@@ -36,14 +36,9 @@ def serve(args: argparse.Namespace) -> None:
         model, processor = serving.load(args.model_dir, device)
         for name, folder in adapters.items():
             _load_adapter(model, name, folder)
-        server = serving.server(
-            model,
-            processor,
-            bases=_names(args.model_dir),
-            adapters=list(adapters),
-            choose=lambda name: lk.use_adapters(model, [name]),
-        )
-        print(f"serving {', '.join(_served(args.model_dir, adapters))} at {_url(sock)}; Ctrl-C ends it", flush=True)
+        names = _names(args.model_dir)
+        server = serving.server(model, processor, bases=names, adapters=list(adapters))
+        print(f"serving {', '.join([names[0], *adapters])} at {_url(sock)}; Ctrl-C ends it", flush=True)
         _run(server, sock)
     print("stopped")
 
@@ -78,10 +73,6 @@ def _adapters(args: argparse.Namespace) -> dict[str, Path]:
 def _names(folder: Path) -> list[str]:
     """What requests may call the model without an adapter; the first is the one that the server lists."""
     return list(dict.fromkeys((folder.resolve().name, str(folder), str(folder.resolve()))))
-
-
-def _served(folder: Path, adapters: dict[str, Path]) -> list[str]:
-    return [_names(folder)[0], *adapters]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,13 @@ from loftq_kernels.models.report import QuantizationReport
 from loftq_kernels.models.select import Candidate, alike, packed_bytes
 
 
+def _tie(model: nn.Module) -> None:
+    """Tie what transformers ties when all is loaded, so that layers that share a weight are known to do so."""
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, name = target.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_parameter_or_buffer(source))
+
+
 class Arrivals:
     """The weights of a model that are being read, on their way to become quantized layers.
 
@@ -36,9 +43,12 @@ class Arrivals:
     ):
         if isinstance(statistics, str | Path):
             statistics = ActivationStatistics.load(statistics)
+        _tie(model)
         self.conversion = Conversion(model, cfg, statistics=statistics, plan=plan, values=False)
         candidates = self.conversion.candidates
         self._expected = {f"{name}.weight": own for own in candidates for name in own.names}
+        # A head that is tied to the embedding has no weight in the folder: the embedding's is its own.
+        self._tied = {f"{own.tied_to}.weight": f"{own.name}.weight" for own in candidates if own.tied_to}
         self._group = {own.name: i for i, group in enumerate(alike(candidates)) for own in group}
         self._left: dict[int, int] = defaultdict(int)  # layers of a group that have not been replaced yet
         for own in candidates:
@@ -49,11 +59,13 @@ class Arrivals:
 
     def expects(self, name: str) -> bool:
         """Whether a parameter of that name is the weight of a layer to quantize."""
-        return name in self._expected
+        return name in self._expected or name in self._tied
 
     def bytes_per_weight(self, name: str) -> float:
         """What the packed weight will take."""
-        candidate = self._expected[name]
+        candidate = self._expected.get(name)
+        if candidate is None:
+            return self._expected[self._tied[name]].weight.element_size()
         return packed_bytes(candidate.weight, candidate.cfg) / candidate.weight.numel()
 
     def operation(self) -> Any:
@@ -66,23 +78,26 @@ class Arrivals:
             """Takes the weights of layers to quantize out of what transformers loads."""
 
             def convert(self, input_dict: dict[str, Any], missing_keys: set[str] | None = None, **kwargs: Any) -> dict:
-                rest = {}
-                for name, value in input_dict.items():
-                    tensor = value[0] if isinstance(value, list) else value
-                    if arrivals.expects(name):
-                        (missing_keys if missing_keys is not None else set()).discard(name)
-                        arrivals.take(name, tensor)
-                    else:
-                        rest[name] = tensor
-                return rest
+                tensors = {name: own[0] if isinstance(own, list) else own for name, own in input_dict.items()}
+                taken = {name for tensor_name, tensor in tensors.items() for name in arrivals.take(tensor_name, tensor)}
+                if missing_keys is not None:
+                    missing_keys -= taken
+                return {name: tensor for name, tensor in tensors.items() if name not in taken}
 
         return Quantize()
 
-    def take(self, name: str, weight: Tensor) -> None:
-        """A weight has been read. What fails here, `finish` raises: transformers would bury it in a report."""
-        if self._failure is not None:
-            return
-        candidate = self._expected[name]
+    def take(self, name: str, weight: Tensor) -> list[str]:
+        """A tensor has been read: the names of the weights that it is taken for.
+
+        What fails here, `finish` raises: transformers would bury it in a report.
+        """
+        taken = [own for own in (name, self._tied.get(name)) if own in self._expected]
+        for own in taken:
+            if self._failure is None:
+                self._take(self._expected[own], weight)
+        return taken
+
+    def _take(self, candidate: Candidate, weight: Tensor) -> None:
         candidate.module.weight = nn.Parameter(weight, requires_grad=False)
         candidate.module.weight._is_hf_initialized = candidate.module._is_hf_initialized = True
         self._arrived.add(candidate.name)

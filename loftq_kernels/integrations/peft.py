@@ -1,8 +1,8 @@
 """PEFT on models that hold our layers: `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` and the rest.
 
 Nothing is to be called: importing both packages, in either order, is enough (`register`). PEFT has no public hook for
-layers that it does not know, so `register` replaces four of its functions by ones that add ours, and this is the one
-place that does. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
+layers that it does not know, so `register` replaces five of its functions by ones that add ours, and this is the one
+place that does, but for `peft_hotswap`. `peft_layers` says what the layers compute; `docs/huggingface.md` what works.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import other
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.peft_types import TaskType
 from torch import nn
 
+from loftq_kernels.checkpoints import hosted
 from loftq_kernels.integrations.peft_layers import LAYERS, AroundQuantized
 from loftq_kernels.nn.adapters import quantized_layers
 from loftq_kernels.nn.base import QuantLoRAModule
@@ -30,38 +33,42 @@ _OURS = "_loftq_kernels"  # marks the functions that stand in the place of PEFT'
 
 
 def register() -> None:
-    """Make our layers known to PEFT. Calling it again changes nothing, unless PEFT's modules were reloaded."""
-    model = lora_model.LoraModel
-    if not hasattr(model._create_new_module, _OURS):
-        model._create_new_module = staticmethod(_marked(model._create_new_module, _create_new_module))
-    tuner = tuners_utils.BaseTuner
-    if not hasattr(tuner.inject_adapter, _OURS):
-        tuner.inject_adapter = _marked(tuner.inject_adapter, _inject_adapter)
-    for function, ours in (
-        (tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
-        (other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
-    ):
-        if not hasattr(function, _OURS):
-            _replace(function, _marked(function, ours))
+    """Make our layers known to PEFT. Calling it again changes nothing, unless PEFT's modules were reloaded.
+
+    Raises AttributeError, changing nothing, where PEFT lacks one of the functions.
+    """
+    model, tuner = lora_model.LoraModel, tuners_utils.BaseTuner
+    replaced = (
+        (model, model._create_new_module, _create_new_module),
+        (tuner, tuner.inject_adapter, _inject_adapter),
+        (tuner, tuner._unload_and_optionally_merge, _unload),
+        (None, tuners_utils._maybe_include_all_linear_layers, _include_all_linear_layers),
+        (None, other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training),
+    )
+    for cls, original, ours in replaced:
+        stand_in(original, ours, cls)
 
 
-def _marked(original: Callable, ours: Callable) -> Callable:
-    """``ours``, which takes the original first, as a function that looks like the original."""
+def stand_in(original: Callable, ours: Callable, cls: type | None = None) -> None:
+    """Put ``ours``, which takes the original first, in the place of a method of cls, or of a function wherever it is.
+
+    A function is replaced in every module that has imported it, under whatever name; ours looks like the original.
+    """
+    if hasattr(original, _OURS):
+        return
 
     @functools.wraps(original)
     def replacement(*args, **kwargs):
         return ours(original, *args, **kwargs)
 
     setattr(replacement, _OURS, True)
-    return replacement
-
-
-def _replace(original: Callable, replacement: Callable) -> None:
-    """Put a function in the place of another in every module that has imported it by name."""
     name = original.__name__
+    if cls is not None:
+        setattr(cls, name, staticmethod(replacement) if isinstance(vars(cls)[name], staticmethod) else replacement)
+        return
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, replacement)
+        for alias in [alias for alias, value in list(getattr(module, "__dict__", {}).items()) if value is original]:
+            setattr(module, alias, replacement)
 
 
 def _create_new_module(original: Callable, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs):
@@ -101,6 +108,17 @@ def _inject_adapter(original: Callable, tuner: tuners_utils.BaseTuner, model: nn
             )
 
 
+def _unload(original: Callable, tuner: tuners_utils.BaseTuner, *args, **kwargs) -> nn.Module:
+    """PEFT's unloading; a model that it has left without quantized layers is no longer said to be quantized."""
+    model = original(tuner, *args, **kwargs)
+    if not quantized_layers(model):
+        for module in model.modules():
+            quantizer = vars(module).get("hf_quantizer")
+            if quantizer is not None and quantizer.quantization_config.quant_method == hosted.METHOD:
+                quantizer.remove_quantization_config(module)
+    return model
+
+
 def _check_modules_to_save(model: nn.Module, peft_config: Any) -> None:
     for key in getattr(peft_config, "modules_to_save", None) or ():
         for name, module in model.named_modules():
@@ -117,7 +135,7 @@ def _include_all_linear_layers(original: Callable, peft_config: Any, model: nn.M
     """PEFT's reading of target_modules="all-linear", with our linear layers; like PEFT's without the output layer."""
     asked = getattr(peft_config, "target_modules", None)
     peft_config = original(peft_config, model)
-    if isinstance(asked, str) and asked.lower() == other.INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         inside = {
             f"{name}.{key}"
             for name, module in model.named_modules()
@@ -138,8 +156,8 @@ def _heads(model: nn.Module, peft_config: Any) -> set[nn.Module]:
     """The layers that "all-linear" leaves out: the output embeddings, else the head of a classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if head is None and getattr(peft_config, "task_type", None) == other.TaskType.SEQ_CLS:
-        head = next((h for name in other.SEQ_CLS_HEAD_NAMES if (h := getattr(model, name, None)) is not None), None)
+    if head is None and getattr(peft_config, "task_type", None) == TaskType.SEQ_CLS:
+        head = next((h for name in SEQ_CLS_HEAD_NAMES if (h := getattr(model, name, None)) is not None), None)
     return set() if head is None else set(head.modules())
 
 

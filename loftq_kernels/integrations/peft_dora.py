@@ -81,10 +81,16 @@ def _norm(module: Linear, name: str) -> Tensor:
     with torch.autocast(lora_A.device.type, enabled=False):
         lora_A, lora_B = lora_A.detach().to(wide), lora_B.detach().to(wide)
         across = base.product(lora_A, None, detach=True).mT  # [out, r] = W A^T
-        settings = wide, _own_scaling(base)
-        squares = kept(module, "squares", _sources(base), lambda: _squares(base, wide), settings=settings)
+        squares = _kept_squares(module, base, wide)
         squares = squares + scaling * (lora_B * (2 * across + scaling * (lora_B @ (lora_A @ lora_A.mT)))).sum(1)
     return squares.clamp_min(0).sqrt()
+
+
+def _kept_squares(module: Linear, base: QuantLoRALinear, dtype: torch.dtype) -> Tensor:
+    sources = _sources(base)
+    if any(source.requires_grad for source in sources):  # A start adapter that is trained: see `dora_scale`.
+        return _squares(base, dtype)
+    return kept(module, "squares", sources, lambda: _squares(base, dtype), settings=(dtype, _own_scaling(base)))
 
 
 def _sources(base: QuantLoRALinear) -> list[Tensor]:

@@ -29,6 +29,7 @@ from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.conv import QuantLoRAConv1d, QuantLoRAConv2d
 from loftq_kernels.nn.embedding import QuantLoRAEmbedding
 from loftq_kernels.nn.group import is_grouped
+from loftq_kernels.nn.kept import forget
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.nn.stacking import Factors
@@ -53,6 +54,15 @@ class AroundQuantized:
         check_config(config, self.get_base_layer())
         self.fan_in_fan_out = False  # Also in the place of a transposed Conv1D the matrix is [out, in].
         super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.forget_kept()
+        return super().train(mode)
+
+    def forget_kept(self) -> None:
+        """Make what is kept between calls anew at the next one, after writes that PyTorch does not count."""
+        for module in (self, self.get_base_layer(), *self.lora_magnitude_vector.values()):
+            forget(module)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         if isinstance(module, QuantLoRAEmbedding):
@@ -172,28 +182,35 @@ class LoraQuantizedLinear(AroundQuantized, lora.Linear):
         }
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._check_forward_args(x, *args, **kwargs)
-        of_variants = {name: kwargs.pop(name, None) for name in lora.VARIANT_KWARG_KEYS}
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = of_variants = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            of_variants = {name: kwargs.pop(name, None) for name in lora.VARIANT_KWARG_KEYS}
+            adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             self.merged_adapters.clear()  # as PEFT's layers unmerge then
             return self.base_layer(x)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names=adapter_names, **of_variants)
-        names = [name for name in self.merged_adapters or self.active_adapters if name in self.lora_A]
-        if all(map(self._is_plain, names)):
+        lora_A = self.lora_A
+        names = [name for name in self.merged_adapters or self.active_adapters if name in lora_A]
+        if self.training and all(map(self._is_plain, names)):
             names.sort(key=self._drops)  # Their order makes no difference then: those with dropout come last.
         together = self._together(names)
         y = self._product(x, names[:together])
+        if together == len(names):
+            return y
         dtype = y.dtype
         for name in names[together:]:
-            y = self._add(y, x, name, of_variants)
+            y = self._add(y, x, name, of_variants or {})
         return y.to(dtype)
 
     def _together(self, names: Sequence[str]) -> int:
         """How many adapters, from the first, can be in the product with the base: up to a DoRA, which scales it."""
         if _is_watched(self.base_layer):
             return 0
+        if not self.training and not self.lora_variant:
+            return len(names)
         for i, name in enumerate(names):
             if self._drops(name):
                 return i
@@ -220,16 +237,16 @@ class LoraQuantizedLinear(AroundQuantized, lora.Linear):
 
     def _product(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The base with these adapters, in one product; the last of them may be a DoRA, which scales what is before."""
-        if _is_watched(self.base_layer):
-            return self.base_layer(x)  # `names` is empty: what watches the layer wants to see it called
-        more = [self.factors(name) for name in names]
-        bias = self.base_layer.bias
+        base = self.base_layer
+        if not names:
+            return base(x)  # so that hooks see it called
+        more, bias = [self.factors(name) for name in names], base._parameters["bias"]
         beside = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_bias[name]]
-        if not names or not self._is_dora(names[-1]):
-            return self.base_layer.product(x, _sum(bias, *beside), more=more)
-        y = self.base_layer.product(x, _sum(*beside), more=more)
-        y = dora_scale(self, names[-1]).to(y.dtype) * y
-        return y if bias is None else y + bias.to(y.dtype)
+        if not self._is_dora(names[-1]):
+            return base.product(x, _sum(bias, *beside) if beside else bias, more=more)
+        dtype = (y := base.product(x, _sum(*beside), more=more)).dtype
+        y = dora_scale(self, names[-1]) * y
+        return (y if bias is None else y + bias).to(dtype)
 
     def _add(self, y: Tensor, x: Tensor, name: str, of_variants: dict[str, Any]) -> Tensor:
         """y with the term of one more adapter, as PEFT computes it, in the dtype of the adapter."""

@@ -10,44 +10,40 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 try:
     import fastapi
+    import openai  # noqa: F401, for transformers' server
     import transformers
     import uvicorn
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
-    from transformers.utils.import_utils import is_serve_available
 except ImportError as error:
     raise ImportError(f"the server needs {error.name}: pip install 'loftq_kernels[serve]'") from error
-if not is_serve_available():
-    raise ImportError("the server needs openai and pydantic: pip install 'loftq_kernels[serve]'")
 
-import loftq_kernels as lk
 from loftq_kernels.checkpoints.architecture import model_class
 from loftq_kernels.checkpoints.hosted import read_config
+from loftq_kernels.checkpoints.native import load_quantized
+from loftq_kernels.integrations.register import register_all
+from loftq_kernels.nn.named_adapters import active_adapters, set_adapter
 
-TRIED_WITH = "5.23 and 5.24"
-_PRIVATE = {
-    "_model_manager": ("process_model_name", "load_model_and_processor"),
-    "_generation_state": ("get_manager",),
-}
+_TRIED = "5.20 to 5.24"
+_UNKNOWN = f"transformers {transformers.__version__} has another server than those of {_TRIED}, which can be extended"
 
 try:
     from transformers.cli.serve import Serve
     from transformers.cli.serving.utils import GenerateManager
 except ImportError as error:
-    raise ImportError(
-        f"transformers {transformers.__version__} has no server that can be extended ({error}); "
-        f"tried: {TRIED_WITH}; pip install 'transformers[serving]=={TRIED_WITH.split()[0]}.*'"
-    ) from error
+    raise ImportError(f"{_UNKNOWN}: {error}") from error
 
-Choose = Callable[[str | None], AbstractContextManager[Any]]
-"""Within what it returns, the model computes with the adapter of this name; with none for None."""
+# What becomes ours of the server that `Serve` makes: attribute of it -> its methods.
+_PRIVATE = {
+    "_model_manager": ("process_model_name", "load_model_and_processor"),
+    "_generation_state": ("get_manager",),
+}
 _SECONDS_TO_STOP = 30  # for one forward pass of a long prompt, and for clients that do not read their answers
 
 
@@ -61,7 +57,8 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise OSError(f"{folder} has no tokenizer: copy its files there from the folder of the dense model") from error
-    return lk.load_quantized(folder, device=device), processor
+    register_all()  # The quantizer: the process of the command may not have asked for it yet.
+    return load_quantized(folder, device=device), processor
 
 
 def _check_kind(folder: Path) -> None:
@@ -81,17 +78,18 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequence[str], choose: Choose) -> Server:
+def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequence[str]) -> Server:
     """A server, not started, of a model in memory: its ``run(sockets=[...])`` serves until it is told to exit.
 
-    bases: names of the model without an adapter, the first of which ``/v1/models`` lists. adapters: names that
-    ``choose`` takes; what it raises for one of them is raised. Raises ImportError, naming the version, where
-    transformers' server is not as it is known here.
+    bases: names of the model without an adapter, the first of which ``/v1/models`` lists. adapters: names under which
+    `load_adapter` has loaded some; requests activate them by `set_adapter`, so the model is the server's meanwhile.
+
+    Raises ValueError for an adapter that is not loaded, and ImportError, naming the version, where transformers' server
+    is not as it is known here.
     """
-    for name in adapters:
-        with choose(name):  # What cannot be chosen fails here: in a request's thread nobody would hear of it.
-            pass
-    models = Models(model, processor, bases, adapters, choose)
+    for name in [*adapters, None]:
+        set_adapter(model, name)  # A name that is not loaded fails here: in a request's thread nobody would hear of it.
+    models = Models(model, processor, bases, adapters)
     config = _built(models).server.config
     config.timeout_graceful_shutdown = _SECONDS_TO_STOP
     _answer_errors(config.app, models)
@@ -109,10 +107,7 @@ def _built(models: Models) -> Serve:
     for place, methods in _PRIVATE.items():
         owner = getattr(serve, place, None)
         if missing := [name for name in methods if not hasattr(owner, name)]:
-            raise ImportError(
-                f"the server of transformers {transformers.__version__} has no {place}.{missing[0]}: "
-                f"tried with {TRIED_WITH}"
-            )
+            raise ImportError(f"{_UNKNOWN}: it has no {place}.{missing[0]}")
         for name in methods:
             setattr(owner, name, getattr(models, name))
     manager = serve._model_manager
@@ -126,12 +121,12 @@ class Models:
     The methods stand in for those of the same names of transformers' ModelManager and GenerationState.
     """
 
-    def __init__(self, model: Any, processor: Any, bases: Sequence[str], adapters: Sequence[str], choose: Choose):
+    def __init__(self, model: Any, processor: Any, bases: Sequence[str], adapters: Sequence[str]):
         self.model, self.processor = model, processor
         self.adapters: Mapping[str, str | None] = {**dict.fromkeys(bases), **{name: name for name in adapters}}
         self.base, self.created = bases[0], int(time.time())
         self._thread = GenerateManager()
-        self._managers = {name: _Requests(self._thread, choose, own) for name, own in self.adapters.items()}
+        self._managers = {name: _Requests(self._thread, model, own) for name, own in self.adapters.items()}
 
     def process_model_name(self, name: str) -> str:
         """The name, if it is one of ours. Every endpoint asks here before it looks for a model."""
@@ -170,18 +165,24 @@ class Models:
             raise Stopping("the server is stopping")
 
         handle = self.model.register_forward_pre_hook(refuse)
-        yield
-        with contextlib.suppress(TimeoutError):
-            self._thread.submit(int).result(timeout=_SECONDS_TO_STOP)  # It comes last in the queue.
-        handle.remove()
+        try:
+            yield
+            with contextlib.suppress(TimeoutError):
+                self._thread.submit(int).result(timeout=_SECONDS_TO_STOP)  # It comes last in the queue.
+        finally:
+            handle.remove()
+            set_adapter(self.model, None)
 
 
 class _Requests(GenerateManager):
-    """Generation for one name, in the thread of all: one for each name would have a team of torch's threads each, which
-    would fight for the processors. The adapter is chosen in that thread, for the length of a request."""
+    """Generation for one name, in the thread of all: so the model has each request's own adapter while it answers.
 
-    def __init__(self, thread: GenerateManager, choose: Choose, adapter: str | None):  # It starts no thread of its own.
-        self._shared, self._choose, self._adapter = thread, choose, adapter
+    A thread for each name would also have a team of torch's threads each, which would fight for the processors.
+    """
+
+    def __init__(self, shared: GenerateManager, model: Any, adapter: str | None):  # It starts no thread of its own.
+        self._shared, self._model = shared, model
+        self._active = () if adapter is None else (adapter,)
 
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         return self._shared.submit(self._run, fn, *args, **kwargs)
@@ -190,8 +191,9 @@ class _Requests(GenerateManager):
         return self._shared.async_submit(self._run, fn, *args, **kwargs)
 
     def _run(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
-        with self._choose(self._adapter):
-            return fn(*args, **kwargs)
+        if active_adapters(self._model) != self._active:
+            set_adapter(self._model, self._active)
+        return fn(*args, **kwargs)
 
 
 class Server(uvicorn.Server):
@@ -233,6 +235,10 @@ def _answer_errors(app: fastapi.FastAPI, models: Models) -> None:
     @app.exception_handler(ValueError)
     async def invalid(_: fastapi.Request, error: ValueError) -> JSONResponse:
         return _error(400, error)
+
+    @app.exception_handler(KeyError)
+    async def incomplete(_: fastapi.Request, error: KeyError) -> JSONResponse:
+        return _error(400, f"the request lacks {error}")
 
     @app.exception_handler(Stopping)
     async def stopping(_: fastapi.Request, error: Stopping) -> JSONResponse:

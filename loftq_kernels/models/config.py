@@ -85,7 +85,9 @@ class QuantConfig(LayerConfig):
             fresh classification head, say. A name also stands for modules whose own names end with it. Their
             parameters keep requires_grad=True, and come back trainable from a file.
         quantize_head: also quantize the output head: the model's ``get_output_embeddings()``, or layers named lm_head.
-            It stays dense by default, whatever ``exclude`` says: its error goes straight into the logits.
+            It stays dense by default, whatever ``exclude`` says: its error goes straight into the logits. A head that
+            is tied to the embedding gets a packed weight of its own, and ``config.tie_word_embeddings`` becomes False;
+            the embedding stays dense, or is quantized for itself where ``layer_types`` says so.
 
     Hashable, and JSON by `to_dict` and `from_dict`. Raises ValueError or TypeError, with the value, for fields out of
     range.

@@ -25,6 +25,7 @@ from loftq_kernels.models.select import (
     select_layers,
     why_dense,
 )
+from loftq_kernels.models.ties import untie
 from loftq_kernels.nn.adapters import quantized_layers, train_modules, train_only_adapters
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of, matrix_shape
@@ -49,12 +50,12 @@ def quantize_model(
     embeddings by `QuantLoRAConv1d`, `QuantLoRAConv2d` and `QuantLoRAEmbedding` where ``cfg.layer_types`` asks for it.
 
     Same-shape layers go through the initializer together. A layer that cannot be quantized is left as it is, with the
-    reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module, hooks or a
-    forward of its own, a matrix that would grow, adapter="qalora" for any but a linear layer. A bias that several
-    modules share stays shared. A rank above the smaller
-    side becomes that side, with a note. Layers are swapped as they are done, each batch's dense ones freed then; so a
-    model whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still works, and a second
-    call goes on.
+    reason in the report: a subclass of nn.Linear (or of the others), a weight shared with another module (other than
+    that of a head, which ``cfg.quantize_head`` unties from the embedding), hooks or a forward of its own, a matrix that
+    would grow, adapter="qalora" for any but a linear layer. A bias that several modules share stays shared. A rank
+    above the smaller side becomes that side, with a note. Layers are swapped as they are done, each batch's dense ones
+    freed then; so a model whose conversion was cut short (Ctrl-C, or scales of a later layer that do not fit) still
+    works, and a second call goes on.
 
     Args:
         model: changed in place; its modules keep their device and training mode. May be inside torch.compile or DDP.
@@ -121,6 +122,7 @@ class Conversion:
         inits = initialize_batch(batch, self.device, done)[::-1]
         while batch:
             self._layers.append(_swap(self.model, batch.pop(0), inits.pop()))
+        untie(self.model)
 
     def leave(self, candidate: Candidate, reason: str) -> None:
         """Leave a candidate dense, which the report gives the reason for."""
@@ -258,7 +260,7 @@ def _swap(model: nn.Module, candidate: Candidate, init: AdapterInit) -> LayerRep
         format=layer.format.name,
         rank=layer.rank,
         error=init.error,
-        bytes_before=module_bytes(old),
+        bytes_before=module_bytes(old) - (old.weight.nbytes if candidate.tied_to else 0),
         bytes_after=module_bytes(layer),
         packed_bytes=layer.packed.nbytes,
         weighted_error=init.weighted_error,

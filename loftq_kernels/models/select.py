@@ -15,6 +15,7 @@ from loftq_kernels.formats import empty_packed
 from loftq_kernels.initializers import InputStatistics, LayerConfig
 from loftq_kernels.models.config import HEAD_NAMES, QuantConfig
 from loftq_kernels.models.patterns import check_patterns
+from loftq_kernels.models.ties import reason_against_untying
 from loftq_kernels.nn.adapters import peft_parts, quantized_layers
 from loftq_kernels.nn.extras import reason_of_extras
 from loftq_kernels.nn.kinds import LAYER_TYPES, LayerKind, kind_of
@@ -40,6 +41,7 @@ class Candidate:
     statistics: InputStatistics | None = None
     note: str = ""  # what it gets other than its config says
     shares_bias: bool = False  # with a module that keeps it
+    tied_to: str = ""  # of a head: the embedding whose weight it shares, which keeps that weight
 
     @property
     def name(self) -> str:
@@ -84,8 +86,11 @@ def select_layers(model: nn.Module, cfg: QuantConfig, *, values: bool = True) ->
         reason = context.reason_to_skip(module, names, kind, layer_cfg)
         if reason is None:
             limited, note = limited_rank(layer_cfg, tuple(kind.matrix_of(module).shape))
-            shared = context.shares_bias(module)
-            selection.candidates.append(Candidate(tuple(names), module, kind, limited, note=note, shares_bias=shared))
+            shared, tied_to = context.shares_bias(module), context.embedding_of(module)
+            notes = "; ".join(filter(None, (note, tied_to and f"was tied to {tied_to}, which keeps its own weight")))
+            selection.candidates.append(
+                Candidate(tuple(names), module, kind, limited, note=notes, shares_bias=shared, tied_to=tied_to)
+            )
         else:
             selection.skipped[names[0]] = reason
     return selection
@@ -133,6 +138,7 @@ class Context:
         self.of_peft = peft_parts(unwrapped(model))
         self.read_by_peft = {base for part in self.of_peft if (base := _read_directly(part)) is not None}
         self.heads = output_heads(model)
+        self.model = model
 
     def reason_to_skip(
         self, module: nn.Module, names: list[str], kind: LayerKind, layer_cfg: LayerConfig | None
@@ -149,7 +155,7 @@ class Context:
             return "is PEFT's: an adapter, a copy in its modules_to_save or a prompt encoder"
         if not self.cfg.selects(*names):
             return "excluded by include/exclude patterns"
-        if not self.cfg.quantize_head and (module in self.heads or any(_is_head_name(name) for name in names)):
+        if not self.cfg.quantize_head and self._is_head(module):
             return "is the output head, which quantize_head=True quantizes"
         if layer_cfg is not None and module in self.read_by_peft:
             return "has a weight that PEFT reads directly, for target_parameters or trainable_token_indices"
@@ -160,14 +166,45 @@ class Context:
             return f"is a {type(module).__name__} without a shape: run the model once, then quantize it"
         if reason := kind.why_not(module):
             return reason
-        if shared := [owner for owner in self.owners[id(module.weight)] if owner != f"{name}.weight"]:
-            return f"its weight is shared with {', '.join(shared)}"
         return (
-            _reason_of_weight(module.weight, kind, self.values)
+            self._reason_of_tie(module, name)
+            or _reason_of_weight(module.weight, kind, self.values)
             or self._reason_of_bias(module)
             or reason_of_extras(module, kind)
             or _reason_of_size(module, kind, layer_cfg)
         )
+
+    def _reason_of_tie(self, module: nn.Module, name: str) -> str | None:
+        """Why a layer whose weight others have, too, stays dense; None for a head that its config asks for by
+        quantize_head and that shares it with the embedding alone, and for that embedding once the head is quantized.
+        """
+        owners = self.owners[id(module.weight)]
+        others = [owner for owner in owners if owner != f"{name}.weight"]
+        if not others:
+            return None
+        shared = f"its weight is shared with {', '.join(others)}"
+        pair = [*map(self._module_of, owners)]
+        heads = [one for one in pair if self._is_head(one)]
+        if not self.cfg.quantize_head or len(pair) != 2 or len(heads) != 1 or not any(map(_is_embedding, pair)):
+            return shared
+        if against := reason_against_untying(self.model, {*owners}):
+            return f"{shared}, and {against}"
+        if module is heads[0]:
+            return None
+        names = self.names_of[heads[0]]
+        of_head = self.reason_to_skip(heads[0], names, kind_of(heads[0]), self.cfg.for_layer(*names))
+        return None if of_head is None and "linear" in self.cfg.layer_types else shared
+
+    def embedding_of(self, module: nn.Module) -> str:
+        """The name of the embedding that a head, which may be quantized, shares its weight with; "" where none."""
+        owners = [*map(self._module_of, self.owners[id(module.weight)])] if self._is_head(module) else []
+        return next((self.names_of[one][0] for one in owners if _is_embedding(one)), "")
+
+    def _module_of(self, parameter: str) -> nn.Module:
+        return self.model.get_submodule(parameter.rpartition(".")[0])
+
+    def _is_head(self, module: nn.Module) -> bool:
+        return module in self.heads or any(map(_is_head_name, self.names_of[module]))
 
     def _reason_of_bias(self, module: nn.Module) -> str | None:
         """Why a bias that other modules have, too, cannot stay one parameter."""
@@ -198,6 +235,11 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
             heads.add(head)
             head = getattr(head, "base_layer", None)
     return heads
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.layer_type == "embedding"
 
 
 def _is_head_name(name: str) -> bool:

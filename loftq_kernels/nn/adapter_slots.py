@@ -6,7 +6,7 @@ done with those of a whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,6 +24,9 @@ class NamedAdapter(NamedTuple):
 
     factors: Factors
     replaces: bool = False
+
+
+_NONE = None, False
 
 
 class AdapterSlots:
@@ -66,6 +69,26 @@ class AdapterSlots:
         self.live.lora_A[filled:].zero_()
         self.live.lora_B[:, filled:].zero_()
 
+    def now(self) -> tuple[Factors | None, bool]:
+        """What all rows get in this call, and whether that is in the place of the start adapter.
+
+        Raises ValueError inside a `use_adapters` by which the rows' weights differ.
+        """
+        rows = rows_of(self)
+        if rows is None:
+            return self.live, self.replaces
+        if not rows.alike:
+            raise ValueError(
+                "use_adapters gives the rows different weights here, and there is no one weight for all rows"
+            )
+        return self.loaded.get(rows.names[0], _NONE)
+
+    @property
+    def what(self) -> Hashable:
+        """Under which name a layer keeps what it makes of `now`."""
+        rows = rows_of(self)
+        return "stacked" if rows is None else ("stacked", rows.names[0])
+
     def reason_not_to_merge(self) -> str | None:
         """Why the start adapter cannot move into the packed weight now; None where it can."""
         if self.live is not None:
@@ -105,25 +128,30 @@ class RowNames:
 
     def __init__(self, names: Sequence[str | None]):
         self.names = tuple(names)
+        self.alike = len(set(self.names)) == 1
         self._ids: dict[tuple, Tensor] = {}
+
+    def share(self, shape: Sequence[int]) -> int:
+        """How many rows of an input [*shape, in] belong to each row of the batch. Raises ValueError for a fraction."""
+        batch, rows = len(self.names), torch.Size(shape).numel()
+        if batch > 1 and (not shape or (shape[0] if len(shape) > 1 else rows) % batch):
+            raise ValueError(
+                f"use_adapters names {batch} rows, and a layer's input [{', '.join(map(str, shape))}, in_features] "
+                "does not divide into as many: name one adapter, or None, for each row of the batch"
+            )
+        return rows // batch
 
     def ids(self, index: Mapping[str, int], none: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Ids [*shape] of the rows of an input [*shape, in], of which each row of the batch has equally many, in order.
 
-        A batch of B rows comes as [B, T, in], flattened as [B * T, in], or with k beams for each row as [B * k, T, in]:
-        each is cut into B equal parts. Raises ValueError where that is not possible.
+        A batch of B rows comes as [B, T, in], flattened as [B * T, in], or with k beams for each row as [B * k, T, in];
+        each is cut into B equal parts.
         """
         numbers = tuple(index.get(name, none) for name in self.names)
         key = numbers, tuple(shape), device
         if key not in self._ids:
-            batch, rows = len(self.names), torch.Size(shape).numel()
-            if not shape or (shape[0] if len(shape) > 1 else rows) % batch:
-                raise ValueError(
-                    f"use_adapters names {batch} rows, and a layer's input [{', '.join(map(str, shape))}, in_features] "
-                    "does not divide into as many: name one adapter, or None, for each row of the batch"
-                )
             own = torch.tensor(numbers, device=device)
-            self._ids[key] = own.repeat_interleave(rows // batch).view(shape)
+            self._ids[key] = own.repeat_interleave(self.share(shape)).view(shape)
         return self._ids[key]
 
 
@@ -134,6 +162,12 @@ assigned: ContextVar[Mapping[int, RowNames]] = ContextVar("assigned", default=Ma
 def rows_of(slots: AdapterSlots | None) -> RowNames | None:
     """The rows' adapters, where the call is inside a `use_adapters` of the layer's model."""
     return None if slots is None or torch.compiler.is_compiling() else assigned.get().get(id(slots))
+
+
+def mixed_rows_of(slots: AdapterSlots | None) -> RowNames | None:
+    """`rows_of`, where the rows' adapters differ."""
+    rows = rows_of(slots)
+    return None if rows is None or rows.alike else rows
 
 
 class ByRow(NamedTuple):
@@ -159,7 +193,8 @@ def by_row(
     own = [[*(shared[start:] if one.replaces else shared), one.factors] for one in loaded.values()]
     entries = [list(shared), *own] if shared else own
     sources = [*shared, *(one.factors for one in loaded.values())]
-    settings = tuple(term.scaling for term in sources), len(shared), tuple(loaded)
+    replaced = tuple((name, one.replaces) for name, one in loaded.items())
+    settings = tuple(term.scaling for term in sources), len(shared), start, replaced
     tensors = [factor for term in sources for factor in term[:2]]
     lora_A, lora_B = kept(layer, "by row", tensors, lambda: _padded(entries), settings=settings)
     first = 1 if shared else 0

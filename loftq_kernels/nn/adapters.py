@@ -95,7 +95,10 @@ def merge_adapters(model: nn.Module, *, requantize: bool = False, scale_search: 
 
     With ``requantize=True`` old and new packed weights of all layers exist together for a while.
 
+    It moves start adapters alone. User adapters that stand on top of them stay loaded, and right.
+
     Raises ValueError, naming a layer and before anything is changed, where an adapter can only be merged with
-    ``requantize=True``, is disabled, or holds NaN or Inf.
+    ``requantize=True``, is disabled, or holds NaN or Inf, and where user adapters are active or stand in the place of a
+    start adapter.
     """
     return merging.merge_all(quantized_layers(model), requantize=requantize, scale_search=scale_search)

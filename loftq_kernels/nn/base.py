@@ -170,7 +170,10 @@ class QuantLoRAModule(LayerState, Mergeable):
         self.adapter_enabled = True
 
     def disable_adapter(self) -> None:
-        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay."""
+        """Leave the adapter's term out of `forward`, of the merged layer and of `weight`; its values stay.
+
+        User adapters (`set_adapter`) are no part of it, and stay active.
+        """
         self.adapter_enabled = False
 
     @property
@@ -212,10 +215,9 @@ class QuantLoRAModule(LayerState, Mergeable):
 
     def _terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
         """The terms that `forward` adds to the quantized weight: of the start adapter and of active user adapters."""
-        slots = self.slots
-        if slots is None or slots.live is None:
-            return self.start_terms(dtype)
-        return [slots.live] if slots.replaces else [*self.start_terms(dtype), slots.live]
+        user, replaces = (None, False) if self.slots is None else self.slots.now()
+        start = [] if replaces else self.start_terms(dtype)
+        return start if user is None else [*start, user]
 
     def start_terms(self, dtype: torch.dtype | None = None) -> list[Factors]:
         """The layer's own adapter, if it is enabled, with lora_A over columns; of QA-LoRA it is computed in dtype."""
@@ -233,7 +235,7 @@ class QuantLoRAModule(LayerState, Mergeable):
 
     def low_rank(self, more: Sequence[Factors] = ()) -> Factors | None:
         """All that stands beside the quantized weight, adapters and ``more``, as one term; None for nothing."""
-        return stacked(self, [*self._terms(), *more])
+        return stacked(self, [*self._terms(), *more], "stacked" if self.slots is None else self.slots.what)
 
     def product(self, x: Tensor, bias: Tensor | None, *, detach: bool = False, more: Sequence[Factors] = ()) -> Tensor:
         """x @ W.T + bias, W [rows, columns] being the weight that `forward` computes with; see `qlora_linear`.
@@ -242,7 +244,9 @@ class QuantLoRAModule(LayerState, Mergeable):
         (`stacking`). With ``detach`` no gradient reaches the adapters.
         """
         if (rows := rows_of(self.slots)) is not None:
-            return self._product_by_row(x, bias, rows, more)
+            if not rows.alike:
+                return self._product_by_row(x, bias, rows, more)
+            rows.share(x.shape[:-1])
         codes, scale, offset, codebook = self.stored()
         lora_A, lora_B, scaling = self.low_rank(more) or (None, None, 1.0)
         if lora_A is not None and detach:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from loftq_kernels import arguments
 from loftq_kernels.initializers import AdapterInit, LayerConfig, initialize
-from loftq_kernels.nn.adapter_slots import RowNames, by_row, rows_of
+from loftq_kernels.nn.adapter_slots import RowNames, by_row, mixed_rows_of
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.ops import dequantize_tensors
 
@@ -120,7 +120,7 @@ class QuantLoRAEmbedding(QuantLoRAModule):
         except (IndexError, RuntimeError) as error:
             self._check_indices(indices)
             raise error
-        if (rows := rows_of(self.slots)) is not None:
+        if (rows := mixed_rows_of(self.slots)) is not None:
             y = self._add_by_row(y, indices, rows)
         elif (term := self.low_rank()) is not None:
             hidden = functional.embedding(indices.reshape(-1), term.lora_B, self.padding_idx)

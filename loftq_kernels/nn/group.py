@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loftq_kernels.formats import PackedTensor
-from loftq_kernels.nn.adapter_slots import rows_of
+from loftq_kernels.nn.adapter_slots import mixed_rows_of
 from loftq_kernels.nn.linear import QuantLoRALinear
 from loftq_kernels.nn.stacking import Factors
 from loftq_kernels.ops import linear_tensors
@@ -136,7 +136,7 @@ class QuantLoRALinearGroup:
         return self._packed
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if any(rows_of(layer.slots) is not None for layer in self.layers):
+        if any(mixed_rows_of(layer.slots) is not None for layer in self.layers):
             return tuple(layer(x) for layer in self.layers)  # Inside `use_adapters` each has adapters for each row.
         packed = self.packed
         lora_A, lora_B, bias = self._adapters_and_bias()

@@ -30,12 +30,12 @@ class _Kept(NamedTuple):
     made: Any
 
 
-_kept: WeakKeyDictionary[nn.Module, dict[str, _Kept]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
 
 def kept(
     layer: nn.Module,
-    what: str,
+    what: Hashable,
     sources: Sequence[Tensor],
     make: Callable[[], T],
     *,

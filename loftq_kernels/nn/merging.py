@@ -48,8 +48,8 @@ class Mergeable(nn.Module):
         only with ``requantize=True``, its scales searched with ``scale_search=True`` (a layer does not know whether
         its own were, so say it again). A layer without adapter stays as it is. Then lora_A, lora_B and rank are None.
 
-        Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, or NaN
-        or Inf in the adapter.
+        Raises ValueError, changing nothing, for an ordinary adapter without ``requantize``, a disabled adapter, NaN or
+        Inf in the adapter, and user adapters that are active or stand in the place of this one.
         """
         packed, error = self.merged_packed(requantize=requantize, scale_search=scale_search)
         self.take_merged(packed)

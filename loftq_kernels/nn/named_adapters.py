@@ -14,6 +14,7 @@ from loftq_kernels.nn.adapter_slots import AdapterSlots, NamedAdapter, RowNames,
 from loftq_kernels.nn.adapters import quantized_layers
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.conv import QuantLoRAConv1d, QuantLoRAConv2d
+from loftq_kernels.nn.kept import forget
 
 
 def layers_with_slots(model: nn.Module) -> dict[str, QuantLoRAModule]:
@@ -46,6 +47,7 @@ def add_adapter(model: nn.Module, name: str, adapters: Mapping[str, NamedAdapter
     for layer_name, layer in quantized_layers(model).items():
         if layer_name in adapters:
             layer.slots = layer.slots or AdapterSlots()
+            forget(layer)
             layer.slots.loaded[name] = adapters[layer_name]
         elif layer.slots is not None:
             layer.slots.loaded.pop(name, None)
@@ -79,6 +81,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     left = tuple(other for other in active_adapters(model) if other != name)
     for layer in layers_with_slots(model).values():
         layer.slots.loaded.pop(name, None)
+        forget(layer)
     _activate(model, left)
     for layer in layers_with_slots(model).values():
         if not layer.slots.loaded:
@@ -116,10 +119,14 @@ def _check_together(names: Sequence[str], replacing: Mapping[str, bool]) -> None
 def use_adapters(model: nn.Module, names_per_batch_row: Sequence[str | None]) -> Iterator[None]:
     """Within ``with``, row i of a batch computes with the user adapter of that name, or with None without one.
 
+    A single name is for all rows, however many there are.
+
     Every row has the start adapter (unless its adapter takes that place), and none those that `set_adapter` has made
     active. It is for inference, in forward and generate, also with beams and several returned sequences, which repeat
-    each row in turn; each layer is one product. It is the calling thread that has the adapters, so that a server may
-    run different ones in several threads; a thread that is started inside does not inherit them. Meanwhile functions of
+    each row in turn; each layer is one product. Layers cut their input into equal parts, one for each row: a part of
+    the model that batches something else, as the images of a vision tower or the tokens of an expert, must have no such
+    adapter. It is the calling thread that has the adapters, so that a server may run different ones in several
+    threads; a thread that is started inside does not inherit them (`asyncio.to_thread` does). Meanwhile functions of
     `torch.compile` run without being compiled, in all threads.
 
     Raises ValueError for names that are not loaded and for convolutions that have such an adapter; the call of the
@@ -131,7 +138,8 @@ def use_adapters(model: nn.Module, names_per_batch_row: Sequence[str | None]) ->
     _check_names(model, [name for name in names if name is not None])
     layers = layers_with_slots(model)
     for layer_name, layer in layers.items():
-        if isinstance(layer, QuantLoRAConv1d | QuantLoRAConv2d) and not layer.slots.loaded.keys().isdisjoint(names):
+        is_conv = isinstance(layer, QuantLoRAConv1d | QuantLoRAConv2d)
+        if is_conv and len(set(names)) > 1 and not layer.slots.loaded.keys().isdisjoint(names):
             raise ValueError(f"layer {layer_name!r} is a convolution, which has none for each row: use set_adapter")
     rows = RowNames(names)
     token = assigned.set(MappingProxyType({**assigned.get(), **{id(layer.slots): rows for layer in layers.values()}}))

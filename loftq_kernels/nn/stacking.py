@@ -5,7 +5,7 @@ s0 B0 A0 + s1 B1 A1 + ... = [s0 B0, s1 B1, ...] [A0; A1; ...]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -23,14 +23,14 @@ class Factors(NamedTuple):
     scaling: float
 
 
-def stacked(layer: nn.Module, terms: Sequence[Factors]) -> Factors | None:
-    """One term that is the sum of all terms, None for none; of several it is kept while they are the same (`kept`)."""
+def stacked(layer: nn.Module, terms: Sequence[Factors], what: Hashable = "stacked") -> Factors | None:
+    """One term that is the sum of all terms, None for none; of several it is `kept` as ``what`` until one changes."""
     if not terms:
         return None
     if len(terms) == 1:
         return terms[0]
     sources = [factor for term in terms for factor in term[:2]]
-    return kept(layer, "stacked", sources, lambda: concatenated(terms), settings=tuple(term.scaling for term in terms))
+    return kept(layer, what, sources, lambda: concatenated(terms), settings=tuple(term.scaling for term in terms))
 
 
 def concatenated(terms: Sequence[Factors]) -> Factors:

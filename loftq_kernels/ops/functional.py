@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -72,19 +73,34 @@ def linear_tensors(
     args = codes, scale, offset, codebook, group_size, lora_A, lora_B
     if scale.dtype == torch.float64:
         return _wide_linear(x, *args, scaling, bias, in_features=in_features, backend=backend)
-    if backend is None and not torch.compiler.is_compiling() and _by_hand(x, codes, lora_A, lora_B, bias):
-        if x.shape[-1:] != (in_features,):
-            checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
-        return triton_backend.qlora_linear(autocast(x), *args, float(scaling), bias)
     checks.check_floating("x", x)
     if backend is not None or torch.compiler.is_compiling() or x.shape[-1:] != (in_features,):
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         return kernels_of(backend, x.device).qlora_linear(autocast(x), *args, float(scaling), bias)
+    product = _product(x, codes, lora_A, lora_B, bias)
     try:
-        return torch.ops.loftq_kernels.qlora_linear(autocast(x), *args, float(scaling), bias)
+        return product(autocast(x), *args, float(scaling), bias)
     except Exception:
         checks.check_qlora_linear(x, *args[:4], in_features, *args[4:], bias)
         raise
+
+
+def _product(
+    x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None
+) -> Callable[..., Tensor]:
+    """The op, or what it would only call: through the dispatcher that takes as long as a small product, or longer."""
+    if not _is_unseen(x, codes, lora_A, lora_B, bias):
+        return torch.ops.loftq_kernels.qlora_linear
+    if x.is_cpu:
+        return _below_autograd
+    by_hand = x.is_cuda and "qlora_linear" in triton_backend.registered
+    return triton_backend.qlora_linear if by_hand else torch.ops.loftq_kernels.qlora_linear
+
+
+def _below_autograd(*args) -> Tensor:
+    """The op without its kernel for derivatives, which is Python."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.loftq_kernels.qlora_linear.default(*args)
 
 
 def _wide_linear(
@@ -118,21 +134,20 @@ def narrow(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return stored if stored is None or dtype == torch.float64 else stored.float()
 
 
-def _by_hand(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the dispatcher would only call the Triton backend, which takes it tens of microseconds.
+def _is_unseen(x: Tensor, codes: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether nothing but the kernel has to see the product.
 
-    That is so for plain CUDA tensors when no gradient or tangent is wanted, and no mode (fake tensors, tracing,
-    functorch) has to see the op.
+    That is so for plain tensors when no gradient or tangent is wanted, and no mode (fake tensors, tracing, functorch)
+    is on.
     """
-    if type(x) is not Tensor or not x.is_cuda:
+    if type(x) is not Tensor:
         return False
     if not _PLAIN_TYPES.issuperset((type(codes), type(lora_A), type(lora_B), type(bias))):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return False
     return (
-        "qlora_linear" in triton_backend.registered
-        and not differentiation.forward_mode()  # It is also true under any dispatch mode.
+        not differentiation.forward_mode()  # It is also true under any dispatch mode.
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loftq_kernels.nn.adapters import adapter_parameters
 from loftq_kernels.nn.blocks import checkpointed_blocks
+from loftq_kernels.nn.named_adapters import active_adapters
 from loftq_kernels.nn.wrappers import unwrapped
 from loftq_kernels.tuning.state import RilqPoint
 from loftq_kernels.tuning.teacher import Batch, Hidden, LiveTeacher, TeacherCache, cache_teacher, check_batches
@@ -67,10 +68,10 @@ def rilq_tune(
             error is redirected; a function is called with the `RilqPoint` of each update.
         plot: where to write the loss curves as a PNG.
 
-    Raises ValueError for empty data, a model without adapters or with all of them disabled, weight < 1 with a
-    transformers model that does not predict the next token (encoder-decoder, masked, no head), states of another shape
-    than the teacher's, a cache or state that does not belong to these arguments; TypeError for objects of other kinds;
-    FloatingPointError, naming the update, when a loss is not finite.
+    Raises ValueError for empty data, a model without adapters, with all of them disabled or with user adapters that are
+    active, weight < 1 with a transformers model that does not predict the next token (encoder-decoder, masked, no
+    head), states of another shape than the teacher's, a cache or state that does not belong to these arguments;
+    TypeError for objects of other kinds; FloatingPointError, naming the update, when a loss is not finite.
     """
     cfg, model = cfg or RilqConfig(), unwrapped(model)
     train, held_out = _split(batches, validation, cfg)
@@ -80,6 +81,10 @@ def rilq_tune(
     if not any(layer.has_adapter for layer in adapted_layers(model).values()):
         raise ValueError(
             "all adapters are disabled, and tuning would change nothing: call enable_adapter of the layers"
+        )
+    if active := active_adapters(model):
+        raise ValueError(
+            f"the user adapter {active[0]!r} is active, and tuning would fit to it: set_adapter(model, None)"
         )
     if cfg.weight < 1:
         _check_causal(model)
