@@ -50,6 +50,8 @@ _SPEECH |= {"conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_
 _SPEECH |= {"num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0, "layerdrop": 0.0}
 _CLIP = {"text_config": {**_TEXT, **_SPECIAL}, "vision_config": _VISION, "projection_dim": 48}
 
+OPTIONS = {"rank": 4, "num_iter": 1, "group_size": 32}
+
 Inputs = Callable[[], dict[str, Tensor]]
 
 
@@ -206,14 +208,14 @@ def model_class(name: str) -> type[nn.Module]:
     return getattr(pytest.importorskip("transformers"), ARCHITECTURES[name].model)
 
 
-def config_of(name: str):
-    return model_class(name).config_class(**ARCHITECTURES[name].options)
+def dense_model(name: str, **changes) -> nn.Module:
+    """A new model of random weights; biases, norms and the like are none of the zeros and ones that hide mistakes.
 
-
-def dense_model(name: str) -> nn.Module:
-    """A new model of random weights; biases, norms and the like are none of the zeros and ones that hide mistakes."""
+    ``changes`` are options of its config.
+    """
     torch.manual_seed(0)
-    model = model_class(name)(config_of(name)).eval()
+    cls = model_class(name)
+    model = cls(cls.config_class(**{**ARCHITECTURES[name].options, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -223,7 +225,7 @@ def dense_model(name: str) -> nn.Module:
 
 def adapter_config(**options) -> lk.QuantConfig:
     """What tests over architectures quantize with: small, and quick to initialize."""
-    return lk.QuantConfig(**{"rank": 4, "num_iter": 1, "group_size": 32, **options})
+    return lk.QuantConfig(**{**OPTIONS, **options})
 
 
 def fill_adapters(model: nn.Module) -> nn.Module:
@@ -234,9 +236,9 @@ def fill_adapters(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def quantized(name: str) -> tuple[nn.Module, lk.QuantizationReport]:
+def quantized(name: str, **changes) -> tuple[nn.Module, lk.QuantizationReport]:
     """The quantized model, its adapters filled, and the report. Tests share it: none may change it."""
-    model = dense_model(name)
+    model = dense_model(name, **changes)
     report = lk.quantize_model(model, adapter_config(), progress=False)
     return fill_adapters(model), report
 

@@ -98,6 +98,25 @@ def test_architectures(name, tmp_path):
     assert_same_tensors(again, loaded)
 
 
+@pytest.mark.parametrize("name", hf_models.NAMES)
+def test_quantized_while_loading(name, tmp_path):
+    """from_pretrained(quantization_config=) of a dense folder is quantize_model of the dense model, head and all."""
+    options = {"format": "nf2", "layer_types": ("linear", "conv", "embedding"), "quantize_head": True}
+    dense = hf_models.dense_model(name)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size=SHARD)
+    report = lk.quantize_model(dense, hf_models.adapter_config(**options), progress=False)
+    asked = lk.LoftqConfig(**hf_models.OPTIONS, **options)
+    loaded = type(dense).from_pretrained(tmp_path / "dense", quantization_config=asked)
+    assert_same_tensors(dense, loaded)
+    assert torch.equal(outputs(dense, name), outputs(loaded, name))
+    reported = loaded.hf_quantizer.report
+    assert [layer.name for layer in reported.layers] == [layer.name for layer in report.layers]
+    assert reported.skipped == report.skipped and reported.model_bytes == report.model_bytes
+    again = type(dense).from_pretrained(saved(loaded, tmp_path / "quantized"))
+    assert_same_tensors(loaded, again)
+    assert torch.equal(outputs(loaded, name), outputs(again, name))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return saved(copy.deepcopy(hf_models.quantized("llama")[0]), tmp_path_factory.mktemp("llama"), max_shard_size=SHARD)

@@ -29,9 +29,9 @@ def _quiet():
         yield
 
 
-def quantized_model(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+def quantized_model(dtype: torch.dtype = torch.float32, layers: int = 2, **options) -> nn.Module:
     """With dropout, so that a run depends on the state of the random numbers."""
-    model = hf_models.dense_model("llama").to(dtype)
+    model = hf_models.dense_model("llama", num_hidden_layers=layers).to(dtype)
     model.config.attention_dropout = 0.1
     lk.quantize_model(model, hf_models.adapter_config(**options), progress=False)
     return model
@@ -226,8 +226,24 @@ def test_padded_batches(tmp_path):
     assert math.isfinite(losses(trainer)[-1])
 
 
+def test_evaluates_by_generating(tmp_path):
+    """Seq2SeqTrainer generates what it scores, between steps."""
+    model = copy.deepcopy(hf_models.quantized("t5")[0])
+    rows = [{"input_ids": one, "labels": one} for one in hf_models.TOKENS]
+    args = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path),
+        **{"max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"},
+        **{"predict_with_generate": True, "generation_max_length": 6, "generation_num_beams": 2},
+    )
+    trainer = transformers.Seq2SeqTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    found = trainer.predict(rows)
+    expected = model.generate(hf_models.TOKENS, max_length=6, num_beams=2)
+    assert (found.predictions[:, : expected.shape[1]] == expected.numpy()).all() and found.metrics["test_loss"] > 0
+
+
 def test_compiled_by_trainer(tmp_path):
-    plain, compiled = quantized_model(), quantized_model()
+    plain, compiled = quantized_model(layers=1), quantized_model(layers=1)
     for model, options in ((plain, {}), (compiled, {"torch_compile": True, "torch_compile_backend": "aot_eager"})):
         model.config.attention_dropout = 0.0
         trainer_of(model, tmp_path, max_steps=2, **options).train()

@@ -1,15 +1,22 @@
-"""A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries."""
+"""A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries.
+
+``python -m loftq_kernels.recipes.small_lm FOLDER`` trains one and writes it as a Llama of transformers, with a tokenizer.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+
+from loftq_kernels.progress import progress_bar
 
 BYTES = 256  # the vocabulary
 CONTEXT = 128
@@ -137,3 +144,88 @@ def pretrained(steps: int, seed: int, progress: Callable[[int], None] | None = N
         if progress is not None:
             progress(step)
     return model.eval()
+
+
+def save_pretrained(model: SmallLM, folder: str | Path) -> None:
+    """Write a model as a folder of transformers: a LlamaForCausalLM of the same logits, and a tokenizer of bytes."""
+    llama = _as_llama(model)
+    llama.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+
+
+def _as_llama(model: SmallLM) -> Any:
+    import transformers
+
+    block = model.layers[0]
+    config = transformers.LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=model.embed.embedding_dim,
+        intermediate_size=block.up_proj.out_features,
+        num_hidden_layers=len(model.layers),
+        num_attention_heads=block.heads,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=torch.finfo(torch.float32).eps,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    llama = transformers.LlamaForCausalLM(config).eval()
+    names = {f"layers.{i}.{theirs}": f"layers.{i}.{ours}" for i in range(len(model.layers)) for ours, theirs in _NAMES}
+    names |= {"embed_tokens.weight": "embed.weight", "norm.weight": "norm.weight"}
+    state = model.state_dict()
+    own = {f"model.{theirs}": state[ours] for theirs, ours in names.items()}
+    llama.load_state_dict(own | {"lm_head.weight": state["lm_head.weight"]})
+    return llama
+
+
+# Of the tensors of a block, here and in transformers' Llama.
+_NAMES = [
+    *((f"{name}_proj.weight", f"self_attn.{name}_proj.weight") for name in "qkvo"),
+    *((f"{name}_proj.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
+    ("attention_norm.weight", "input_layernorm.weight"),
+    ("mlp_norm.weight", "post_attention_layernorm.weight"),
+]
+
+
+def _tokenizer() -> Any:
+    """A byte is a token, its own number; a chat is the contents of its messages, one after the other."""
+    import tokenizers
+    import transformers
+
+    # The characters that byte-level tokenizers write bytes as: printable ones as they are, the rest from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    alphabet = {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(BYTES)}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, model_max_length=CONTEXT)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loftq_kernels.recipes.small_lm", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write the model")
+    parser.add_argument("--steps", type=int, default=600, help="of training (default 600)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.folder.is_file() or (args.folder.is_dir() and any(args.folder.iterdir())):
+        parser.error(f"{args.folder} exists: choose another folder")
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        parser.error("it needs transformers: pip install 'loftq_kernels[hf]'")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar(total=args.steps, desc="train", unit="step", show=True) as bar:
+        model = pretrained(args.steps, args.seed, progress=lambda step: bar.update())
+    save_pretrained(model, args.folder)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.folder}: {weights} weights, perplexity {perplexity(model, english()[1]):.3f} of held-out text")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
