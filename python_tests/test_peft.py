@@ -220,6 +220,23 @@ class TestOneAdapter:
                 logits = [m(IDS).logits.float() for m in (mine, theirs) if m.set_adapter(name) is None]
             assert (logits[0] - logits[1]).norm() < 0.02 * logits[1].norm()
 
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_a_start_adapter_that_is_trained_too(self, dora):
+        """Its gradients and PEFT's, from the one product and from products one by one, which a hook asks for."""
+        found = []
+        for hooked in (False, True):
+            model = peft.get_peft_model(models()[0], lora(target_modules="all-linear", use_dora=dora)).train()
+            fill(model)
+            lk.train_only_adapters(model)
+            if hooked:
+                for layer in (m for m in model.modules() if isinstance(m, lk.QuantLoRALinear)):
+                    layer.register_forward_hook(lambda *args: None)
+            model(IDS, labels=IDS).loss.backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        assert found[0].keys() == found[1].keys() and len(found[0]) == (70 if dora else 56)
+        for name, gradient in found[0].items():
+            close(gradient, found[1][name])
+
     def test_status(self):
         mine, _ = wrapped(lora())
         status = mine.get_model_status()
