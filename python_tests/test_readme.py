@@ -97,7 +97,8 @@ PRESUPPOSED: dict[str, Callable[[], Any]] = {
     "teacher": llama,
     "load_dense": lambda: llama,
     "batches": tokens,
-    "data": lambda: [{"input_ids": row, "labels": row} for row in torch.cat(tokens())],
+    "network": tiny_model,
+    "Network": lambda: tiny_model,
     "arguments": lambda: transformers.TrainingArguments("arguments"),
     "tokenizer": tokenizer,
     "cfg": lambda: lk.QuantConfig("nf2", rank=4, init="eora"),
@@ -141,7 +142,7 @@ def prepare(document: str, folder) -> None:
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    """The folder in which the blocks run. Tuning and training end after two updates: the default's 1000 take minutes."""
+    """The folder in which the blocks run. Tuning and training end after two updates: in full they take minutes."""
     tune = lk.rilq_tune
     settle = transformers.TrainingArguments.__post_init__
 

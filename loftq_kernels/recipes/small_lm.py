@@ -1,6 +1,6 @@
 """A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries.
 
-``python -m loftq_kernels.recipes.small_lm FOLDER`` trains one and writes it as a Llama of transformers, with a tokenizer.
+``python -m loftq_kernels.recipes.small_lm FOLDER`` trains one and writes it as a Llama of transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,15 @@ _HELD_OUT = 0.1  # The share of a text that is held out, at its end.
 _WINDOWS = 96  # Windows of held-out text in a measurement of perplexity.
 
 
-class SmallLM(nn.Module):
-    """A Llama-like decoder: RMSNorm, rotary positions, causal attention, SwiGLU. Returns (final states, logits).
+class Output(NamedTuple):
+    """Of a model: final states, which RILQ compares, and logits under the name that models of transformers have."""
 
-    tokens [B, T] int64 below 256 -> states after the last norm [B, T, width], logits [B, T, 256].
-    """
+    hidden: Tensor  # after the last norm [B, T, width]
+    logits: Tensor  # [B, T, 256]
+
+
+class SmallLM(nn.Module):
+    """A Llama-like decoder: RMSNorm, rotary positions, causal attention, SwiGLU. tokens [B, T] are int64 below 256."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, hidden: int = 384):
         super().__init__()
@@ -40,12 +44,12 @@ class SmallLM(nn.Module):
         angles = torch.outer(torch.arange(CONTEXT), 1e4 ** (-torch.arange(0, width // heads, 2) / (width // heads)))
         self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]))  # [2, T, head / 2]
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> Output:
         x, rotation = self.embed(tokens), self.rotation[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, rotation)
         x = self.norm(x)
-        return x, self.lm_head(x)
+        return Output(x, self.lm_head(x))
 
 
 class _Block(nn.Module):
@@ -101,8 +105,8 @@ def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each byte but the first given those before it."""
-    logits = model(tokens)[1]
+    """Mean cross-entropy of each byte but the first given those before it; of a model of transformers, too."""
+    logits = model(tokens).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -153,6 +157,15 @@ def save_pretrained(model: SmallLM, folder: str | Path) -> None:
     _tokenizer().save_pretrained(folder)
 
 
+# Of the tensors of a block, here and in transformers' Llama.
+_NAMES = [
+    *((f"{name}_proj.weight", f"self_attn.{name}_proj.weight") for name in "qkvo"),
+    *((f"{name}_proj.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
+    ("attention_norm.weight", "input_layernorm.weight"),
+    ("mlp_norm.weight", "post_attention_layernorm.weight"),
+]
+
+
 def _as_llama(model: SmallLM) -> Any:
     import transformers
 
@@ -170,21 +183,12 @@ def _as_llama(model: SmallLM) -> Any:
         eos_token_id=None,
     )
     llama = transformers.LlamaForCausalLM(config).eval()
-    names = {f"layers.{i}.{theirs}": f"layers.{i}.{ours}" for i in range(len(model.layers)) for ours, theirs in _NAMES}
-    names |= {"embed_tokens.weight": "embed.weight", "norm.weight": "norm.weight"}
-    state = model.state_dict()
-    own = {f"model.{theirs}": state[ours] for theirs, ours in names.items()}
-    llama.load_state_dict(own | {"lm_head.weight": state["lm_head.weight"]})
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    for i in range(len(model.layers)):
+        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in _NAMES}
+    state = {names.get(ours, ours): tensor for ours, tensor in model.state_dict().items() if ours != "rotation"}
+    llama.load_state_dict(state)
     return llama
-
-
-# Of the tensors of a block, here and in transformers' Llama.
-_NAMES = [
-    *((f"{name}_proj.weight", f"self_attn.{name}_proj.weight") for name in "qkvo"),
-    *((f"{name}_proj.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
-    ("attention_norm.weight", "input_layernorm.weight"),
-    ("mlp_norm.weight", "post_attention_layernorm.weight"),
-]
 
 
 def _tokenizer() -> Any:
