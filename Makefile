@@ -65,7 +65,7 @@ test-versions: $(VENV)/.dev $(VENV)/.ext
 		[ -d build/transformers-$$version ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 			--no-deps --target build/transformers-$$version transformers==$$version || exit 1; \
 		echo "==> Testing with transformers $$version"; \
-		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q python_tests/test_transformers.py || exit 1; \
+		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q $(addprefix python_tests/test_,transformers.py huggingface.py generate.py trainer.py) || exit 1; \
 	done
 
 # Finds what reads undefined memory or goes one element too far, even where the results come out right.
