@@ -1,7 +1,8 @@
 """A Llama of 1.2 billion weights on the CPU: tokens per second of decoding and of a prompt, memory and load time.
 
 Random weights in the shape of Llama-3.2-1B. Every contender has a process of its own, which loads its own folder of the
-same weights; all stay until the end, and their turns come in random order.
+same weights; all stay until the end, and their turns come in random order. "+ head" has a quantized output head, and
+"+ attention" our attention of decode steps, where all else that transformers runs has its "sdpa".
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BATCHES, CONTEXT, PROMPT = (1, 4, 16), 128, 512
 STEPS = {1: 16, 4: 8, 16: 4}  # tokens of each sequence in a turn
 ROUNDS = {False: 7, True: 2}
 PROMPTS = {False: 3, True: 1}  # rounds that have one: it takes as long as all the rest
-HEAD = " + head"
+HEAD, ATTENTION = " + head", " + attention"
 GIB = 2**30
 
 
@@ -44,6 +45,7 @@ def run(output: Path, *, quick: bool, formats: Sequence[str] | None = None, peer
     results: dict[str, Any] = {
         "model": models.SIZES[quick] | {"context": CONTEXT, "prompt": PROMPT},
         "heads": "quantized: " + ", ".join(one.name for one in chosen if one.quantized_head) + "; others bfloat16",
+        "adapters": f"rank {models.RANK}, bfloat16",
         "not measured": missing,
     }
     with tempfile.TemporaryDirectory(prefix="bench-generate-", ignore_cleanup_errors=True) as folder:
@@ -144,18 +146,20 @@ def by_contender(results: dict[str, Any]) -> list[dict[str, Any]]:
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each ratio of speeds beside what it should be, where both contenders were measured.
 
-    With a dense head as bitsandbytes has; with a quantized one as llama.cpp has.
+    With a dense head, as bitsandbytes has; with a quantized one, as llama.cpp has; and with our attention, where the
+    others that transformers runs have PyTorch's.
     """
     at = {row["size"]: row for row in rows if row["what"] == "decode"}
     head = f"nf4{HEAD}"
+    whole = f"{head}{ATTENTION}"
     adapted = itertools.product(BATCHES, models.FORMATS, ("", HEAD))
     wanted = [
         (1, "nf4", DENSE, 2.5),
         (1, head, DENSE, 2.5),
         (1, "nf4", "bitsandbytes nf4", 1.3),
         (1, head, "bitsandbytes nf4", 1.3),
-        (1, head, "llama.cpp Q4_0", 1 / 1.2),
-        (16, head, "llama.cpp Q4_0", 1.0),
+        *((1, one, "llama.cpp Q4_0", 1 / 1.2) for one in (head, whole)),
+        *((16, one, "llama.cpp Q4_0", 1.0) for one in (head, whole)),
         *((batch, f"{name} r={models.RANK}{end}", name + end, 1 / 1.05) for batch, name, end in adapted),
     ]
     found = []

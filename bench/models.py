@@ -228,16 +228,26 @@ def _gguf(dense: Path, own: Path) -> None:
         raise RuntimeError(f"no GGUF file was written: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
 
 
-def ours(format: str, rank: int | None, head: bool) -> Contender:
-    """Our model of a format, with or without adapters, with or without a quantized head."""
-    name = format + (f" r={rank}" if rank else "") + (" + head" if head else "")
-    return Contender(name, functools.partial(_quantize, format, rank, head), lk.load_quantized, quantized_head=head)
+def ours(format: str, rank: int | None, head: bool, attention: bool = False) -> Contender:
+    """Our model of a format, with or without adapters, a quantized head and our attention of decode steps."""
+    parts = [format, f" r={rank}" * (rank is not None), " + head" * head, " + attention" * attention]
+    load = _with_our_attention if attention else lk.load_quantized
+    return Contender("".join(parts), functools.partial(_quantize, format, rank, head), load, quantized_head=head)
+
+
+def _with_our_attention(folder: Path) -> nn.Module:
+    model = lk.load_quantized(folder)
+    model.set_attn_implementation("loftq_sdpa")
+    return model
 
 
 def _quantize(format: str, rank: int | None, head: bool, dense: Path, own: Path) -> None:
     model = _from_pretrained(dense)
     # "qlora" rounds once; how fast the products are does not depend on what the codes are.
-    cfg = lk.QuantConfig(format, rank=rank, init="qlora", group_size=GROUP, quantize_head=head)
+    # Adapters are in bfloat16, as the model is where it serves; training has them in float32.
+    cfg = lk.QuantConfig(
+        format, rank=rank, init="qlora", group_size=GROUP, quantize_head=head, adapter_dtype=torch.bfloat16
+    )
     lk.quantize_model(model, cfg, progress=False)
     lk.save_quantized(model, own)
 
@@ -263,6 +273,7 @@ def contenders(formats: Sequence[str] | None, peers: Sequence[str] | None) -> li
     if unknown := sorted(set(formats or ()) - set(lk.format_names())):
         raise ValueError(f"--format {unknown[0]!r} is not known; known: {', '.join(lk.format_names())}")
     own = [ours(*parts) for parts in itertools.product(formats or FORMATS, (None, RANK), (False, True))]
+    own += [ours(name, None, True, attention=True) for name in formats or FORMATS[:1]]
     return [*(peer for peer in PEERS if peers is None or peer.name in peers), *own]
 
 

@@ -12,11 +12,12 @@ from loftq_kernels.cli import pictures
 from loftq_kernels.cli.pictures import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Line
 
 LINES = {
-    "nf4 + head": Line("loftq_kernels nf4, head too", BLUE, width=3),
-    "nf4": Line("loftq_kernels nf4", BLUE, width=1.8),
-    "nf2 + head": Line("loftq_kernels nf2, head too", ORANGE, width=3),
+    "nf4 + head + attention": Line("loftq_kernels nf4, head, attention", BLUE, width=3),
+    "nf4 + head": Line("loftq_kernels nf4, head", BLUE, "v"),
+    "nf4": Line("loftq_kernels nf4", BLUE, filled=False),
+    "nf2 + head": Line("loftq_kernels nf2, head", ORANGE, width=2),
     "bitsandbytes nf4": Line("bitsandbytes NF4", VERMILION, "s", "--"),
-    "llama.cpp Q4_0": Line("llama.cpp Q4_0, head too", GREEN, "^", "--"),
+    "llama.cpp Q4_0": Line("llama.cpp Q4_0, head", GREEN, "^", "--"),
     "aten int4pack": Line("ATen int4pack", PURPLE, "D", "--"),
 }
 
@@ -26,9 +27,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     made, axes = pictures.figure(4.6)
     axis = axes[0, 0]
     about = results["model"]
-    axis.set_title("Decoding with a Llama of 1.2 billion weights: tokens per second, bf16 = 1", loc="left")
+    axis.set_title("Decode speed of a whole Llama relative to bf16 transformers (higher is faster)", loc="left")
     axis.set(xlabel="sequences at once", ylabel="times as fast as bf16 transformers")
     ratios(axis, rows, DENSE, LINES)
-    note = f"Random weights, shape of Llama-3.2-1B, {about['context']} tokens of context; medians of turns."
+    size = f"{about['num_hidden_layers']} layers of {about['hidden_size']}, {about['vocab_size']} words"
+    note = f"Random weights, {size}, {about['context']} tokens of context; medians of turns in random order."
     pictures.caption(made, f"{note}\n{place(results['machine'])}")
     pictures.save(made, path)

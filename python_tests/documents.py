@@ -17,6 +17,7 @@ COMMANDS = (
     "loftq-kernels",
     "python",
     "cmake",
+    "curl",
     "git",
 )  # what an indented block of shell lines starts with
 

@@ -563,6 +563,9 @@ class TestRefused:
         layer = fewer.model.layers[1].mlp.up_proj
         layer.lora_A = layer.lora_B = layer.rank = None
         self.check(tmp_path / "own", "'.*1.mlp.up_proj' has an adapter in the file alone", model=fewer, name=None)
+        lk.save_adapter(fewer, tmp_path / "fewer")
+        for name in (None, "x"):
+            self.check(tmp_path / "fewer", "'.*1.mlp.up_proj' has an adapter in the model alone", name=name)
 
     def test_other_packed_weights(self, tmp_path):
         lk.save_adapter(quantized(tiny_llama()), tmp_path)

@@ -292,6 +292,7 @@ class TestGenerate:
         rows = found["milliseconds"]
         assert [(row["what"], row["size"]) for row in rows] == [("decode", b) for b in (1, 4, 16)] + [("prompt", 512)]
         names = {"bf16 transformers", "aten int4pack", "nf2", "nf2 r=16", "nf2 + head", "nf2 r=16 + head"}
+        names |= {"nf2 + head + attention"}
         assert names <= rows[0].keys() and {row["contender"] for row in found["memory"]} >= names
         for row, speed in zip(rows, found["tokens per second"], strict=True):
             assert speed["nf2"] == pytest.approx(1e3 * row["size"] / row["nf2"])

@@ -343,7 +343,7 @@ class TestDependencies:
 
     def test_package(self, project, extras):
         listed = names(project["dependencies"])
-        of_users = extras["hf"] | extras["demo"] | extras["plan"]
+        of_users = extras["hf"] | extras["serve"] | extras["demo"] | extras["plan"]
         used = imports("loftq_kernels")
         assert used <= listed | of_users
         assert not (listed | of_users) - used

@@ -221,9 +221,24 @@ class TestLife:
             close(model(x), merged(model, "b")(x.double()))
         lk.delete_adapter(model, "b")
         lk.delete_adapter(model, "c")
-        assert all(layer.slots is None for layer in quantized_layers(model).values())
+        assert not loaded_adapters(model) and not active_adapters(model) and "user adapters" not in repr(model)
+        with torch.no_grad():
+            close(model(x), merged(model)(x.double()))
         with pytest.raises(ValueError, match="no adapter 'b' is loaded"):
             lk.delete_adapter(model, "b")
+
+    def test_layers_that_have_none_left(self):
+        model, x = quantized(tiny_model(), rank=None), gaussian(2, 64)
+        add(model, "a")
+        add(model, "c", only="0")
+        lk.set_adapter(model, ["a"])
+        lk.delete_adapter(model, "a")
+        with torch.no_grad(), lk.use_adapters(model, ["c", None]):
+            y = model(x)
+        with torch.no_grad():
+            assert torch.allclose(model(x)[1], y[1], atol=1e-5)
+            lk.set_adapter(model, "c")
+            assert torch.allclose(model(x)[0], y[0], atol=1e-5)
 
     def test_weights_include_it(self):
         model = loaded()

@@ -212,6 +212,37 @@ class TestOneAdapter:
         assert {p.dtype for name, p in mine.named_parameters() if "lora_" in name} == {torch.float32}
         assert mine.merge_and_unload().model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
 
+    def test_autocast(self):
+        """Products in bfloat16, norms of DoRA in float32."""
+        mine, theirs = wrapped(lora(), lora(use_dora=True))
+        for name in ("default", "a1"):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = [m(IDS).logits.float() for m in (mine, theirs) if m.set_adapter(name) is None]
+            assert (logits[0] - logits[1]).norm() < 0.02 * logits[1].norm()
+
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_a_start_adapter_that_is_trained_too(self, dora):
+        """Its gradients and PEFT's, from the one product and from products one by one, which a hook asks for."""
+        found = []
+        for hooked in (False, True):
+            model = peft.get_peft_model(models()[0], lora(target_modules="all-linear", use_dora=dora)).train()
+            fill(model)
+            lk.train_only_adapters(model)
+            if hooked:
+                for layer in (m for m in model.modules() if isinstance(m, lk.QuantLoRALinear)):
+                    layer.register_forward_hook(lambda *args: None)
+            model(IDS, labels=IDS).loss.backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        assert found[0].keys() == found[1].keys() and len(found[0]) == (70 if dora else 56)
+        for name, gradient in found[0].items():
+            close(gradient, found[1][name])
+
+    def test_status(self):
+        mine, _ = wrapped(lora())
+        status = mine.get_model_status()
+        assert status.enabled is True and status.active_adapters == ["default"] and not status.merged_adapters
+        assert {layer.module_type for layer in mine.get_layer_status()} == {"lora.LoraQuantizedLinear"}
+
     def test_a_transposed_layer(self):
         """GPT-2's Conv1D [in, out]: PEFT's fan_in_fan_out is of the dense layer, ours holds [out, in]."""
         torch.manual_seed(0)
@@ -644,6 +675,15 @@ class TestOtherLayers:
         close(merged(ids), theirs.merge_and_unload()(ids))
         assert [type(m) for m in merged.children()] == [nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Linear]
 
+    def test_a_targeted_embedding_is_saved_as_an_adapter(self, tmp_path):
+        model = quantized(llama(), layer_types=("linear", "embedding"))
+        assert isinstance(model.model.embed_tokens, lk.QuantLoRAEmbedding)
+        dense, again = twin(model), twin(model)
+        mine, theirs = wrapped(lora(target_modules=["embed_tokens", "q_proj"]), pair=(model, dense))
+        with pytest.warns(UserWarning, match="save_embedding_layers"):
+            mine.save_pretrained(tmp_path)
+        agree(peft.PeftModel.from_pretrained(again, tmp_path), theirs)
+
     def test_requantized(self):
         mine, _ = wrapped(lora(r=2, target_modules=["table", "one", "two"]), pair=self.pair())
         before = [type(m) for m in mine.get_base_model().children()]
@@ -733,6 +773,11 @@ class TestRefusals:
             torch.manual_seed(4)
             pair.append(peft.get_peft_model(model, getattr(peft, name)(**BESIDE_OUR_LAYERS[name])).eval())
         agree(*pair)
+
+    def test_of_an_old_peft(self, monkeypatch):
+        monkeypatch.setattr(ours, "version", lambda package: "0.20.1")
+        with pytest.raises(ImportError, match=r"peft 0\.20\.1 is too old: pip install 'peft>=0\.21'"):
+            ours.register()
 
 
 class TestPreparation:

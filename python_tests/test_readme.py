@@ -6,7 +6,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import json
 import re
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +24,7 @@ from torch import nn
 
 import loftq_kernels as lk
 from loftq_kernels import cli
+from loftq_kernels.recipes import small_lm
 
 pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
@@ -34,6 +39,7 @@ NOT_RUN = {
 }
 # They compile for ten seconds and more, and run in tests that are marked so.
 SLOW = (("docs/vendoring.md", "aoti_compile_and_package"),)
+SERVER = "127.0.0.1:8000"  # what documents call the server; tests have a free port
 NOT_RUN_COMMANDS = {"loftq-kernels check": "takes most of a minute; test_check.py runs it"}
 
 
@@ -42,6 +48,17 @@ def llama(layers: int = 2) -> nn.Module:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": 96}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+
+
+def tokenizer():
+    """A word is a token."""
+    import tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", "to", "be", "or", "not"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "left"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def tokens() -> list[torch.Tensor]:
@@ -80,6 +97,10 @@ PRESUPPOSED: dict[str, Callable[[], Any]] = {
     "teacher": llama,
     "load_dense": lambda: llama,
     "batches": tokens,
+    "network": tiny_model,
+    "Network": lambda: tiny_model,
+    "arguments": lambda: transformers.TrainingArguments("arguments"),
+    "tokenizer": tokenizer,
     "cfg": lambda: lk.QuantConfig("nf2", rank=4, init="eora"),
     "dataset": lambda: [{"input_ids": one, "labels": one} for batch in tokens() for one in batch],
     "weight": lambda: gaussian(96, 128),
@@ -111,6 +132,7 @@ def prepare(document: str, folder) -> None:
     """What the document's commands and blocks find in the folder in which they run."""
     for name in ("MODEL_DIR", "model"):
         tiny_bert().save_pretrained(folder / name)
+    llama().save_pretrained(folder / "Llama-3.2-1B")
     if document == "docs/rilq.md":
         model = llama()
         lk.quantize_model(model, lk.QuantConfig("nf2", rank=4), progress=False)
@@ -120,14 +142,20 @@ def prepare(document: str, folder) -> None:
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    """The folder in which the blocks run. Tuning ends after two updates: the default's 1000 take minutes."""
+    """The folder in which the blocks run. Tuning and training end after two updates: in full they take minutes."""
     tune = lk.rilq_tune
+    settle = transformers.TrainingArguments.__post_init__
 
     def briefly(model, teacher, batches, config=None, **options):
         config = replace(config or lk.RilqConfig(), steps=2, accumulate=1, validate_every=1)
         return tune(model, teacher, batches, config, **options)
 
+    def few_steps(arguments):
+        arguments.max_steps, arguments.report_to, arguments.disable_tqdm = 2, [], True
+        settle(arguments)
+
     monkeypatch.setattr(lk, "rilq_tune", briefly)
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", few_steps)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     if torch.distributed.is_initialized():
@@ -154,28 +182,58 @@ def follow(document: str, workshop, capsys, skipped) -> None:
     presupposed = {**PRESUPPOSED, **OF_DOCUMENT.get(document, {})}
     names: dict[str, Any] = {}
     section = None
-    for block in blocks_of(document):
-        if block.section != section:
-            section, names = block.section, {}
-        if is_among(block, skipped) or block.language == "text":  # Formulas are text.
-            continue
-        assert block.language in LANGUAGES, f"{block} cannot be run: say why in NOT_RUN"
-        try:
-            if block.language == "python":
-                run_python(block, names, presupposed)
-            else:
-                for words in commands_of(block):
-                    run_command(words, capsys)
-        except Exception as error:
-            raise AssertionError(f"{block} fails: {error!r}") from error
+    with Servers() as servers:
+        for block in blocks_of(document):
+            if block.section != section:
+                section, names = block.section, {}
+            if is_among(block, skipped) or block.language == "text":  # Formulas are text.
+                continue
+            assert block.language in LANGUAGES, f"{block} cannot be run: say why in NOT_RUN"
+            block = replace(block, text=block.text.replace(SERVER, servers.address))
+            try:
+                if block.language == "python":
+                    run_python(block, names, presupposed)
+                else:
+                    for words in commands_of(block):
+                        run_command(words, capsys, servers)
+            except Exception as error:
+                raise AssertionError(f"{block} fails: {error!r}") from error
 
 
-def run_command(words: list[str], capsys) -> None:
+class Servers(contextlib.ExitStack):
+    """The servers that a document has started; the last one is asked."""
+
+    address = SERVER
+
+    def start(self, words: list[str]) -> None:
+        command = [sys.executable, "-m", "loftq_kernels", *words, "--port", "0"]
+        process = self.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        self.callback(process.terminate)
+        line = process.stdout.readline()
+        self.address = re.search(r"http://([\d.:]+)/v1;", line)[1]
+
+    @staticmethod
+    def ask(words: list[str]) -> None:
+        """What ``curl`` is given: an address, headers and JSON. The answer has text."""
+        url, *options = words
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        headers = dict([given["-H"].split(": ")])
+        with urllib.request.urlopen(urllib.request.Request(url, given["-d"].encode(), headers), timeout=60) as answer:
+            assert json.load(answer)["choices"][0]["text"]
+
+
+def run_command(words: list[str], capsys, servers: Servers) -> None:
     program, *rest = words
     line = " ".join(words)
     if any(line.startswith(start) for start in NOT_RUN_COMMANDS):
         return
-    if program == "loftq-kernels":
+    if line.startswith("python -m loftq_kernels.recipes.small_lm "):
+        assert small_lm.main([*rest[2:], "--steps", "2"]) == 0
+    elif line.startswith("loftq-kernels serve "):
+        servers.start(rest)
+    elif program == "curl":
+        servers.ask(rest)
+    elif program == "loftq-kernels":
         status = cli.main(rest)
         output = capsys.readouterr()
         assert status == 0, output.out + output.err
@@ -250,6 +308,18 @@ def test_inline_commands(document):
             assert ended.value.code == 0, command
         else:
             CHECKS[program](words)
+
+
+def test_named_tests():
+    """A test that a document names exists."""
+    named = re.compile(r"`(test_\w+\.py)(?:::(\w+))?(?:::(\w+))?`")
+    for document in DOCUMENTS:
+        for file, *parts in named.findall((REPOSITORY / document).read_text(encoding="utf-8")):
+            scope = ast.parse((REPOSITORY / "python_tests" / file).read_text(encoding="utf-8"))
+            for part in filter(None, parts):
+                found = [node for node in scope.body if getattr(node, "name", None) == part]
+                assert found, f"{document} names {file}::{part}"
+                (scope,) = found
 
 
 def test_links():

@@ -115,6 +115,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None) -> N
                 for layer in contents.layers
             }
         modules = {name: tensors_of.read_finite(stored, key) for name, key in contents.modules.items()}
+    own = {layer for layer, module in quantized_layers(target).items() if module.lora_A is not None}
+    if base is not None and (missing := sorted(own - adapters.keys())):
+        raise ValueError(f"layer {missing[0]!r} has an adapter in the model alone, in whose place the file has none")
     if name is not None:
         add_adapter(target, name, {layer: NamedAdapter(term, base is not None) for layer, term in adapters.items()})
         return
@@ -236,11 +239,9 @@ def _check_modules(model: nn.Module, modules: dict[str, str], stored: safe_open)
 def _take(model: nn.Module, adapters: Mapping[str, Factors], modules: Mapping[str, Tensor]) -> None:
     """Write factors into the model's own adapters, and values into its dense modules."""
     layers = quantized_layers(model)
-    adapted = {name for name, layer in layers.items() if layer.lora_A is not None}
-    if adapted != adapters.keys():
-        other = sorted(adapted ^ adapters.keys())[0]
-        raise ValueError(f"layer {other!r} has an adapter in the {'model' if other in adapted else 'file'} alone")
     for name, term in adapters.items():
+        if layers[name].lora_A is None:
+            raise ValueError(f"layer {name!r} has an adapter in the file alone: load it under a name")
         if len(term.lora_A) != layers[name].rank:
             raise ValueError(f"layer {name!r} has rank {layers[name].rank}, the file's adapter {len(term.lora_A)}")
     own = {name: layers[name].over_groups(term.lora_A) for name, term in adapters.items()}

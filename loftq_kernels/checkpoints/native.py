@@ -251,8 +251,11 @@ def _check_hosted(path: Path, config: CheckpointConfig, stored: files.TensorFile
 
 
 def _load_hosted(path: Path, device: torch.device) -> nn.Module:
-    architecture.import_transformers()  # Importing it makes it a host.
-    return hosts.host_named("transformers").load(path, device)
+    architecture.import_transformers()  # Importing it makes it a host, unless it is too old.
+    host = hosts.host_named("transformers")
+    if host is None:
+        raise ImportError(architecture.NEEDS_HF)
+    return host.load(path, device)
 
 
 def _architecture(path: Path, config: CheckpointConfig, stored: files.TensorFiles) -> nn.Module:

@@ -1,1 +1,1 @@
-"""What makes our layers known to other packages, one file per host; nothing else in the package imports them."""
+"""What makes our layers known to other packages; of the package, only `public` imports this, to register them."""

@@ -11,9 +11,11 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
@@ -29,14 +31,17 @@ from loftq_kernels.nn.adapters import quantized_layers
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.linear import QuantLoRALinear
 
+OLDEST = "0.21"
 _OURS = "_loftq_kernels"  # marks the functions that stand in the place of PEFT's
 
 
 def register() -> None:
     """Make our layers known to PEFT. Calling it again changes nothing, unless PEFT's modules were reloaded.
 
-    Raises AttributeError, changing nothing, where PEFT lacks one of the functions.
+    Raises ImportError for a PEFT that is too old and AttributeError for one that lacks a function, changing nothing.
     """
+    if Version(version("peft")) < Version(OLDEST):
+        raise ImportError(f"peft {version('peft')} is too old: pip install 'peft>={OLDEST}'")
     model, tuner = lora_model.LoraModel, tuners_utils.BaseTuner
     replaced = (
         (model, model._create_new_module, _create_new_module),

@@ -188,7 +188,8 @@ class LoraQuantizedLinear(AroundQuantized, lora.Linear):
             of_variants = {name: kwargs.pop(name, None) for name in lora.VARIANT_KWARG_KEYS}
             adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
-            self.merged_adapters.clear()  # as PEFT's layers unmerge then
+            if self.merged:
+                self.unmerge()
             return self.base_layer(x)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names=adapter_names, **of_variants)

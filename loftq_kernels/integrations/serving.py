@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import fastapi
+    import fastapi  # noqa: F401
     import openai  # noqa: F401, for transformers' server
     import transformers
     import uvicorn
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
-    from starlette.exceptions import HTTPException
 except ImportError as error:
     raise ImportError(f"the server needs {error.name}: pip install 'loftq_kernels[serve]'") from error
 
@@ -28,6 +25,7 @@ from loftq_kernels.checkpoints.architecture import model_class
 from loftq_kernels.checkpoints.hosted import read_config
 from loftq_kernels.checkpoints.native import load_quantized
 from loftq_kernels.integrations.register import register_all
+from loftq_kernels.integrations.serving_requests import NoSuchModel, Stopping, guard, streamers
 from loftq_kernels.nn.named_adapters import active_adapters, set_adapter
 
 _TRIED = "5.20 to 5.24"
@@ -92,7 +90,7 @@ def server(model: Any, processor: Any, *, bases: Sequence[str], adapters: Sequen
     models = Models(model, processor, bases, adapters)
     config = _built(models).server.config
     config.timeout_graceful_shutdown = _SECONDS_TO_STOP
-    _answer_errors(config.app, models)
+    guard(config.app, list(models.adapters))
     return Server(config, models)
 
 
@@ -184,6 +182,11 @@ class _Requests(GenerateManager):
         self._shared, self._model = shared, model
         self._active = () if adapter is None else (adapter,)
 
+    def generate_streaming(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        queue, streamer = super().generate_streaming(*args, **kwargs)
+        streamers.get().append(streamer)
+        return queue, streamer
+
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         return self._shared.submit(self._run, fn, *args, **kwargs)
 
@@ -206,55 +209,3 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list | None = None) -> None:
         with self.models.stopping():
             await super().shutdown(sockets)
-
-
-class NoSuchModel(HTTPException):
-    """OpenAI's answer to a wrong model name."""
-
-    code = "model_not_found"
-
-    def __init__(self, message: str):
-        super().__init__(404, message)
-
-
-class Stopping(RuntimeError):
-    """A generation was ended because the server is."""
-
-
-def _answer_errors(app: fastapi.FastAPI, models: Models) -> None:
-    """Errors in the form of OpenAI's API, which its clients read; 400 where a request names no model."""
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: fastapi.Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, error.detail, getattr(error, "code", None))
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-        return _error(422, "; ".join(str(own["msg"]) for own in error.errors()))
-
-    @app.exception_handler(ValueError)
-    async def invalid(_: fastapi.Request, error: ValueError) -> JSONResponse:
-        return _error(400, error)
-
-    @app.exception_handler(KeyError)
-    async def incomplete(_: fastapi.Request, error: KeyError) -> JSONResponse:
-        return _error(400, f"the request lacks {error}")
-
-    @app.exception_handler(Stopping)
-    async def stopping(_: fastapi.Request, error: Stopping) -> JSONResponse:
-        return _error(503, error)
-
-    @app.middleware("http")
-    async def named(request: fastapi.Request, call_next: Callable) -> Any:
-        body = None
-        if request.headers.get("content-type", "").startswith("application/json"):
-            with contextlib.suppress(ValueError):  # What is no JSON, the endpoint refuses.
-                body = await request.json()
-        if isinstance(body, dict) and not isinstance(body.get("model"), str):
-            return _error(400, f"the request names no model; served are: {', '.join(models.adapters)}")
-        return await call_next(request)
-
-
-def _error(status: int, message: Any, code: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": str(message), "type": kind, "param": None, "code": code}}, status)

@@ -42,6 +42,14 @@ class AdapterSlots:
         self.live: Factors | None = None
         self.replaces = False  # whether an active one stands in the place of the start adapter
 
+    def hold(self, name: str, adapter: NamedAdapter) -> None:
+        """Have an adapter, in the place of one of its name, in a new dict: other threads may be reading the old one."""
+        self.loaded = {**self.loaded, name: adapter}
+
+    def drop(self, name: str) -> None:
+        """Have no adapter of this name."""
+        self.loaded = {other: adapter for other, adapter in self.loaded.items() if other != name}
+
     def activate(self, names: Iterable[str]) -> None:
         """Fill the live slot with the sum of these adapters, of which the layer may have some, all or none."""
         names = tuple(names)
@@ -57,10 +65,10 @@ class AdapterSlots:
         """Write the sum of terms into the slot, zeros below its rank; a new slot fits the largest adapter loaded."""
         loaded = [adapter.factors for adapter in self.loaded.values()]
         rank = max(sum(len(term.lora_A) for term in terms), *(len(one.lora_A) for one in loaded))
-        like = concatenated(loaded)
-        if self.live is None or not _fits(self.live, like, rank):
-            lora_A, lora_B = like.lora_A, like.lora_B
-            self.live = Factors(lora_A.new_zeros(rank, lora_A.shape[1]), lora_B.new_zeros(lora_B.shape[0], rank), 1.0)
+        like = torch.empty(0, dtype=common_dtype(loaded), device=loaded[0].lora_A.device)
+        if self.live is None or not _fits(self.live.lora_A, like, rank):
+            rows, columns = len(loaded[0].lora_B), loaded[0].lora_A.shape[1]
+            self.live = Factors(like.new_zeros(rank, columns), like.new_zeros(rows, rank), 1.0)
         total = concatenated(terms) if terms else None
         filled = 0 if total is None else len(total.lora_A)
         if total is not None:
@@ -118,9 +126,8 @@ def _moved(factors: Factors, fn: Callable[[Tensor], Tensor]) -> Factors:
     return Factors(fn(factors.lora_A), fn(factors.lora_B), factors.scaling)
 
 
-def _fits(live: Factors, like: Factors, rank: int) -> bool:
-    same = live.lora_A.dtype == like.lora_A.dtype and live.lora_A.device == like.lora_A.device
-    return same and len(live.lora_A) >= rank
+def _fits(live: Tensor, like: Tensor, rank: int) -> bool:
+    return len(live) >= rank and live.dtype == like.dtype and live.device == like.device
 
 
 class RowNames:

@@ -309,7 +309,7 @@ class QuantLoRAModule(LayerState, Mergeable):
             adapter = f"adapter={self.adapter}, {adapter}"
         if self.rank is not None and not self.adapter_enabled:
             adapter += " (disabled)"
-        if self.slots is not None:
+        if self.slots is not None and self.slots.loaded:
             adapter += f", user adapters: {self.slots.describe()}"
         return f"format={self.format.name}, group_size={self.group_size}, {adapter}"
 

@@ -47,10 +47,9 @@ def add_adapter(model: nn.Module, name: str, adapters: Mapping[str, NamedAdapter
     for layer_name, layer in quantized_layers(model).items():
         if layer_name in adapters:
             layer.slots = layer.slots or AdapterSlots()
-            forget(layer)
-            layer.slots.loaded[name] = adapters[layer_name]
+            layer.slots.hold(name, adapters[layer_name])
         elif layer.slots is not None:
-            layer.slots.loaded.pop(name, None)
+            layer.slots.drop(name)
     _activate(model, active)
 
 
@@ -76,16 +75,16 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget a loaded user adapter; where it was active, the others stay so. Raises ValueError for other names."""
+    """Forget a loaded user adapter; where it was active, the others stay so. No thread may be computing with it.
+
+    Raises ValueError for names that are not loaded.
+    """
     _check_names(model, (name,))
     left = tuple(other for other in active_adapters(model) if other != name)
     for layer in layers_with_slots(model).values():
-        layer.slots.loaded.pop(name, None)
+        layer.slots.drop(name)
         forget(layer)
     _activate(model, left)
-    for layer in layers_with_slots(model).values():
-        if not layer.slots.loaded:
-            layer.slots = None
 
 
 def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -136,7 +135,7 @@ def use_adapters(model: nn.Module, names_per_batch_row: Sequence[str | None]) ->
     if not names:
         raise ValueError(f"names_per_batch_row={names_per_batch_row!r} must list a name, or None, for each row")
     _check_names(model, [name for name in names if name is not None])
-    layers = layers_with_slots(model)
+    layers = {layer_name: layer for layer_name, layer in layers_with_slots(model).items() if layer.slots.loaded}
     for layer_name, layer in layers.items():
         is_conv = isinstance(layer, QuantLoRAConv1d | QuantLoRAConv2d)
         if is_conv and len(set(names)) > 1 and not layer.slots.loaded.keys().isdisjoint(names):

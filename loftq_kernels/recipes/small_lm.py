@@ -1,15 +1,22 @@
-"""A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries."""
+"""A byte-level language model that a CPU trains in a minute or two, on text that every Python install carries.
+
+``python -m loftq_kernels.recipes.small_lm FOLDER`` trains one and writes it as a Llama of transformers.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
+
+from loftq_kernels.progress import progress_bar
 
 BYTES = 256  # the vocabulary
 CONTEXT = 128
@@ -18,11 +25,15 @@ _HELD_OUT = 0.1  # The share of a text that is held out, at its end.
 _WINDOWS = 96  # Windows of held-out text in a measurement of perplexity.
 
 
-class SmallLM(nn.Module):
-    """A Llama-like decoder: RMSNorm, rotary positions, causal attention, SwiGLU. Returns (final states, logits).
+class Output(NamedTuple):
+    """Of a model: final states, which RILQ compares, and logits under the name that models of transformers have."""
 
-    tokens [B, T] int64 below 256 -> states after the last norm [B, T, width], logits [B, T, 256].
-    """
+    hidden: Tensor  # after the last norm [B, T, width]
+    logits: Tensor  # [B, T, 256]
+
+
+class SmallLM(nn.Module):
+    """A Llama-like decoder: RMSNorm, rotary positions, causal attention, SwiGLU. tokens [B, T] are int64 below 256."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, hidden: int = 384):
         super().__init__()
@@ -33,12 +44,12 @@ class SmallLM(nn.Module):
         angles = torch.outer(torch.arange(CONTEXT), 1e4 ** (-torch.arange(0, width // heads, 2) / (width // heads)))
         self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]))  # [2, T, head / 2]
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> Output:
         x, rotation = self.embed(tokens), self.rotation[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, rotation)
         x = self.norm(x)
-        return x, self.lm_head(x)
+        return Output(x, self.lm_head(x))
 
 
 class _Block(nn.Module):
@@ -94,8 +105,8 @@ def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each byte but the first given those before it."""
-    logits = model(tokens)[1]
+    """Mean cross-entropy of each byte but the first given those before it; of a model of transformers, too."""
+    logits = model(tokens).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -137,3 +148,88 @@ def pretrained(steps: int, seed: int, progress: Callable[[int], None] | None = N
         if progress is not None:
             progress(step)
     return model.eval()
+
+
+def save_pretrained(model: SmallLM, folder: str | Path) -> None:
+    """Write a model as a folder of transformers: a LlamaForCausalLM of the same logits, and a tokenizer of bytes."""
+    llama = _as_llama(model)
+    llama.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+
+
+# Of the tensors of a block, here and in transformers' Llama.
+_NAMES = [
+    *((f"{name}_proj.weight", f"self_attn.{name}_proj.weight") for name in "qkvo"),
+    *((f"{name}_proj.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
+    ("attention_norm.weight", "input_layernorm.weight"),
+    ("mlp_norm.weight", "post_attention_layernorm.weight"),
+]
+
+
+def _as_llama(model: SmallLM) -> Any:
+    import transformers
+
+    block = model.layers[0]
+    config = transformers.LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=model.embed.embedding_dim,
+        intermediate_size=block.up_proj.out_features,
+        num_hidden_layers=len(model.layers),
+        num_attention_heads=block.heads,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=torch.finfo(torch.float32).eps,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    llama = transformers.LlamaForCausalLM(config).eval()
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    for i in range(len(model.layers)):
+        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in _NAMES}
+    state = {names.get(ours, ours): tensor for ours, tensor in model.state_dict().items() if ours != "rotation"}
+    llama.load_state_dict(state)
+    return llama
+
+
+def _tokenizer() -> Any:
+    """A byte is a token, its own number; a chat is the contents of its messages, one after the other."""
+    import tokenizers
+    import transformers
+
+    # The characters that byte-level tokenizers write bytes as: printable ones as they are, the rest from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    alphabet = {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(BYTES)}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, model_max_length=CONTEXT)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loftq_kernels.recipes.small_lm", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write the model")
+    parser.add_argument("--steps", type=int, default=600, help="of training (default 600)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.folder.is_file() or (args.folder.is_dir() and any(args.folder.iterdir())):
+        parser.error(f"{args.folder} exists: choose another folder")
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        parser.error("it needs transformers: pip install 'loftq_kernels[hf]'")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar(total=args.steps, desc="train", unit="step", show=True) as bar:
+        model = pretrained(args.steps, args.seed, progress=lambda step: bar.update())
+    save_pretrained(model, args.folder)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.folder}: {weights} weights, perplexity {perplexity(model, english()[1]):.3f} of held-out text")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
