@@ -59,13 +59,17 @@ def with_dtypes(config: CheckpointConfig, stored: files.TensorFiles) -> Checkpoi
 
 
 def with_ties(config: CheckpointConfig, model: nn.Module, stored: files.TensorFiles) -> CheckpointConfig:
-    """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough."""
+    """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough.
+
+    The weights of layers that the checkpoint holds packed are no tensors of it, whatever they share with others now.
+    """
     names = set(tensor_names(stored))
+    packed = {f"{name}.weight" for name in config.layers}
     source_of = {id(tensor): name for name, tensor in named_tensors(model) if name in names}
     ties = {
         name: source
         for name, tensor in named_tensors(model)
-        if name not in names and (source := source_of.get(id(tensor))) is not None
+        if name not in names | packed and (source := source_of.get(id(tensor))) is not None
     }
     return replace(config, tied=ties | config.tied)
 
