@@ -199,6 +199,17 @@ class TestWhileLoading:
         again = load(tmp_path)
         assert torch.equal(logits(again), logits(model)) and again.score.weight.requires_grad
 
+    def test_new_head_on_a_quantized_folder(self, quantized, tmp_path):
+        """It is trained, and so it is when the model has been saved with it."""
+        load = transformers.AutoModelForTokenClassification.from_pretrained
+        with pytest.warns(UserWarning, match="no score.weight.*: new, dense and trained"):
+            model = load(quantized, num_labels=96)
+        trained = {name for name, own in model.named_parameters() if own.requires_grad and "lora" not in name}
+        assert trained == {"score.weight", "score.bias"}
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path)
+        assert torch.equal(logits(again), logits(model)) and again.score.weight.requires_grad
+
     def test_weight_with_nan(self, tmp_path):
         model = llama()
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
@@ -251,6 +262,14 @@ class TestOneFormat:
         assert names[0] == names[1]
         lk.save_quantized(model, tmp_path)
         assert sorted(file.name for file in tmp_path.glob("model*")) == ["model.safetensors"], "old shards are gone"
+
+    def test_index_of_an_earlier_save(self, copied):
+        """save_pretrained of one file removes the files of an earlier one, and leaves its index."""
+        model = causal(copied)
+        model.save_pretrained(copied)
+        assert [file.name for file in copied.glob("*.safetensors")] == ["model.safetensors"]
+        for load in (causal, lk.load_quantized):
+            assert torch.equal(logits(load(copied)), logits(model))
 
     def test_into_a_model(self, quantized):
         """load_quantized fills an architecture of the user's, too; its buffers are its own."""
@@ -391,6 +410,10 @@ class TestRefused:
             ({"layers": [], "loftq_format_version": None}, "belong together"),
             ({"layers": [{"modules": []}]}, "a list of names"),
             ({"layers": "all"}, "layers must be a list"),
+            ({"layers": []}, "layers is empty"),
+            ({"dtypes": ["float32", "float3"]}, "dtypes=.*'float3'.*must hold two of"),
+            ({"dtypes": ["float32"]}, "must hold two of"),
+            ({"trained": [3]}, "3 is not the name of a tensor"),
             ({"format": "nf3"}, "nf3"),
             ({"rank": -1}, "rank=-1"),
             ({"novel": 1}, "no field 'novel'.*newer version"),
@@ -443,6 +466,29 @@ class TestRefused:
         save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file, {"format": "pt"})
         with pytest.raises(ValueError, match=f"lack '{name}'"):
             causal(copied)
+
+    def test_layer_that_config_json_does_not_name(self, copied):
+        groups = told(copied)["quantization_config"]["layers"]
+        name = groups[0]["modules"].pop()
+        tell(copied, layers=groups)
+        for load in (causal, lk.load_quantized):
+            with pytest.raises(ValueError, match=f"lack '{name}.weight', .* nor a layer that config.json names"):
+                load(copied)
+
+    def test_missing_dense_tensor(self, copied):
+        index = json.loads((copied / "model.safetensors.index.json").read_text())
+        file = copied / index["weight_map"].pop("model.norm.weight")
+        left = {key: tensor for key, tensor in load_file(file).items() if key != "model.norm.weight"}
+        save_file(left, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"lack 'model.norm.weight'"):
+            causal(copied)
+
+    def test_more_layers_than_the_files_have(self, copied):
+        values = told(copied)
+        (copied / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3, "layer_types": None}))
+        for load in (causal, lk.load_quantized):
+            with pytest.raises(ValueError, match=r"lack 'model.layers.2"):
+                load(copied)
 
     def test_files_of_two_saves(self, copied, tmp_path):
         other = llama(seed=3)

@@ -25,6 +25,7 @@ from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.nn.adapters import adapter_parameters
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.wrappers import named_modules, named_tensors
+from loftq_kernels.ops.checks import DTYPES_BY_NAME
 from loftq_kernels.storage import documents
 
 CONFIG_NAME = "config.json"
@@ -81,6 +82,14 @@ class Contents:
         """Raises ValueError, naming what is wrong, for values that `to_values` has not given."""
         kinds = {"tied": dict, "trained": list, "buffers": list, "dtypes": list, "sha256": str}
         documents.check_keys(dict(values), {"layers": list}, kinds)
+        for name in (*values.get("tied", {}).values(), *values.get("trained", ()), *values.get("buffers", ())):
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is not the name of a tensor")
+        if not values["layers"]:
+            raise ValueError("layers is empty: no layer is quantized")
+        dtypes = values.get("dtypes", [])
+        if len(dtypes) not in (0, 2) or not all(isinstance(name, str) and name in DTYPES_BY_NAME for name in dtypes):
+            raise ValueError(f"dtypes={dtypes!r} must hold two of {', '.join(DTYPES_BY_NAME)}")
         return cls(**{**values, "layers": _ungrouped(values["layers"])})
 
 
@@ -205,8 +214,11 @@ def read_config(path: Path) -> CheckpointConfig:
 
 
 def _file_names(path: Path) -> tuple[str, ...]:
-    """The names of the tensor files: those of the index, or the one that needs none."""
-    if not (path / _INDEX).is_file():
+    """The names of the tensor files, as transformers chooses them: the single one, else those of the index.
+
+    A save_pretrained of one file leaves the index of an earlier one that had several.
+    """
+    if (path / _SINGLE).is_file() or not (path / _INDEX).is_file():
         return (_SINGLE,)
     try:
         names = set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
@@ -225,7 +237,7 @@ def check_one_save(path: Path, sha256: str | None, headers: list[dict[str, str]]
         if sha256 is not None and told is not None and told != sha256:
             raise ValueError(
                 f"{path} holds files of two saves: {CONFIG_NAME} names the tensors {sha256[:12]}, a file {told[:12]}; "
-                "save the model again"
+                "save the model again, into an empty folder"
             )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loftq_kernels.calibration.activations import ActivationStatistics
 from loftq_kernels.checkpoints import architecture, hosted
 from loftq_kernels.checkpoints.manifest import CheckpointConfig
 from loftq_kernels.checkpoints.native import packed_of, whole
-from loftq_kernels.checkpoints.tensor_file import check_layers, check_places
+from loftq_kernels.checkpoints.tensor_file import check_layers, check_places, tensor_names
 from loftq_kernels.integrations.loading import Arrivals
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.plan import BitPlan
@@ -26,7 +27,7 @@ from loftq_kernels.nn.adapters import quantized_layers, train_only_adapters
 from loftq_kernels.nn.base import PACKED
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
-from loftq_kernels.nn.wrappers import named_modules, set_submodule, submodule
+from loftq_kernels.nn.wrappers import named_modules, named_tensors, set_submodule, submodule
 from loftq_kernels.ops.constant import restore_constants
 from loftq_kernels.storage import files
 
@@ -90,6 +91,7 @@ class LoftqQuantizer(HfQuantizer):
     report = None
     _arrivals: Arrivals | None = None
     _placed: Mapping[str, str] = {}  # names of layers in the model -> in the folder
+    _fresh: Sequence[str] = ()  # names of parameters that the folder has no tensors for
 
     # ---- what the quantizer can
 
@@ -160,6 +162,7 @@ class LoftqQuantizer(HfQuantizer):
                 folder = checkpoint_files[0].parent
                 hosted.check_one_save(folder, self._contents.sha256, opened.metadata())
                 check_layers(stored, self._contents.tied, opened)
+                self._fresh = _fresh(model, self._placed, tensor_names(opened))
         for place, layer in layers.items():  # What shares its tensors with another layer waits until that is loaded.
             set_submodule(model, place, nn.Identity() if self._first_place(place) else layer)
 
@@ -195,6 +198,10 @@ class LoftqQuantizer(HfQuantizer):
         for name in self._contents.trained:
             if (parameter := parameters.get(_own_name(model, name, parameters))) is not None:
                 parameter.requires_grad_(True)
+        for name in self._fresh:
+            parameters[name].requires_grad_(True)
+        if self._fresh:
+            warnings.warn(f"the folder has no {', '.join(self._fresh[:5])}: new, dense and trained", stacklevel=2)
 
     # ---- saving
 
@@ -258,6 +265,30 @@ def _places(model: nn.Module, contents: hosted.Contents) -> dict[str, str]:
     if absent:
         warnings.warn(f"{type(model).__name__} has no place for {', '.join(absent[:5])}, left out", stacklevel=2)
     return {place: name for place, name in placed.items() if place in modules}
+
+
+def _fresh(model: nn.Module, places: Iterable[str], stored: Iterable[str]) -> list[str]:
+    """The model's dense parameters that a folder has no tensors for: those of a new head.
+
+    Raises ValueError where the model is of the class that the folder was saved from, which had them all.
+    """
+    tensors = dict(named_tensors(model, persistent=True))
+    found = {_own_name(model, name, tensors) for name in stored}
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if not found.isdisjoint(pair):
+            found |= set(pair)
+    shared = {id(tensors[name]) for name in found & tensors.keys()}
+    inside = tuple(f"{place}." for place in places)
+    missing = [n for n, own in tensors.items() if not n.startswith(inside) and n not in found and id(own) not in shared]
+    for attribute in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"):
+        patterns = getattr(model, attribute, None) or ()
+        missing = [name for name in missing if not any(re.search(pattern, name) for pattern in patterns)]
+    if missing and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+        raise ValueError(
+            f"the files lack {missing[0]!r}, which is neither in them nor a layer that config.json names: they are "
+            "truncated, or those of another model"
+        )
+    return [name for name in missing if isinstance(tensors[name], nn.Parameter)]
 
 
 def _own_name(model: nn.Module, name: str, known: Mapping[str, Any]) -> str:
