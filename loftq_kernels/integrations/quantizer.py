@@ -228,10 +228,14 @@ class LoftqQuantizer(HfQuantizer):
 
 
 def _validate(model: nn.Module, contents: hosted.Contents, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for packed tensors that no layer could be made from; those of other processes are not here."""
+    """Raise ValueError for packed tensors that no layer could be made from.
+
+    Those of other processes are not here, nor are they where frozen parameters are left out.
+    """
     for name in contents.layers:
         key = f"{name}.codes"
-        if not state[contents.tied.get(key, key)].is_meta:
+        codes = state.get(contents.tied.get(key, key))
+        if codes is not None and not codes.is_meta:
             packed_of(name, submodule(model, name), state, contents.tied).validate()
 
 
