@@ -24,7 +24,7 @@ from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.select import output_heads
 from loftq_kernels.nn.adapters import quantized_layers, train_only_adapters
-from loftq_kernels.nn.base import PACKED
+from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.wrappers import named_modules, set_submodule, submodule
