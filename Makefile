@@ -13,6 +13,7 @@ export MAX_JOBS ?= 2
 
 # Other versions than that of constraints.txt, which make test has: the oldest that we are written for, and the newest.
 TRANSFORMERS ?= 5.20.2 5.24.0
+HOST_TESTS := $(addprefix python_tests/test_,transformers.py huggingface.py generate.py trainer.py serve.py)
 GPU_JOBS ?= $(shell nproc)
 # Where measurements go. The committed ones are in bench/results: `python -m bench SUBJECT --publish`, and for make gpu
 # RESULTS=bench/results.
@@ -65,8 +66,7 @@ test-versions: $(VENV)/.dev $(VENV)/.ext
 		[ -d build/transformers-$$version ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 			--no-deps --target build/transformers-$$version transformers==$$version || exit 1; \
 		echo "==> Testing with transformers $$version"; \
-		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q python_tests/test_transformers.py \
-			python_tests/test_serve.py || exit 1; \
+		PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q $(HOST_TESTS) || exit 1; \
 	done
 
 # Finds what reads undefined memory or goes one element too far, even where the results come out right.

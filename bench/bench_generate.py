@@ -24,7 +24,7 @@ from bench.models import DENSE, Contender
 from bench.subject import Subject
 
 SUBJECT = Subject(
-    takes="12 min, 20 GB of memory and 15 GB of disk",
+    takes="14 min, 18 GB of memory and 15 GB of disk",
     quick="3 min",
     needs=("transformers",),
     uses=("bitsandbytes", "accelerate", "llama_cpp"),

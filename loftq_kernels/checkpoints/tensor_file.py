@@ -59,13 +59,17 @@ def with_dtypes(config: CheckpointConfig, stored: files.TensorFiles) -> Checkpoi
 
 
 def with_ties(config: CheckpointConfig, model: nn.Module, stored: files.TensorFiles) -> CheckpointConfig:
-    """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough."""
+    """The config with the ties that plain files leave to the model: of a shared tensor, one name is enough.
+
+    The weights of layers that the checkpoint holds packed are no tensors of it, whatever they share with others now.
+    """
     names = set(tensor_names(stored))
+    packed = {f"{name}.weight" for name in config.layers}
     source_of = {id(tensor): name for name, tensor in named_tensors(model) if name in names}
     ties = {
         name: source
         for name, tensor in named_tensors(model)
-        if name not in names and (source := source_of.get(id(tensor))) is not None
+        if name not in names | packed and (source := source_of.get(id(tensor))) is not None
     }
     return replace(config, tied=ties | config.tied)
 
@@ -171,7 +175,10 @@ def check_layers(layers: Mapping[str, QuantLoRAModule], tied: Mapping[str, str],
         for part, tensor in named_tensors(layer):
             key = tied.get(f"{layer_name}.{part}", f"{layer_name}.{part}")
             if key not in names:
-                raise ValueError(f"the files lack {key!r}: they are truncated, or those of another model")
+                raise ValueError(
+                    f"the files lack {key!r}: they are truncated, those of another model, or a checkpoint of what was "
+                    "trained alone, which a Trainer resumes from"
+                )
             _check_like(key, tensor, stored)
         _check_packed(layer_name, layer, tied, stored)
 

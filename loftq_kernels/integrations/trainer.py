@@ -28,7 +28,7 @@ def exclude_frozen_parameters(model: nn.Module) -> Iterator[None]:
     model = unwrapped(model)
     if "_keys_to_ignore_on_save" not in vars(model):
         raise TypeError(
-            f"{type(model).__name__} is no model of transformers, which save_pretrained would leave keys out of"
+            f"{type(model).__name__} is no model of transformers (a PeftModel writes its adapters alone by itself)"
         )
     before = model._keys_to_ignore_on_save
     frozen = {name for name, own in model.named_parameters(remove_duplicate=False) if not own.requires_grad}

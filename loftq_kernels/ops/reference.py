@@ -240,14 +240,35 @@ def qlora_linear_multi(
     return add_adapters(y, x, lora_A, lora_B, adapter_ids, scaling)
 
 
+_FEW = 64  # rows times adapters up to which a product of all with all takes less time than the calls for each
+
+
 def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, scaling: float) -> Tensor:
-    """Return y plus each row's adapter, computed adapter by adapter; y itself does not change.
+    """Return y plus each row's adapter; y itself does not change.
 
     Rows whose id is neither -1 nor that of an adapter become NaN, as in the GPU kernels: to raise an error those would
     have to wait for the ids.
     """
-    y, leading = y.reshape(-1, y.shape[-1]).clone(), y.shape[:-1]
-    x, ids = x.reshape(-1, x.shape[-1]), adapter_ids.reshape(-1)
+    leading, ids = y.shape[:-1], adapter_ids.reshape(-1)
+    y, x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    few = x.device.type == "cpu" and len(ids) * len(lora_A) <= _FEW
+    y = (_add_to_few if few else _add_one_by_one)(y, x, lora_A, lora_B, ids, scaling)
+    return y.view(*leading, y.shape[-1])
+
+
+def _add_to_few(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, ids: Tensor, scaling: float) -> Tensor:
+    """All adapters for all rows, of which each keeps its own: two products, in float32, which copy no adapter."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    own = ids == torch.arange(len(lora_A), device=ids.device)[:, None]  # [S, M]
+    inner = linear(x.to(wide), lora_A.flatten(0, 1).to(wide)).view(len(ids), *lora_A.shape[:2]).transpose(0, 1)
+    terms = torch.bmm(inner, lora_B.to(wide).transpose(1, 2))  # [S, M, N]
+    added = y + scaling * torch.where(own[..., None], terms, 0).sum(0)
+    return added.masked_fill(~(own.any(0) | (ids == -1))[:, None], float("nan")).to(y.dtype)
+
+
+def _add_one_by_one(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, ids: Tensor, scaling: float) -> Tensor:
+    """One adapter after the other, each for its own rows."""
+    y = y.clone()
     for adapter in ids.unique().tolist():
         rows = (ids == adapter).nonzero().flatten()
         if 0 <= adapter < len(lora_A):
@@ -255,4 +276,4 @@ def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_i
             y[rows] += scaling * linear(h, lora_B[adapter].to(x.dtype))
         elif adapter != -1:
             y[rows] = float("nan")
-    return y.view(*leading, y.shape[-1])
+    return y
