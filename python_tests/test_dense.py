@@ -28,15 +28,12 @@ class TestTransformers:
     @pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
     def test_skeleton(self, build):
         model = build()
-        described = json.loads(json.dumps(architecture.describe(model)))
+        described = {"class": type(model).__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
         empty = architecture.skeleton(described)
         assert type(empty) is type(model) and not empty.training
         shapes = {name: p.shape for name, p in model.named_parameters()}
         assert {name: p.shape for name, p in empty.named_parameters()} == shapes
         assert all(p.is_meta for p in empty.parameters())
-
-    def test_other_models_are_not_described(self):
-        assert architecture.describe(nn.Linear(3, 3)) is None
 
     @pytest.mark.parametrize("architectures", [None, [], ["NoSuchModel"], ["pipeline"], [5]])
     def test_architecture(self, architectures, tmp_path):

@@ -46,3 +46,33 @@ def test_bad_options(option, tmp_path):
     with pytest.raises(SystemExit):
         finetune.main([option, "0", "--output", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+def test_as_a_folder_of_transformers(tmp_path):
+    """The same logits, a byte for a token, and a server's chat is the text of its messages."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = small_lm.SmallLM(width=32, layers=2, heads=2, hidden=64)
+    small_lm.save_pretrained(model, tmp_path)
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = small_lm.windows(small_lm.code()[0], 2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+    held_out = small_lm.english()[1]
+    assert small_lm.perplexity(llama, held_out) == pytest.approx(small_lm.perplexity(model, held_out), rel=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "a b\n\tÄ€ 'it''s' \x00\x7f\xad\U0001f642  "
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    chat = [{"role": "user", "content": "one "}, {"role": "assistant", "content": "two"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "one two"
+
+
+def test_small_lm_command(tmp_path, capsys):
+    assert small_lm.main([str(tmp_path / "new"), "--steps", "1"]) == 0
+    assert "918656 weights, perplexity " in capsys.readouterr().out
+    before = sorted((tmp_path / "new").iterdir())
+    for arguments in ([str(tmp_path / "new")], [str(before[0])], [str(tmp_path / "other"), "--steps", "0"]):
+        with pytest.raises(SystemExit):
+            small_lm.main(arguments)
+    assert sorted((tmp_path / "new").iterdir()) == before and not (tmp_path / "other").exists()

@@ -115,6 +115,9 @@ CALLS: dict[str, Callable[[Path], list[Callable]]] = {
     ],
     "`model.half()`": lambda place: [lambda: quantized().half()],
     "`model.requires_grad_(True)`": lambda place: [lambda: quantized().requires_grad_(True)],
+    "`model.resize_token_embeddings(n)` with a quantized head": lambda place: [
+        lambda: quantized(quantize_head=True).resize_token_embeddings(100)
+    ],
     "`Trainer(torch.compile(model), ...)`": lambda place: [lambda: train_compiled(place)],
     '`LoraConfig(init_lora_weights="pissa")`, olora, corda, lora_ga': lambda place: [
         lambda init=init: adapted(init_lora_weights=init) for init in ("pissa", "olora", "corda", "lora_ga")

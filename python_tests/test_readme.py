@@ -10,6 +10,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,13 +191,12 @@ def follow(document: str, workshop, capsys, skipped) -> None:
             if is_among(block, skipped) or block.language == "text":  # Formulas are text.
                 continue
             assert block.language in LANGUAGES, f"{block} cannot be run: say why in NOT_RUN"
-            block = replace(block, text=block.text.replace(SERVER, servers.address))
             try:
                 if block.language == "python":
-                    run_python(block, names, presupposed)
+                    run_python(replace(block, text=servers.found_in(block.text)), names, presupposed)
                 else:
                     for words in commands_of(block):
-                        run_command(words, capsys, servers)
+                        run_command([servers.found_in(word) for word in words], capsys, servers)
             except Exception as error:
                 raise AssertionError(f"{block} fails: {error!r}") from error
 
@@ -205,12 +206,20 @@ class Servers(contextlib.ExitStack):
 
     address = SERVER
 
+    def found_in(self, text: str) -> str:
+        """The text with the address that the server has."""
+        return text.replace(SERVER, self.address)
+
     def start(self, words: list[str]) -> None:
         command = [sys.executable, "-m", "loftq_kernels", *words, "--port", "0"]
         process = self.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         self.callback(process.terminate)
-        line = process.stdout.readline()
-        self.address = re.search(r"http://([\d.:]+)/v1;", line)[1]
+        self.address = re.search(r"http://([\d.:]+)/v1;", process.stdout.readline())[1]
+        for _ in range(600):  # It says so before it listens.
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://{self.address}/v1/models", timeout=60).close()
+                return
+            time.sleep(0.1)
 
     @staticmethod
     def ask(words: list[str]) -> None:
@@ -315,7 +324,8 @@ def test_named_tests():
     named = re.compile(r"`(test_\w+\.py)(?:::(\w+))?(?:::(\w+))?`")
     for document in DOCUMENTS:
         for file, *parts in named.findall((REPOSITORY / document).read_text(encoding="utf-8")):
-            scope = ast.parse((REPOSITORY / "python_tests" / file).read_text(encoding="utf-8"))
+            (path,) = [path for folder in ("python_tests", "bench") if (path := REPOSITORY / folder / file).is_file()]
+            scope = ast.parse(path.read_text(encoding="utf-8"))
             for part in filter(None, parts):
                 found = [node for node in scope.body if getattr(node, "name", None) == part]
                 assert found, f"{document} names {file}::{part}"

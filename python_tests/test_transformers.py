@@ -166,6 +166,9 @@ class TestWhileLoading:
             one.save_pretrained(tmp_path / "out")
             assert torch.equal(logits(causal(tmp_path / "out")), logits(one))
             assert torch.equal(logits(lk.load_quantized(tmp_path / "out")), logits(one))
+            with pytest.raises(ValueError, match="output head is quantized and cannot be resized"):
+                one.resize_token_embeddings(160)
+        assert model.dequantize().resize_token_embeddings(160).weight.shape == (160, 64)
 
     def test_odd_numbers_of_layers(self, tmp_path):
         """Batches of the initializer are divided as quantize_model divides them, whatever is left over."""

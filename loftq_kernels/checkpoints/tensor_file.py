@@ -175,7 +175,10 @@ def check_layers(layers: Mapping[str, QuantLoRAModule], tied: Mapping[str, str],
         for part, tensor in named_tensors(layer):
             key = tied.get(f"{layer_name}.{part}", f"{layer_name}.{part}")
             if key not in names:
-                raise ValueError(f"the files lack {key!r}: they are truncated, or those of another model")
+                raise ValueError(
+                    f"the files lack {key!r}: they are truncated, those of another model, or a checkpoint of what was "
+                    "trained alone, which a Trainer resumes from"
+                )
             _check_like(key, tensor, stored)
         _check_packed(layer_name, layer, tied, stored)
 

@@ -38,6 +38,7 @@ def serve(args: argparse.Namespace) -> None:
             _load_adapter(model, name, folder)
         names = _names(args.model_dir)
         server = serving.server(model, processor, bases=names, adapters=list(adapters))
+        sock.listen()  # Whoever has read the line may connect; uvicorn answers in a moment.
         print(f"serving {', '.join([names[0], *adapters])} at {_url(sock)}; Ctrl-C ends it", flush=True)
         _run(server, sock)
     print("stopped")

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from packaging.version import Version
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.config import LoraConfig
@@ -27,6 +26,7 @@ from torch import nn
 
 from loftq_kernels.checkpoints import hosted
 from loftq_kernels.integrations.peft_layers import LAYERS, AroundQuantized
+from loftq_kernels.integrations.register import is_older
 from loftq_kernels.nn.adapters import quantized_layers
 from loftq_kernels.nn.base import QuantLoRAModule
 from loftq_kernels.nn.linear import QuantLoRALinear
@@ -40,7 +40,7 @@ def register() -> None:
 
     Raises ImportError for a PEFT that is too old and AttributeError for one that lacks a function, changing nothing.
     """
-    if Version(version("peft")) < Version(OLDEST):
+    if is_older(version("peft"), OLDEST):
         raise ImportError(f"peft {version('peft')} is too old: pip install 'peft>={OLDEST}'")
     model, tuner = lora_model.LoraModel, tuners_utils.BaseTuner
     replaced = (

@@ -23,8 +23,9 @@ from loftq_kernels.checkpoints.tensor_file import check_layers, check_places, te
 from loftq_kernels.integrations.loading import Arrivals
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.plan import BitPlan
+from loftq_kernels.models.select import output_heads
 from loftq_kernels.nn.adapters import quantized_layers, train_only_adapters
-from loftq_kernels.nn.base import PACKED
+from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
 from loftq_kernels.nn.wrappers import named_modules, named_tensors, set_submodule, submodule
@@ -231,6 +232,8 @@ class LoftqQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         for name, layer in quantized_layers(model).items():
             set_submodule(model, name, getattr(layer, layer.dense_copy)().to(dtype))
+        for module in model.modules():
+            vars(module).pop("resize_token_embeddings", None)
         return model
 
 
@@ -298,10 +301,19 @@ def _own_name(model: nn.Module, name: str, known: Mapping[str, Any]) -> str:
     return next((own for own in names if own in known), name)
 
 
+def _refuse_to_resize(*args: Any, **kwargs: Any) -> None:
+    """In the place of the method of a model whose head is quantized, which would find that out half-way."""
+    raise ValueError(
+        "the output head is quantized and cannot be resized: call resize_token_embeddings before quantizing"
+    )
+
+
 def adopt_inner(model: nn.Module, cfg: QuantConfig | None) -> None:
     """Give the models inside a model what their own ``save_pretrained`` needs, and let no save rename tensors."""
     for module in model.modules():
         if architecture.is_of_transformers(module):
             module._weight_conversions = []
+            if any(isinstance(head, QuantLoRAModule) for head in output_heads(module)):
+                module.resize_token_embeddings = _refuse_to_resize
             if module is not model:
                 module.hf_quantizer = LoftqQuantizer(LoftqConfig.of(cfg), pre_quantized=True)

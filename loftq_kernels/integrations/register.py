@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
+import re
 import sys
 import threading
 import warnings
@@ -78,6 +79,12 @@ def _version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "of unknown version"
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a version is older than another, by their first two numbers."""
+    one, other = (tuple(int(number) for number in re.findall(r"\d+", text)[:2]) for text in (version, than))
+    return one < other
 
 
 class _Finder(importlib.abc.MetaPathFinder):

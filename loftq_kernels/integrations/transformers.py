@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.quantizers import auto
 
@@ -24,6 +23,7 @@ from loftq_kernels.checkpoints import architecture, hosted
 from loftq_kernels.checkpoints.native import one_writer
 from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.integrations.quantizer import LoftqConfig, LoftqQuantizer, adopt_inner
+from loftq_kernels.integrations.register import is_older
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.storage import files
 
@@ -88,7 +88,7 @@ def register() -> None:
 
     Raises ImportError for a transformers that is too old.
     """
-    if Version(transformers.__version__) < Version(architecture.OLDEST):
+    if is_older(transformers.__version__, architecture.OLDEST):
         raise ImportError(f"transformers {transformers.__version__} is too old, {architecture.NEEDS_HF}")
     for mapping, cls in (
         (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LoftqConfig),

@@ -257,7 +257,7 @@ def add_adapters(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_i
 
 
 def _add_to_few(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, ids: Tensor, scaling: float) -> Tensor:
-    """All adapters for all rows, of which each keeps its own: two products, in float32, which need no copies of them."""
+    """All adapters for all rows, of which each keeps its own: two products, in float32, which copy no adapter."""
     wide = torch.promote_types(x.dtype, torch.float32)
     own = ids == torch.arange(len(lora_A), device=ids.device)[:, None]  # [S, M]
     inner = linear(x.to(wide), lora_A.flatten(0, 1).to(wide)).view(len(ids), *lora_A.shape[:2]).transpose(0, 1)
