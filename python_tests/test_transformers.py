@@ -266,6 +266,35 @@ class TestOneFormat:
         lk.save_quantized(model, tmp_path)
         assert sorted(file.name for file in tmp_path.glob("model*")) == ["model.safetensors"], "old shards are gone"
 
+    @pytest.mark.parametrize("part", ["model", "model.layers", "model.layers.0.mlp"])
+    def test_a_part_alone_is_quantized(self, part, tmp_path):
+        """save_pretrained asks the model that it saves, whoever was given to quantize_model."""
+        model = llama()
+        lk.quantize_model(model.get_submodule(part), lk.QuantConfig(rank=4), progress=False)
+        model.save_pretrained(tmp_path)
+        for load in (causal, lk.load_quantized):
+            assert torch.equal(logits(load(tmp_path)), logits(model))
+
+    def test_the_language_model_alone_is_quantized(self, tmp_path):
+        vision = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+        vision |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+        config = transformers.LlavaConfig(text_config={"model_type": "llama", **SIZES}, vision_config=vision)
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+        lk.quantize_model(model.model.language_model, lk.QuantConfig(rank=4), progress=False)
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert torch.equal(logits(again), logits(model))
+        assert type(again.model.vision_tower.encoder.layers[0].mlp.fc1) is torch.nn.Linear
+
+    def test_a_dense_model_with_the_config_of_a_quantized_one(self, tmp_path):
+        model = llama()
+        twin = transformers.LlamaForCausalLM(model.config).eval()
+        lk.quantize_model(model, lk.QuantConfig(rank=4), progress=False)
+        twin.save_pretrained(tmp_path / "twin")
+        model.save_pretrained(tmp_path / "model")
+        assert torch.equal(logits(causal(tmp_path / "twin")), logits(twin))
+        assert torch.equal(logits(causal(tmp_path / "model")), logits(model))
+
     def test_index_of_an_earlier_save(self, copied):
         """save_pretrained of one file removes the files of an earlier one, and leaves its index."""
         model = causal(copied)

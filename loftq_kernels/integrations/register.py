@@ -29,7 +29,7 @@ class Host(NamedTuple):
 
 HOSTS = (
     Host("transformers.quantizers.auto", "loftq_kernels.integrations.transformers", "5.20 and newer"),
-    Host("transformers.modeling_utils", "loftq_kernels.integrations.attention", "5.20 and newer"),
+    Host("transformers.modeling_utils", "loftq_kernels.integrations.saving", "5.20 and newer"),
     Host("peft.tuners.lora.model", "loftq_kernels.integrations.peft", "0.21"),
     Host("peft.utils.hotswap", "loftq_kernels.integrations.peft_hotswap", "0.21"),
 )

@@ -30,6 +30,18 @@ from loftq_kernels.storage import files
 _WORKING = "saving"  # of a folder that is being written
 
 
+def adopt(model: nn.Module, cfg: QuantConfig | None) -> None:
+    """Give a model the quantizer and config with which transformers takes it for one that it has loaded quantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, LoftqQuantizer):
+        quantizer = LoftqQuantizer(LoftqConfig.of(cfg), pre_quantized=True)
+    elif cfg is not None:
+        quantizer.quantization_config.config = cfg
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, hosted.METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    adopt_inner(model, quantizer.quantization_config.config)
+
+
 class _Transformers:
     """transformers as the package's other parts see it: a `hosts.Host`."""
 
@@ -37,14 +49,7 @@ class _Transformers:
         return architecture.is_of_transformers(model)
 
     def adopt(self, model: nn.Module, cfg: QuantConfig | None) -> None:
-        quantizer = getattr(model, "hf_quantizer", None)
-        if not isinstance(quantizer, LoftqQuantizer):
-            quantizer = LoftqQuantizer(LoftqConfig.of(cfg), pre_quantized=True)
-        elif cfg is not None:
-            quantizer.quantization_config.config = cfg
-        model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, hosted.METHOD
-        model.config.quantization_config = quantizer.quantization_config
-        adopt_inner(model, quantizer.quantization_config.config)
+        adopt(model, cfg)
 
     def save(self, model: nn.Module, path: Path, max_shard_size: int | str | None) -> None:
         if not isinstance(getattr(model, "hf_quantizer", None), LoftqQuantizer):
