@@ -13,7 +13,8 @@ export MAX_JOBS ?= 2
 
 # Other versions than that of constraints.txt, which make test has: the oldest that we are written for, and the newest.
 TRANSFORMERS ?= 5.20.2 5.24.0
-HOST_TESTS := $(addprefix python_tests/test_,transformers.py huggingface.py generate.py trainer.py serve.py)
+HOST_TESTS := python_tests/test_transformers.py python_tests/test_huggingface.py python_tests/test_generate.py \
+	python_tests/test_trainer.py python_tests/test_serve.py
 GPU_JOBS ?= $(shell nproc)
 # Where measurements go. The committed ones are in bench/results: `python -m bench SUBJECT --publish`, and for make gpu
 # RESULTS=bench/results.

@@ -1,8 +1,9 @@
 """A Llama of 1.2 billion weights on the CPU: tokens per second of decoding and of a prompt, memory and load time.
 
 Random weights in the shape of Llama-3.2-1B. Every contender has a process of its own, which loads its own folder of the
-same weights; all stay until the end, and their turns come in random order. "+ head" has a quantized output head, and
-"+ attention" our attention of decode steps, where all else that transformers runs has its "sdpa".
+same weights; all stay until the end, in memory and not in mapped files, and their turns come in random order. "+ head" has
+a quantized output head, and "+ attention" our attention of decode steps, where all else that transformers runs has its
+"sdpa".
 """
 
 from __future__ import annotations
@@ -53,8 +54,6 @@ def run(output: Path, *, quick: bool, formats: Sequence[str] | None = None, peer
         try:
             results["memory"] = [loaded(name, worker) for name, worker in workers.items()]
             results["milliseconds"] = measured(workers, quick)
-            for row, worker in zip(results["memory"], workers.values(), strict=True):
-                row["peak, GiB"] = worker.ask("peak") / GIB
         finally:
             for worker in workers.values():
                 worker.close()

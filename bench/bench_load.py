@@ -1,4 +1,4 @@
-"""Quantizing a dense transformers folder while it loads: peak memory, time, and whether it equals quantize_model.
+"""Quantizing a dense transformers folder while it loads: peak memory, and whether it equals quantize_model.
 
 A Llama of Llama-3.2-1B's shape with random weights in bfloat16, in shards, is loaded by
 ``from_pretrained(quantization_config=LoftqConfig("nf4", rank=16))`` in a process of its own, and by from_pretrained and
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +57,6 @@ def _row(way: str, found: dict, dense: int) -> dict:
     mib = 2**20
     return {
         "way": way,
-        "seconds once": found["seconds"],
         "finished MiB": found["finished"] / mib,
         "peak MiB": found["peak"] / mib,
         "peak over finished, share of the dense model": (found["peak"] - found["finished"]) / dense,
@@ -81,14 +79,14 @@ def _write_dense(folder: Path, shape: dict) -> int:
 
 
 def _load(folder: str, way: str) -> dict:
-    """Load in this process: seconds, bytes at the end and at the peak, over those before, and a hash of the tensors."""
+    """Load in this process: bytes at the end and at the peak, over those before, and a hash of the tensors."""
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import loftq_kernels as lk
     from loftq_kernels.checkpoints.hosted import digest
 
-    before, started = _anonymous(), time.perf_counter()
+    before = _anonymous()
     with _watched() as most:
         if way == WAYS[0]:
             asked = lk.LoftqConfig(format="nf4", rank=16)
@@ -96,10 +94,8 @@ def _load(folder: str, way: str) -> dict:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
             lk.quantize_model(model, lk.QuantConfig("nf4", rank=16), progress=False)
-        seconds = time.perf_counter() - started
     finished = _anonymous() - before
     return {
-        "seconds": seconds,
         "finished": finished,
         "peak": most[0] - before,
         "sha256": digest(model.state_dict()),

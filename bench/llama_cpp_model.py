@@ -101,13 +101,18 @@ class Runner:
         self._quiet = lib.llama_log_callback(lambda *_: None)  # Kept, as llama.cpp calls it later.
         lib.llama_log_set(self._quiet, ctypes.c_void_p(0))
         lib.llama_backend_init()
-        self._model = lib.llama_model_load_from_file(bytes(path), lib.llama_model_default_params())
+        options = lib.llama_model_default_params()
+        options.use_mmap = False
+        self._model = lib.llama_model_load_from_file(bytes(path), options)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path.name}")
         self._threads = threads
         self._contexts: dict[tuple[int, int], Any] = {}
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self._batch = lib.llama_batch_init(MOST_TOKENS, 0, 1)
+
+    def leave_files(self) -> None:
+        """Nothing is mapped: the file was read."""
 
     def prompt(self, tokens: int) -> float:
         context = self._context(1, 0)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import loftq_kernels as lk
 from bench import worker
 from bench.peers import GROUP, package
+from loftq_kernels.ops.constant import Constant, plain
 
 FORMATS, RANK = ("nf4", "nf2"), 16
 DENSE = "bf16 transformers"
@@ -82,6 +83,16 @@ class Runner:
         self._model = model.eval()
         self._vocabulary = model.config.vocab_size
         self._caches: dict[tuple[int, int], Any] = {}
+
+    def leave_files(self) -> None:
+        for module in self._model.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, Constant):
+                    module._parameters[name] = Constant(plain(parameter).clone())
+                elif parameter is not None:
+                    parameter.data = parameter.data.clone()
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
 
     def _tokens(self, *shape: int) -> Tensor:
         return torch.randint(self._vocabulary, shape)

@@ -84,7 +84,7 @@ def in_a_group():
 
 def train_compiled(place: Path):
     arguments = transformers.TrainingArguments(str(place / "runs"), use_cpu=True)
-    return transformers.Trainer(torch.compile(quantized(), backend="eager"), arguments, train_dataset=[])
+    return transformers.Trainer(torch.compile(load(place / "quantized"), backend="eager"), arguments, train_dataset=[])
 
 
 def served(folder: Path, capsys) -> None:
@@ -113,12 +113,12 @@ CALLS: dict[str, Callable[[Path], list[Callable]]] = {
         lambda: load(place / "mixed"),
         lambda: lk.load_quantized(place / "mixed"),
     ],
-    "`model.half()`": lambda place: [lambda: quantized().half()],
+    "`.half()` of a model that `from_pretrained` made": lambda place: [lambda: load(place / "quantized").half()],
     "`model.requires_grad_(True)`": lambda place: [lambda: quantized().requires_grad_(True)],
     "`model.resize_token_embeddings(n)` with a quantized head": lambda place: [
         lambda: quantized(quantize_head=True).resize_token_embeddings(100)
     ],
-    "`Trainer(torch.compile(model), ...)`": lambda place: [lambda: train_compiled(place)],
+    "`Trainer(torch.compile(model), ...)` of such a model": lambda place: [lambda: train_compiled(place)],
     '`LoraConfig(init_lora_weights="pissa")`, olora, corda, lora_ga': lambda place: [
         lambda init=init: adapted(init_lora_weights=init) for init in ("pissa", "olora", "corda", "lora_ga")
     ],

@@ -374,7 +374,7 @@ def test_quantize_model(machine):
         assert same_bits(quantized(), expected)
 
 
-@pytest.mark.parametrize(("cpus", "sizes"), [(2, [16, 4]), (18, [18, 2]), (64, [20])])
+@pytest.mark.parametrize(("cpus", "sizes"), [(2, [10, 10]), (18, [10, 10]), (64, [20])])
 def test_batches_have_a_layer_for_each_thread(machine, monkeypatch, cpus, sizes):
     seen, initialize = [], convert.initialize
     monkeypatch.setattr(select, "available_cpus", lambda: cpus)

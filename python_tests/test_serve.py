@@ -286,6 +286,8 @@ class TestRefusals:
             ("/v1/chat/completions", b'{"model": 5}', 400, "the request names no model"),
             ("/v1/chat/completions", b'{"model": "tiny"}', 400, "the request lacks 'messages'"),
             ("/v1/chat/completions", b'{"model": "tiny", "colour": 1}', 422, "Unexpected fields"),
+            ("/v1/chat/completions", b'{"model": "tiny", "messages": "hi"}', 400, "messages must be a list of objects"),
+            ("/v1/chat/completions", b'{"model": "tiny", "messages": [], "tools": 3}', 400, "tools must be a list"),
             ("/v1/completions", b'{"model": "tiny", "prompt": 5}', 400, "prompt must be a string"),
             ("/v1/completions", b"{", 422, "JSON"),
             ("/v1/embeddings", b'{"model": "tiny", "input": "w1"}', 404, "Not Found"),

@@ -170,6 +170,22 @@ class TestWhileLoading:
                 one.resize_token_embeddings(160)
         assert model.dequantize().resize_token_embeddings(160).weight.shape == (160, 64)
 
+    def test_a_config_that_others_share(self, tmp_path):
+        """Untying one model leaves another tied that was made of the same config."""
+        model = llama(tie_word_embeddings=True)
+        other = type(model)(model.config)
+        lk.quantize_model(model, lk.QuantConfig(rank=4, quantize_head=True), progress=False)
+        assert other.config.tie_word_embeddings and not model.config.tie_word_embeddings
+        assert model.model.config is model.config
+        other.save_pretrained(tmp_path)
+        assert torch.equal(logits(causal(tmp_path).eval()), logits(other.eval()))
+
+    def test_casts(self, dense):
+        """What was quantized in place may be cast as before."""
+        model = causal(dense)
+        lk.quantize_model(model, lk.QuantConfig(rank=4), progress=False)
+        assert logits(model.bfloat16()).dtype == torch.bfloat16 and logits(model.float()).dtype == torch.float32
+
     def test_odd_numbers_of_layers(self, tmp_path):
         """Batches of the initializer are divided as quantize_model divides them, whatever is left over."""
         twin = llama(num_hidden_layers=17, hidden_size=32, intermediate_size=64, num_attention_heads=2)
@@ -476,6 +492,25 @@ class TestRefused:
         tell(copied, layers=[groups[0] | change, *groups[1:]])
         with pytest.raises(ValueError, match=match):
             causal(copied)
+
+    def test_scales_that_are_not_finite(self, copied):
+        name = "model.layers.1.mlp.down_proj.scale"
+        index = json.loads((copied / "model.safetensors.index.json").read_text())
+        file = copied / index["weight_map"][name]
+        tensors = load_file(file)
+        tensors[name][0, 0] = torch.inf
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ValueError, match="'model.layers.1.mlp.down_proj' has a scale that is not finite"):
+            causal(copied)
+
+    def test_adapters_of_peft(self, quantized, tmp_path):
+        """A folder without them would be another model's."""
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(causal(quantized), peft.LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="the model has adapters of PEFT.*unload"):
+            model.base_model.model.save_pretrained(tmp_path)
+        model.unload().save_pretrained(tmp_path)
+        assert torch.equal(logits(causal(tmp_path)), logits(causal(quantized)))
 
     def test_layers_of_another_model(self, copied):
         text = (copied / "config.json").read_text()

@@ -18,6 +18,7 @@ from loftq_kernels.nn.wrappers import named_modules
 from loftq_kernels.storage import documents
 
 CONFIG_FILE = "adapter_config.json"
+_LONGEST_PATTERN = 4000
 
 # Options that change what the tensors mean, and what to do about it.
 _REFUSED = {
@@ -94,7 +95,7 @@ class AdapterConfig:
         if not isinstance(targets, str | None):
             targets = tuple(_strings("target_modules", targets))
         for pattern in (targets if isinstance(targets, str) else "", *_patterns(values)):
-            re.compile(pattern)
+            _check_pattern(pattern)
         return cls(
             r=arguments.whole_number("r", values.get("r"), 1),
             lora_alpha=_alpha("lora_alpha", values.get("lora_alpha")),
@@ -193,6 +194,16 @@ def _check_options(values: dict[str, Any]) -> None:
 def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """PEFT's `get_pattern_key`: the first pattern that the end of the name matches, after a dot or as a whole."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raise ValueError for what is no pattern, and for one that a file may have to keep its reader busy for years."""
+    if re.search(r"\)[*+{]", pattern) or len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"the pattern {pattern[:80]!r} repeats a group or is longer than {_LONGEST_PATTERN} characters, which can "
+            "take forever to match: write it without"
+        )
+    re.compile(pattern)
 
 
 def _patterns(values: Mapping[str, Any]) -> list[str]:

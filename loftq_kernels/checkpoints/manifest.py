@@ -183,12 +183,13 @@ class CheckpointConfig:
     hosted: bool = False  # whether it is the folder of a library that loads it itself
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self) | {"layers": {name: spec.to_values() for name, spec in self.layers.items()}}
-        for name in ("trained", "buffers", "plain", "hosted"):
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hosted"}
+        layers = {name: spec.to_values() for name, spec in values.pop("layers").items()}
+        (file,) = values.pop("tensor_files")
+        for name in ("trained", "buffers", "plain"):
             if not values[name]:
                 del values[name]
-        (values["tensor_file"],) = values.pop("tensor_files")
-        return json.dumps({VERSION_KEY: FORMAT_VERSION, **values}, indent=1)
+        return json.dumps({VERSION_KEY: FORMAT_VERSION, "layers": layers, "tensor_file": file, **values}, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> CheckpointConfig:

@@ -115,7 +115,7 @@ def _write(
         packed_of(name, submodule(model, name), tensors, tied).validate()
     files.require_safetensors()
     path.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(path)
+    remove_unfinished(path)
     with files.replacing(path / _PENDING) as pending:
         files.write_tensors(pending, tensors, {"format": "pt"})
         digest = _sha256(pending)
@@ -166,7 +166,7 @@ def _publish(path: Path, pending: Path, config: CheckpointConfig) -> None:
         mark.unlink()
 
 
-def _remove_unfinished(path: Path) -> None:
+def remove_unfinished(path: Path) -> None:
     """Remove what saves that were killed have left: temporary files, and tensor files that the config does not name."""
     current = _tensor_file_of(path)
     for mark in files.abandoned(path, _MARK):

@@ -44,7 +44,7 @@ def check_file(path: Path, overwrite: bool, what: str, is_ours: Callable[[Path],
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder has our manifest, also a damaged one's."""
-    return CHECKPOINT_KEY in _text(path / CONFIG_NAME) or hosted.is_hosted(path)
+    return any(CHECKPOINT_KEY in _text(path / name) for name in (CONFIG_NAME, hosted.CONFIG_NAME))
 
 
 def is_plan(path: Path) -> bool:

@@ -24,7 +24,7 @@ from loftq_kernels.integrations.loading import Arrivals
 from loftq_kernels.models.config import QuantConfig
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.select import output_heads
-from loftq_kernels.nn.adapters import quantized_layers, train_only_adapters
+from loftq_kernels.nn.adapters import peft_parts, quantized_layers, train_only_adapters
 from loftq_kernels.nn.base import PACKED, QuantLoRAModule
 from loftq_kernels.nn.extras import carry_over
 from loftq_kernels.nn.kinds import kind_of
@@ -194,6 +194,8 @@ class LoftqQuantizer(HfQuantizer):
                     f"layer {name!r} has scaling {layer.scaling:g} in the tensors and {spec.scaling:g} in config.json: "
                     "the folder is damaged"
                 )
+            if not (layer.scale.is_meta or bool(torch.isfinite(layer.scale).all())):
+                raise ValueError(f"layer {name!r} has a scale that is not finite: the folder is damaged")
         train_only_adapters(model)
         parameters = dict(model.named_parameters())
         for name in self._contents.trained:
@@ -210,6 +212,11 @@ class LoftqQuantizer(HfQuantizer):
         """The tensors to write, with what config.json is to say of them."""
         if getattr(model, "_hf_peft_config_loaded", False):  # Then transformers writes PEFT's adapters alone.
             return None, {}
+        if peft_parts(model):
+            raise ValueError(
+                "the model has adapters of PEFT, without which its folder would be another model: save_pretrained of "
+                "the PeftModel saves those alone, and unload() or merge_and_unload() leaves a model that can be saved"
+            )
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
         contents = hosted.Contents.of(model)

@@ -55,6 +55,10 @@ def guard(app: fastapi.FastAPI, names: Sequence[str]) -> None:
     async def stopping(_: fastapi.Request, error: Stopping) -> JSONResponse:
         return _error(503, error)
 
+    @app.exception_handler(Exception)
+    async def failed(_: fastapi.Request, error: Exception) -> JSONResponse:
+        return _error(500, f"{type(error).__name__}: {error}")
+
     @app.middleware("http")
     async def named(request: fastapi.Request, call_next: Callable) -> Any:
         body = None
@@ -63,6 +67,8 @@ def guard(app: fastapi.FastAPI, names: Sequence[str]) -> None:
                 body = await request.json()
         if isinstance(body, dict) and not isinstance(body.get("model"), str):
             return _error(400, f"the request names no model; served are: {', '.join(names)}")
+        if isinstance(body, dict) and (wrong := _misshapen(body)) is not None:
+            return _error(400, wrong)
         if isinstance(body, dict) and (source := _outside(body)) is not None:
             return _error(
                 400, f"{source!r} is not fetched or opened for a request: images and sounds come as data: URLs"
@@ -70,6 +76,15 @@ def guard(app: fastapi.FastAPI, names: Sequence[str]) -> None:
         return await call_next(request)
 
     app.add_middleware(_Abandoned)
+
+
+def _misshapen(body: dict[str, Any]) -> str | None:
+    """What of a request has another type than the API says, over which transformers would stumble."""
+    for key in ("messages", "tools"):
+        value = body.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+            return f"{key} must be a list of objects, got {str(value)[:80]!r}"
+    return None
 
 
 def _outside(body: dict[str, Any]) -> Any:

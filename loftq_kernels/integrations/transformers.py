@@ -4,8 +4,9 @@
 `LoftqQuantizer` is what transformers calls while it loads and saves. `register` makes both known for quant_method
 "loftq", as soon as transformers is imported.
 
-One private name of transformers is used: ``model._weight_conversions``, empty, keeps ``save_pretrained`` from renaming
-tensors for the checkpoints of other tools, which know nothing of packed ones.
+Private names of transformers that are used, here and in `quantizer`: ``model._weight_conversions``, which, empty, keeps
+``save_pretrained`` from renaming tensors for the checkpoints of other tools, which know nothing of packed ones;
+``_hf_peft_config_loaded`` and ``_keys_to_ignore_on_save``, which say what it leaves out. `saving` wraps it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.quantizers import auto
 
 from loftq_kernels import hosts
 from loftq_kernels.checkpoints import architecture, hosted
-from loftq_kernels.checkpoints.native import one_writer
+from loftq_kernels.checkpoints.native import one_writer, remove_unfinished
 from loftq_kernels.checkpoints.quiet import quiet_transformers
 from loftq_kernels.integrations.quantizer import LoftqConfig, LoftqQuantizer, adopt_inner
 from loftq_kernels.integrations.register import is_older
@@ -31,13 +32,17 @@ _WORKING = "saving"  # of a folder that is being written
 
 
 def adopt(model: nn.Module, cfg: QuantConfig | None) -> None:
-    """Give a model the quantizer and config with which transformers takes it for one that it has loaded quantized."""
+    """Give a model the quantizer and config that ``save_pretrained`` asks for.
+
+    ``model.is_quantized`` stays as it is: transformers, which sets it where it loads a model, then refuses ``.half()``
+    and ``.float()``, which our layers can do.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, LoftqQuantizer):
         quantizer = LoftqQuantizer(LoftqConfig.of(cfg), pre_quantized=True)
     elif cfg is not None:
         quantizer.quantization_config.config = cfg
-    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, hosted.METHOD
+    model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     adopt_inner(model, quantizer.quantization_config.config)
 
@@ -60,6 +65,7 @@ class _Transformers:
             raise ValueError(f"tensors on the meta device have no values to save: {', '.join(on_meta[:5])}")
         with one_writer(model) as writes:
             path.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(path)
             with files.working_folder(path, _WORKING) as working:
                 with quiet_transformers(), files.full_disk_told(path):
                     model.save_pretrained(working, is_main_process=writes, **options)

@@ -7,6 +7,7 @@ are read and written by name here: transformers is not imported.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,9 +39,21 @@ def untie(model: nn.Module) -> None:
         if len(kept) == len(pairs):
             continue
         setattr(module, _PAIRS, kept)
+        if any(getattr(config, _FLAG, False) for config in _configs(module)):
+            _own_config(model, module)
         for config in _configs(module):
             if getattr(config, _FLAG, False):
                 setattr(config, _FLAG, False)
+
+
+def _own_config(model: nn.Module, module: nn.Module) -> None:
+    """Give a module, and what reads the same config in its model, a copy of it: other models may share the object."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(module.config, copies)
+    for _, part in named_modules(model):
+        config = vars(part).get("config")
+        if id(config) in copies:
+            part.config = copies[id(config)]
 
 
 def _tying(model: nn.Module) -> Iterator[tuple[str, nn.Module, Mapping[str, str]]]:

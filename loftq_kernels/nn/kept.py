@@ -5,6 +5,7 @@ Two things are: QA-LoRA's lora_A over columns, and the factors of several adapte
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+_ENDS = 64  # bytes at each end of a tensor's memory
+
+
 class _Source(NamedTuple):
     """A tensor that something was made of, as it was then."""
 
     tensor: Tensor  # itself, so that no other tensor can get its id
     memory: Tensor  # its memory of that time, so that no other tensor can get its address
     version: int
+    ends: bytes  # of its memory, on a CPU
     values: Tensor | None  # a copy, where it is told by its values whether it is the same
 
 
@@ -44,10 +49,11 @@ def kept(
 ) -> T:
     """``make()``; without gradients the result of the last call for ``what``, while sources and settings are the same.
 
-    A change is told by PyTorch's count of writes and by the memory of a tensor. Some optimizers write uncounted; they
-    do so between calls with gradients or before a change from `train` to `eval`, after which nothing is kept. Other
-    uncounted writes, such as ``p.data.copy_``, are not seen: call `forget` after them. With ``by_value`` sources on a
-    CPU, which are to be few values, are compared by value, so that those writes are seen as well.
+    A change is told by PyTorch's count of writes, by the memory of a tensor and, on a CPU, by its first and last bytes.
+    Some optimizers write uncounted; they do so between calls with gradients or before a change from `train` to `eval`,
+    after which nothing is kept. Other uncounted writes, such as ``p.data.copy_``, are seen on a CPU if they change the
+    ends, and not on other devices: call `forget` after them. With ``by_value`` sources on a CPU, which are to be few
+    values, are compared by value as a whole.
 
     While a CUDA graph is captured, everything is made within the graph, which then sees every later change.
     """
@@ -78,7 +84,17 @@ def forget(layer: nn.Module) -> None:
 
 def _noted(source: Tensor, by_value: bool) -> _Source:
     memory = source.detach()
-    return _Source(source, memory, source._version, memory.clone() if by_value and source.is_cpu else None)
+    values = memory.clone() if by_value and source.is_cpu else None
+    return _Source(source, memory, source._version, _ends(source), values)
+
+
+def _ends(source: Tensor) -> bytes:
+    """The first and last bytes of a contiguous tensor on a CPU, which is what can be looked at in a microsecond."""
+    if not (source.is_cpu and source.is_contiguous() and source.numel()):
+        return b""
+    first, nbytes = source.data_ptr(), source.nbytes
+    count = min(_ENDS, nbytes)
+    return ctypes.string_at(first, count) + ctypes.string_at(first + nbytes - count, count)
 
 
 def _are_same(noted: Sequence[_Source], sources: Sequence[Tensor]) -> bool:
@@ -88,7 +104,9 @@ def _are_same(noted: Sequence[_Source], sources: Sequence[Tensor]) -> bool:
 def _is_same(noted: _Source, source: Tensor) -> bool:
     if noted.tensor is not source or noted.memory.data_ptr() != source.data_ptr():
         return False
-    return noted.version == source._version if noted.values is None else torch.equal(noted.values, source)
+    if noted.values is not None:
+        return torch.equal(noted.values, source)
+    return noted.version == source._version and noted.ends == _ends(source)
 
 
 def _can_be_told(source: Tensor) -> bool:

@@ -5,6 +5,7 @@ s0 B0 A0 + s1 B1 A1 + ... = [s0 B0, s1 B1, ...] [A0; A1; ...]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def stacked(layer: nn.Module, terms: Sequence[Factors], what: Hashable = "stacke
 
 
 def concatenated(terms: Sequence[Factors]) -> Factors:
-    """[A0; A1; ...] [sum of r, in] and [s0 B0, s1 B1, ...] [out, sum of r] in the dtype that holds all of theirs.
+    """[A0; A1; ...] [sum of r, in] and [s0 B0, s1 B1, ...] [out, sum of r] in the `common_dtype`.
 
     Differentiable in every factor. Each lora_B is rounded once, to that dtype, when its scaling is multiplied in.
     """
@@ -45,5 +46,10 @@ def concatenated(terms: Sequence[Factors]) -> Factors:
 
 
 def common_dtype(terms: Sequence[Factors]) -> torch.dtype:
-    """The dtype that holds the values of all factors."""
-    return reduce(torch.promote_types, (factor.dtype for term in terms for factor in term[:2]))
+    """The dtype that holds the values of all factors, at least float32 where a scaling is no power of two.
+
+    Such a scaling rounds what it is multiplied with: in bfloat16 by 4e-3 of itself.
+    """
+    dtype = reduce(torch.promote_types, (factor.dtype for term in terms for factor in term[:2]))
+    exact = all(abs(math.frexp(term.scaling)[0]) in (0.0, 0.5) for term in terms)
+    return dtype if exact else torch.promote_types(dtype, torch.float32)
