@@ -1,9 +1,9 @@
 """A Llama of 1.2 billion weights on the CPU: tokens per second of decoding and of a prompt, memory and load time.
 
 Random weights in the shape of Llama-3.2-1B. Every contender has a process of its own, which loads its own folder of the
-same weights; all stay until the end, in memory and not in mapped files, and their turns come in random order. "+ head" has
-a quantized output head, and "+ attention" our attention of decode steps, where all else that transformers runs has its
-"sdpa".
+same weights; all stay until the end, in memory and not in mapped files, and their turns come in random order. "+ head"
+has a quantized output head, and "+ attention" our attention of decode steps, where all else that transformers runs has
+its "sdpa".
 """
 
 from __future__ import annotations
