@@ -209,7 +209,7 @@ class TestWhileLoading:
     def test_new_head(self, dense, tmp_path):
         """A layer that the folder has no weight for stays dense and is trained."""
         load = transformers.AutoModelForTokenClassification.from_pretrained
-        with pytest.warns(UserWarning, match="no weights for score: they stay dense and are trained"):
+        with pytest.warns(UserWarning, match="the folder has no score.weight, score.bias: new, dense and trained"):
             model = load(dense, quantization_config=lk.LoftqConfig(rank=4), num_labels=96)
         assert type(model.score) is torch.nn.Linear and model.score.weight.requires_grad
         assert "new, dense and trained" in str(model.hf_quantizer.report)
@@ -228,6 +228,20 @@ class TestWhileLoading:
         model.save_pretrained(tmp_path)
         again = load(tmp_path)
         assert torch.equal(logits(again), logits(model)) and again.score.weight.requires_grad
+
+    def test_new_output_head(self, dense, tmp_path):
+        """One that is not quantized in any case: a base model's folder loaded as a language model."""
+        causal(dense).model.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="the folder has no lm_head.weight: new, dense and trained"):
+            model = causal(tmp_path, quantization_config=lk.LoftqConfig(rank=4))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+        assert trained == {"lm_head.weight"}
+
+    @pytest.mark.parametrize("layer_types", [("linear",), ("linear", "embedding")], ids=str)
+    def test_nothing_new_is_said_of_whole_folders(self, layer_types, dense, recwarn):
+        model = causal(dense, quantization_config=lk.LoftqConfig(rank=4, layer_types=layer_types))
+        assert not [one for one in recwarn if "new, dense" in str(one.message)]
+        assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
     def test_weight_with_nan(self, tmp_path):
         model = llama()

@@ -18,6 +18,7 @@ from loftq_kernels.models.convert import Conversion, check_weights
 from loftq_kernels.models.plan import BitPlan
 from loftq_kernels.models.report import QuantizationReport
 from loftq_kernels.models.select import Candidate, alike, packed_bytes
+from loftq_kernels.nn.adapters import quantized_layers
 
 
 def _tie(model: nn.Module) -> None:
@@ -126,7 +127,7 @@ class Arrivals:
     def finish(self) -> QuantizationReport:
         """Replace what still waits, and report. Raises what a layer before could not be quantized for.
 
-        Layers that the folder has no weight for stay dense and are trained, with a warning: fresh heads.
+        What the folder has no tensors for stays dense and is trained, with a warning: new heads, quantizable or not.
         """
         if self._failure is not None:
             raise self._failure
@@ -134,14 +135,18 @@ class Arrivals:
             if waiting:
                 self.conversion.replace(waiting)
         self.conversion.settle()
-        self._train_fresh()
+        for candidate in set(self._expected.values()):
+            if candidate.name not in self._arrived:
+                self.conversion.leave(candidate, "was not in the folder: new, dense and trained")
+        self._train_new()
         return self.conversion.report()
 
-    def _train_fresh(self) -> None:
-        fresh = [own for own in set(self._expected.values()) if own.name not in self._arrived]
-        for candidate in fresh:
-            self.conversion.leave(candidate, "was not in the folder: new, dense and trained")
-            candidate.module.requires_grad_(True)
-        if fresh:
-            names = ", ".join(sorted(own.name for own in fresh))
-            warnings.warn(f"the folder has no weights for {names}: they stay dense and are trained", stacklevel=2)
+    def _train_new(self) -> None:
+        """Train the dense parameters that lack the mark by which transformers knows those that it has loaded."""
+        parameters = self.conversion.model.named_parameters()
+        layers = tuple(f"{name}." for name in quantized_layers(self.conversion.model))
+        new = {n: p for n, p in parameters if not (n.startswith(layers) or getattr(p, "_is_hf_initialized", False))}
+        for parameter in new.values():
+            parameter.requires_grad_(True)
+        if new:
+            warnings.warn(f"the folder has no {', '.join(new)}: new, dense and trained", stacklevel=2)
