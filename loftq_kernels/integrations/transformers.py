@@ -4,10 +4,10 @@
 `LoftqQuantizer` is what transformers calls while it loads and saves. `register` makes both known for quant_method
 "loftq", as soon as transformers is imported.
 
-Private names of transformers that are used, here and in `quantizer`: ``model._weight_conversions``, which, empty, keeps
-``save_pretrained`` from renaming tensors for the checkpoints of other tools, which know nothing of packed ones;
-``_hf_peft_config_loaded`` and ``_keys_to_ignore_on_save``, which say what it leaves out; ``_is_hf_initialized``, its mark of
-loaded tensors. `saving` wraps ``save_pretrained``.
+Private names of transformers that are used, here, in `quantizer` and in `loading`: ``model._weight_conversions``, which,
+empty, keeps ``save_pretrained`` from renaming tensors for the checkpoints of other tools, which know nothing of packed
+ones; ``_hf_peft_config_loaded`` and ``_keys_to_ignore_on_save``, which say what it leaves out; ``_is_hf_initialized``,
+the mark of tensors that were loaded. `saving` wraps ``save_pretrained``.
 """
 
 from __future__ import annotations
