@@ -4,7 +4,7 @@
 `LoftqQuantizer` is what transformers calls while it loads and saves. `register` makes both known for quant_method
 "loftq", as soon as transformers is imported.
 
-Private names of transformers that are used, here, in `quantizer` and in `loading`: ``model._weight_conversions``, which,
+Private names of transformers in use, here, in `quantizer` and in `loading`: ``model._weight_conversions``, which,
 empty, keeps ``save_pretrained`` from renaming tensors for the checkpoints of other tools, which know nothing of packed
 ones; ``_hf_peft_config_loaded`` and ``_keys_to_ignore_on_save``, which say what it leaves out; ``_is_hf_initialized``,
 the mark of tensors that were loaded. `saving` wraps ``save_pretrained``.
